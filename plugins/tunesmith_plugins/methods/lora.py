@@ -1,0 +1,58 @@
+"""LoRA: low-rank adaptation (Hu et al. 2021, arXiv:2106.09685), by PEFT."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import attrs
+
+from tunesmith.plugin.methods import Method
+from tunesmith.plugin.options import at_least, between, one_of
+
+if TYPE_CHECKING:
+    import peft
+    from transformers import PreTrainedModel
+
+__all__ = ["Lora", "LoraConfig"]
+
+
+@attrs.frozen(kw_only=True)
+class LoraConfig:
+    """Options of `.lora()`."""
+
+    r: int = attrs.field(default=16, validator=at_least(1))
+    """Rank of the update; 16 as PEFT's QLoRA recipes (QLoRA itself: 64, with no gain above 8)."""
+    alpha: float | None = attrs.field(default=None, validator=at_least(0))
+    """The update is scaled by alpha / r; unset takes 2 r, the ratio of Microsoft's LoRA and of
+    "LoRA Learns Less and Forgets Less" (arXiv:2405.09673)."""
+    dropout: float = attrs.field(default=0.0, validator=between(0.0, 0.99))
+    """Dropout on the adapter's input; 0 as PEFT's default, which keeps DPO's log-probs exact."""
+    targets: str | tuple[str, ...] = "all-linear"
+    """Names of modules to adapt; "all-linear" is every linear layer but the head, as QLoRA."""
+    bias: str = attrs.field(default="none", validator=one_of("none", "all", "lora_only"))
+    """Which biases are trained along."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(r) instead (rsLoRA, arXiv:2312.03732)."""
+    dora: bool = False
+    """Train magnitude and direction apart (DoRA, arXiv:2402.09353)."""
+
+
+class Lora(Method[LoraConfig]):
+    """y = W x + (alpha / r) B A x, with A and B trained and W frozen."""
+
+    def peft_config(self, model: PreTrainedModel) -> peft.PeftConfig:
+        """Return PEFT's LoraConfig; the model's own modules decide what "all-linear" means."""
+        import peft
+
+        config = self.config
+        targets = config.targets
+        return peft.LoraConfig(
+            r=config.r,
+            lora_alpha=2 * config.r if config.alpha is None else config.alpha,
+            lora_dropout=config.dropout,
+            target_modules=targets if isinstance(targets, str) else list(targets),
+            bias=config.bias,
+            use_rslora=config.rslora,
+            use_dora=config.dora,
+            task_type="CAUSAL_LM",
+        )

@@ -1,0 +1,48 @@
+"""Mean negative log-likelihood of the answers: what SFT minimises, on data it has not seen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from tunesmith.data.examples import Conversation
+from tunesmith.errors import DataError
+from tunesmith.plugin.metrics import Metric, MetricConfig
+
+if TYPE_CHECKING:
+    from tunesmith.plugin.session import Session
+
+__all__ = ["Loss"]
+
+
+class Loss(Metric[MetricConfig]):
+    """`loss` in nats per trained token, averaged over tokens, and `perplexity` = exp(loss)."""
+
+    def measure(self, session: Session, examples: Sequence[Conversation]) -> Mapping[str, float]:
+        """Return loss, perplexity and the number of tokens they are over."""
+        from tunesmith.data.pack import PaddingCollator
+        from tunesmith.data.render import Renderer
+
+        from tunesmith.nn.logps import completion_logps
+
+        renderer = Renderer(session.tokenizer, self.config.max_length)
+        rows = [row for row in map(renderer.conversation, examples) if row.trained > 0]
+        if not rows:
+            raise DataError(
+                f"loss: none of {len(examples)} conversations has an answer token within "
+                f"max_length={self.config.max_length}"
+            )
+        pad = session.tokenizer.pad_token_id
+        collator = PaddingCollator(session.tokenizer.eos_token_id if pad is None else pad)
+        rows.sort(key=lambda row: len(row.input_ids))  # like lengths together: less padding
+        total, tokens = 0.0, 0
+        for start in range(0, len(rows), self.config.batch_size):
+            batch = collator(rows[start : start + self.config.batch_size])
+            moved = {name: value.to(session.device) for name, value in batch.items()}
+            logps, counts = completion_logps(session.model, **moved)
+            total -= float(logps.double().sum())
+            tokens += int(counts.sum())
+        loss = total / tokens
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        return {"loss": loss, "perplexity": perplexity, "tokens": float(tokens)}

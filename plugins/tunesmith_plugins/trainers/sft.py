@@ -1,0 +1,97 @@
+"""SFT: supervised fine-tuning on conversations, by default on the answers only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from tunesmith.errors import DataError, ModelError
+from tunesmith.plugin.options import more_than
+from tunesmith.plugin.trainers import Trainer, TrainerConfig, TrainingData, training_arguments
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import transformers
+    from tunesmith.data.render import Rendered, Renderer
+
+    from tunesmith.data.examples import Sourced
+    from tunesmith.plugin.session import Session
+
+__all__ = ["SFT", "SFTConfig"]
+
+
+@attrs.frozen(kw_only=True)
+class SFTConfig(TrainerConfig):
+    """Options of `.sft()`.
+
+    The learning rate, unless given, is 2e-4 with an adapter (QLoRA, arXiv:2305.14314, table 9, for
+    models up to 13B) and 2e-5 without (Stanford Alpaca).
+    """
+
+    epochs: float = attrs.field(default=3.0, validator=more_than(0))
+    """Passes over the training data; 3 as Stanford Alpaca and TRL. max_steps overrides it."""
+    max_grad_norm: float = attrs.field(default=0.3, validator=more_than(0))
+    """Gradients are scaled down to this norm; 0.3 as QLoRA."""
+    completion_only_loss: bool = True
+    """Learn the assistant's turns only; false learns every token."""
+
+
+class SFT(Trainer[SFTConfig]):
+    """Minimises the mean negative log-likelihood of the trained tokens of a batch."""
+
+    def build(self, session: Session, data: TrainingData, directory: Path) -> transformers.Trainer:
+        """Render, pack if asked, and return a stock `transformers.Trainer`.
+
+        The loss of an optimizer step is normalised by the trained tokens of all its forward passes,
+        so gradient accumulation changes nothing but memory.
+        """
+        import transformers
+        from tunesmith.data.pack import PackingCollator, PaddingCollator, packing_supported
+        from tunesmith.data.render import Renderer
+
+        config = self.config
+        model = session.model
+        renderer = Renderer(session.tokenizer, config.max_length, config.completion_only_loss)
+        train = _render(renderer, data.train, data)
+        evaluation = _render(renderer, data.evaluation, data)
+        if not train:
+            raise DataError(
+                f"sft: none of {len(data.train)} rows leaves a token to learn within max_length="
+                f"{config.max_length}; raise max_length, or see the list of dropped rows"
+            )
+        pad = session.tokenizer.pad_token_id
+        pad = session.tokenizer.eos_token_id if pad is None else pad
+        collator: Any = PaddingCollator(pad)
+        train_rows: list[Any] = train
+        evaluation_rows: list[Any] = evaluation
+        if config.packing:
+            from tunesmith.data.pack import pack
+
+            reason = packing_supported(model)
+            if reason is not None:
+                raise ModelError(f"sft: packing=True does not work with this model: {reason}")
+            collator = PackingCollator(pad)
+            train_rows = pack(train, config.max_length)
+            evaluation_rows = pack(evaluation, config.max_length)
+        return transformers.Trainer(
+            model=model,
+            args=training_arguments(self, session, data, directory),
+            train_dataset=train_rows,
+            eval_dataset=evaluation_rows or None,
+            data_collator=collator,
+            processing_class=session.tokenizer,
+        )
+
+
+def _render(renderer: Renderer, rows: Sequence[Sourced], data: TrainingData) -> list[Rendered]:
+    rendered: list[Rendered] = []
+    for row in rows:
+        tokens = renderer.conversation(row.example)
+        if tokens.trained == 0:
+            data.drop(row.where, "no token to learn within max_length")
+            continue
+        rendered.append(tokens)
+    return rendered

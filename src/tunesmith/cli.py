@@ -1,0 +1,168 @@
+"""The command line: run, explain, chat, plugins, doctor. Loads no torch before it has to."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tunesmith import __version__
+from tunesmith.errors import TunesmithError
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status: 0 done, 1 a problem, 2 wrong usage."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return 2
+    try:
+        status: int = options.command(options)
+    except TunesmithError as error:
+        print(f"tunesmith: {error}", file=sys.stderr)
+        for note in getattr(error, "__notes__", ()):
+            print(f"  {note}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("tunesmith: stopped; run the same command again to go on", file=sys.stderr)
+        return 130
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tunesmith", description="Fine-tune language models: from quantize to merge."
+    )
+    parser.add_argument("--version", action="version", version=f"tunesmith {__version__}")
+    parser.set_defaults(command=None)
+    verbs = parser.add_subparsers(title="commands", metavar="")
+
+    run = verbs.add_parser("run", help="run a recipe, reusing stages that are done")
+    run.add_argument("recipe", type=Path, help="recipe file, YAML or JSON")
+    run.add_argument("--out", type=Path, required=True, help="run directory, such as runs/a")
+    run.add_argument("--quiet", action="store_true", help="show no progress")
+    run.set_defaults(command=_run)
+
+    explain = verbs.add_parser("explain", help="say what a recipe will do, take, and what is wrong")
+    explain.add_argument("recipe", type=Path, help="recipe file, YAML or JSON")
+    explain.set_defaults(command=_explain)
+
+    chat = verbs.add_parser("chat", help="talk to the model of a finished run")
+    chat.add_argument("run", type=Path, help="run directory")
+    chat.add_argument("--system", help="system prompt")
+    chat.add_argument("--max-new-tokens", type=int, default=256, help="longest answer, in tokens")
+    chat.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
+    chat.set_defaults(command=_chat)
+
+    plugins = verbs.add_parser("plugins", help="list plugins, and those that failed to load")
+    plugins.add_argument("--options", metavar="NAME", help="show one plugin's options")
+    plugins.add_argument("--traceback", action="store_true", help="show why broken ones failed")
+    plugins.set_defaults(command=_plugins)
+
+    doctor = verbs.add_parser(
+        "doctor", help="check this machine: versions, kernels, what is missing"
+    )
+    doctor.set_defaults(command=_doctor)
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    from tunesmith.tuner import Tuner
+
+    result = Tuner.from_yaml(options.recipe).run(options.out, progress=not options.quiet)
+    print(f"run      {result.path}")
+    for label, directory in result.adapters.items():
+        print(f"adapter  {label}: {directory}")
+    if result.model_path is not None:
+        print(f"model    {result.model_path}")
+    print(f"report   {result.path / 'report.html'}")
+    return 0
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from tunesmith.tuner import Tuner
+
+    return 1 if Tuner.from_yaml(options.recipe).explain().problems else 0
+
+
+def _chat(options: argparse.Namespace) -> int:
+    from tunesmith.engine.result import RunResult
+
+    result = RunResult.open(options.run)
+    messages = [{"role": "system", "content": options.system}] if options.system else []
+    interactive = sys.stdin.isatty()
+    if interactive:
+        print("an empty line or Ctrl-D ends the talk", file=sys.stderr)
+    while True:
+        try:
+            said = input("you> " if interactive else "")
+        except EOFError:
+            return 0
+        if not said.strip():
+            return 0
+        messages.append({"role": "user", "content": said})
+        answer = result.generate(
+            messages, max_new_tokens=options.max_new_tokens, temperature=options.temperature
+        )
+        messages.append({"role": "assistant", "content": answer})
+        print(answer, flush=True)
+
+
+def _plugins(options: argparse.Namespace) -> int:
+    from tunesmith.plugin.registry import registry
+    from tunesmith.plugin.spec import API_VERSION, KINDS
+
+    found = registry()
+    if options.options:
+        return _plugin_options(options.options)
+    for kind in KINDS:
+        print(kind)
+        for item in found.of_kind(kind):
+            origin = "" if item.builtin else f"  [{item.distribution} {item.version}]"
+            old = "" if item.spec.api == API_VERSION else f"  unusable: API {item.spec.api}"
+            print(f"  {item.spec.name:<22}{item.spec.summary}{origin}{old}")
+    for broken in found.broken:
+        print(f"broken  {broken.distribution} {broken.version} ({broken.entry}): {broken.problem}")
+        if options.traceback:
+            print(broken.traceback)
+    for name in found.disabled:
+        print(f"switched off  {name}")
+    return 0
+
+
+def _plugin_options(name: str) -> int:
+    import attrs
+
+    from tunesmith.errors import UnknownPluginError, close_matches, listed
+    from tunesmith.plugin.options import field_docs
+    from tunesmith.plugin.registry import registry
+
+    found = [item for item in registry() if name in (item.spec.name, item.key)]
+    if not found:
+        known = {item.spec.name for item in registry()}
+        raise UnknownPluginError(
+            f"unknown plugin '{name}'{close_matches(name, known)}; installed: {listed(known)}"
+        )
+    for item in found:
+        print(f"{item.key}  {item.kind.removesuffix('s')}  {item.spec.summary}")
+        docs = field_docs(item.spec.config)
+        for field in attrs.fields(item.spec.config):
+            default = "required" if field.default is attrs.NOTHING else repr(field.default)
+            print(f"  {field.name} = {default}\n      {' '.join(docs[field.name].split())}")
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from tunesmith.doctor import examine
+
+    text, healthy = examine()
+    print(text)
+    return 0 if healthy else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

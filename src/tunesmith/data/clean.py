@@ -1,0 +1,177 @@
+"""Clean, deduplicate and split examples; what is dropped is counted and listed, never lost."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import attrs
+
+from tunesmith.data.examples import (
+    Conversation,
+    Labeled,
+    Message,
+    Preference,
+    Prompt,
+    Sourced,
+    Text,
+)
+from tunesmith.errors import DataError
+
+__all__ = ["Drop", "DropLog", "Dropped", "deduplicate", "drop_empty", "split"]
+
+Drop: TypeAlias = Callable[[str, str], None]
+"""`drop(where, reason)` records a row that is not used."""
+
+
+@attrs.frozen
+class Dropped:
+    """A row that is not used, why, and what else is to say about it."""
+
+    where: str
+    reason: str
+    """The same words for the same cause, so that reasons can be counted."""
+    detail: str = ""
+
+
+class DropLog:
+    """Every row that was dropped on the way from the source to the trainer."""
+
+    def __init__(self) -> None:
+        self.entries: list[Dropped] = []
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def add(self, where: str, reason: str, detail: str = "") -> None:
+        """Record a dropped row; `add` itself is what `drop` arguments take."""
+        self.entries.append(Dropped(where, reason, detail))
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """How many rows were dropped for each reason, the most frequent first."""
+        return dict(Counter(entry.reason for entry in self.entries).most_common())
+
+    def write(self, path: str | Path) -> None:
+        """Write one JSON line {"where", "reason"} a row, and its "detail" where there is one."""
+        with Path(path).open("w", encoding="utf-8") as stream:
+            for entry in self.entries:
+                row = {key: text for key, text in attrs.asdict(entry).items() if text}
+                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def deduplicate(examples: Iterable[Sourced], drop: Drop) -> list[Sourced]:
+    """Return the examples without those that say exactly what an earlier one says.
+
+    Runs of whitespace count as one space. The reason is "duplicate"; a `DropLog` is told as well
+    which row stands first.
+    """
+    first: dict[bytes, str] = {}
+    kept: list[Sourced] = []
+    for item in examples:
+        key = _content(item.example)
+        if key not in first:
+            first[key] = item.where
+            kept.append(item)
+        elif isinstance(log := getattr(drop, "__self__", None), DropLog):
+            log.add(item.where, "duplicate", f"of {first[key]}")
+        else:
+            drop(item.where, "duplicate")
+    return kept
+
+
+def drop_empty(examples: Iterable[Sourced], drop: Drop) -> list[Sourced]:
+    """Return the examples that have something to learn from; the reasons say what is missing."""
+    kept: list[Sourced] = []
+    for item in examples:
+        reason = _emptiness(item.example)
+        if reason:
+            drop(item.where, reason)
+        else:
+            kept.append(item)
+    return kept
+
+
+def split(
+    examples: Sequence[Sourced], eval_split: float, seed: int
+) -> tuple[list[Sourced], list[Sourced]]:
+    """Return (training, evaluation) examples, each in the order they came.
+
+    `eval_split` is the share (below 1) or the number of examples to hold out; 0 holds out none.
+    Which ones depends on the seed and on what they say, not on their order, so a file that is
+    sorted anew is split the same. Errors: `DataError` if either side would be left with nothing.
+    """
+    total = len(examples)
+    if eval_split == 0:
+        return list(examples), []
+    if eval_split < 0 or (eval_split > 1 and eval_split != int(eval_split)):
+        raise DataError(
+            f"eval_split: got {eval_split:g}; expected a share below 1 or a whole number of rows"
+        )
+    count = round(total * eval_split) if eval_split < 1 else int(eval_split)
+    if not 0 < count < total:
+        left = "evaluate" if count == 0 else "train"
+        raise DataError(
+            f"eval_split: got {eval_split:g} of {total} row{'' if total == 1 else 's'}, which "
+            f"leaves nothing to {left} on; expected 1 to {max(total - 1, 1)} rows or a share that "
+            "comes to as much; give another eval_split, or more data"
+        )
+    salt = str(seed).encode()
+    ranks = [
+        hashlib.sha256(salt + b"\0" + _content(item.example)).digest() for item in examples
+    ]
+    chosen = set(sorted(range(total), key=lambda index: (ranks[index], index))[:count])
+    training = [item for index, item in enumerate(examples) if index not in chosen]
+    evaluation = [item for index, item in enumerate(examples) if index in chosen]
+    return training, evaluation
+
+
+def _content(example: Any) -> bytes:
+    """Return a digest of what an example says, blind to the amount of whitespace."""
+    text = json.dumps(_plain(example), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).digest()
+
+
+def _plain(value: Any) -> Any:
+    if attrs.has(type(value)):
+        fields = {f.name: _plain(getattr(value, f.name)) for f in attrs.fields(type(value))}
+        return {"": type(value).__name__, **fields}
+    if isinstance(value, str):
+        return " ".join(value.split())
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _emptiness(example: Any) -> str:
+    """Return why there is nothing to learn from an example, or nothing."""
+    match example:
+        case Text(text):
+            return "" if text.strip() else "the text is blank"
+        case Conversation(messages):
+            return "" if _says(messages) else "no assistant turn says anything"
+        case Preference(_, chosen, rejected):
+            if not _says(chosen):
+                return "chosen is blank"
+            if not _says(rejected):
+                return "rejected is blank"
+            return "chosen and rejected are equal" if _plain(chosen) == _plain(rejected) else ""
+        case Labeled(_, completion):
+            return "" if _says(completion) else "the completion is blank"
+        case Prompt(prompt):
+            blank = not any(message.content.strip() for message in prompt)
+            return "the prompt is blank" if blank else ""
+    return ""
+
+
+def _says(messages: Sequence[Message]) -> bool:
+    return any(
+        message.role == "assistant" and (message.content.strip() or message.extra.get("tool_calls"))
+        for message in messages
+    )

@@ -1,0 +1,1 @@
+"""The five-minute demo: a small invented harbour taught to a small language model."""

@@ -1,0 +1,1 @@
+"""Resolving, running and keeping a recipe: plan, memory, session, runner, store, events."""

@@ -1,0 +1,209 @@
+"""What a training step will take: peak memory and time, predicted from shapes alone.
+
+The model is built on torch's meta device, so no weight is read or allocated. Memory follows the
+counting of Korthikanti et al. 2022 (arXiv:2205.05198), with what PEFT and fp32 losses add; time is
+floating-point operations over a matmul rate that is measured here for a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from tunesmith.data.examples import Conversation, Preference, Sourced
+from tunesmith.engine.models import ModelSource, load_config
+
+if TYPE_CHECKING:
+    from tunesmith.engine.plan import Device, PlannedStep
+
+__all__ = ["Estimate", "Shapes", "estimate_step", "model_shapes"]
+
+ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
+CHARACTERS_PER_TOKEN = 3.6
+"""English text in a byte-pair vocabulary of 32k to 150k, template tokens counted in."""
+EFFICIENCY = 0.55
+"""Share of the measured matmul rate that a whole training step reaches."""
+
+
+@attrs.frozen
+class Shapes:
+    """The sizes of a model that memory and time depend on."""
+
+    model: Any
+    """The skeleton on the meta device."""
+    linears: tuple[tuple[int, int], ...]
+    """[out_features, in_features] of every linear layer but the head."""
+    other_parameters: int
+    """Embeddings, norms, biases, head."""
+    hidden: int
+    layers: int
+    vocabulary: int
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, tied ones counted once."""
+        return sum(out * into for out, into in self.linears) + self.other_parameters
+
+
+@attrs.frozen
+class Estimate:
+    """Prediction for one training step."""
+
+    weights_bytes: int
+    adapter_bytes: int
+    """Trained weights, their gradients and optimizer states."""
+    activations_bytes: int
+    tokens: int
+    """Tokens of all passes over the data."""
+    steps: int
+    """Optimizer steps."""
+    seconds: float
+    trainable: int
+    """Trained parameters."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """Peak memory beyond the interpreter and its libraries."""
+        return self.weights_bytes + self.adapter_bytes + self.activations_bytes
+
+
+def model_shapes(source: ModelSource) -> Shapes:
+    """Return a model's shapes from its config."""
+    import torch
+    from torch import nn
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(source)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    head = model.get_output_embeddings()
+    linears = tuple(
+        (module.out_features, module.in_features)
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and module is not head
+    )
+    total = sum(parameter.numel() for parameter in model.parameters())
+    text = config.get_text_config()
+    return Shapes(
+        model,
+        linears,
+        total - sum(out * into for out, into in linears),
+        text.hidden_size,
+        text.num_hidden_layers,
+        text.vocab_size,
+    )
+
+
+def estimate_step(
+    step: PlannedStep,
+    quantizer: PlannedStep | None,
+    method: PlannedStep | None,
+    shapes: Shapes,
+    device: Device,
+) -> Estimate:
+    """Predict one training step's memory in bytes and time in seconds."""
+    config = step.config
+    assert step.data is not None
+    itemsize = ITEMSIZE[device.precision]
+    if quantizer is not None and quantizer.plugin is not None:
+        held = quantizer.plugin.load()(quantizer.config)
+        weights = sum(held.nbytes(shape, itemsize) for shape in shapes.linears)
+        weights += shapes.other_parameters * itemsize
+        # one layer at a time is dequantized for its product
+        workspace = max(out * into for out, into in shapes.linears) * itemsize
+    else:
+        weights = shapes.parameters * (4 if method is None else itemsize)
+        workspace = 0
+    if method is not None and method.plugin is not None:
+        wrapped = method.plugin.load()(method.config).wrap(shapes.model)
+        trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+        shapes = attrs.evolve(shapes, model=wrapped.unload())
+    else:
+        trainable = shapes.parameters
+    # fp32 weight (held already by full fine-tuning), gradient, and Adam's two moments
+    adapter = trainable * 4 * (4 if method is not None else 3)
+
+    lengths = [_tokens(row) for row in step.data.examples]
+    longest = min(max(lengths), config.max_length)
+    rows_a_pass = config.batch_size * _sequences(step.data.examples[0])
+    batch_tokens = rows_a_pass * (config.max_length if config.packing else longest)
+    # Korthikanti et al. count 34 bytes a token and hidden unit in 16 bits, without the attention
+    # matrix (fused attention does not keep it); what scales is the compute dtype
+    linear_inputs = sum(into for _, into in shapes.linears) / max(1, shapes.layers)
+    a_layer = batch_tokens * itemsize * (2.2 * linear_inputs + 4 * shapes.hidden)
+    kept = shapes.layers * batch_tokens * itemsize * shapes.hidden
+    activations = a_layer + kept if config.gradient_checkpointing else shapes.layers * a_layer
+    # logits in the compute dtype, in fp32, and their gradient
+    logits = batch_tokens * shapes.vocabulary * (itemsize + 8)
+    epochs_tokens = sum(min(length, config.max_length) for length in lengths) * _sequences(
+        step.data.examples[0]
+    )
+    per_step = config.batch_size * config.gradient_accumulation
+    steps_an_epoch = max(1, -(-len(lengths) // per_step))
+    steps = config.max_steps or max(1, round(config.epochs * steps_an_epoch))
+    tokens = round(epochs_tokens * steps / steps_an_epoch)
+    # forward 2, gradient of the input 2, gradient of the weights 2 where they are trained
+    passes = 2 + 2 + (2 if method is None else 0) + (2 if config.gradient_checkpointing else 0)
+    rate = _matmul_rate(device.name, device.precision) * EFFICIENCY
+    seconds = tokens * shapes.parameters * passes / rate
+    return Estimate(
+        weights_bytes=int(weights + workspace),
+        adapter_bytes=int(adapter),
+        activations_bytes=int(activations + logits),
+        tokens=tokens,
+        steps=steps,
+        seconds=seconds,
+        trainable=trainable,
+    )
+
+
+def _sequences(row: Sourced) -> int:
+    """Return how many sequences an example becomes in a batch."""
+    return 2 if isinstance(row.example, Preference) else 1
+
+
+def _tokens(row: Sourced) -> int:
+    """Estimate the tokens of one sequence of an example."""
+    example = row.example
+    if isinstance(example, Conversation):
+        characters = sum(len(message.content) for message in example.messages)
+        turns = len(example.messages)
+    elif isinstance(example, Preference):
+        prompt = sum(len(message.content) for message in example.prompt)
+        answers = max(
+            sum(len(message.content) for message in side)
+            for side in (example.chosen, example.rejected)
+        )
+        characters, turns = prompt + answers, len(example.prompt) + 1
+    else:
+        characters, turns = len(str(example)), 1
+    return int(characters / CHARACTERS_PER_TOKEN) + 5 * turns + 12
+
+
+@cache
+def _matmul_rate(device: str, precision: str) -> float:
+    """Measure floating-point operations a second of a matrix product, for about 0.2 s."""
+    import torch
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    size = 1024 if device == "cpu" else 4096
+    a = torch.randn(size, size, device=device, dtype=dtype)
+
+    def sync() -> None:
+        if a.device.type == "cuda":
+            torch.cuda.synchronize(a.device)
+
+    a @ a
+    sync()
+    best = float("inf")
+    stop = time.perf_counter() + 0.2
+    while time.perf_counter() < stop:
+        begin = time.perf_counter()
+        a @ a
+        sync()
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best

@@ -1,0 +1,70 @@
+"""The plan as text: what `explain()` prints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["gibibytes", "plan_text", "short_time"]
+
+
+def plan_text(plan: Any) -> str:
+    """Return a plan as plain text, steps first, problems last."""
+    lines = [f"model      {plan.recipe.model}" + (f"  ({plan.model.kind})" if plan.model else "")]
+    if plan.shapes is not None:
+        lines[0] += f", {plan.shapes.parameters / 1e6:,.0f} M parameters"
+    if plan.device is not None:
+        lines.append(
+            f"device     {plan.device.name} ({plan.device.description}), {plan.device.precision}, "
+            f"{gibibytes(plan.device.memory_bytes)} memory"
+        )
+    lines.append(f"seed       {plan.recipe.seed}")
+    lines.append("")
+    for step in plan.steps:
+        options = ", ".join(f"{key}={value!r}" for key, value in step.step.options.items())
+        key = step.plugin.key if step.plugin is not None and not step.plugin.builtin else ""
+        lines.append(
+            f"{step.name}  {step.step.verb}"
+            + (f" by {key}" if key else "")
+            + (f"  {options}" if options else "")
+        )
+        if step.data is not None:
+            lines.append(
+                f"    data     {step.data.description}: {len(step.data.examples)} rows, "
+                f"format {step.data.format}"
+            )
+        if step.eval_data is not None:
+            lines.append(
+                f"    held out {step.eval_data.description}: {len(step.eval_data.examples)} rows"
+            )
+        found = step.estimate
+        if found is not None:
+            lines.append(
+                f"    trains   {found.trainable:,} parameters in {found.steps} steps over about "
+                f"{found.tokens:,} tokens"
+            )
+            lines.append(
+                f"    takes    about {gibibytes(found.memory_bytes)} of memory (weights "
+                f"{gibibytes(found.weights_bytes)}, trained {gibibytes(found.adapter_bytes)}, "
+                f"activations {gibibytes(found.activations_bytes)}) and {short_time(found.seconds)}"
+            )
+    for note in plan.notes:
+        lines += ["", f"note: {note}"]
+    if plan.problems:
+        count = len(plan.problems)
+        lines += ["", "1 problem:" if count == 1 else f"{count} problems:"]
+        lines += [f"  {number}. {text}" for number, text in enumerate(plan.problems, 1)]
+    else:
+        lines += ["", "no problems found"]
+    return "\n".join(lines)
+
+
+def gibibytes(count: float) -> str:
+    """Return bytes as a person reads them, in binary units."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def short_time(seconds: float) -> str:
+    """Return seconds as "40 s", "3 min" or "2.5 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,90 @@
+"""Answers from the model of a finished run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.data.render import set_chat_template
+from tunesmith.engine.models import find_model, local_directory
+from tunesmith.errors import RunError
+from tunesmith.plugin.registry import registry
+from tunesmith.plugin.session import Session
+from tunesmith.recipe import Recipe
+
+if TYPE_CHECKING:
+    from tunesmith.engine.result import RunResult
+
+__all__ = ["generate", "load_for_generation"]
+
+
+def load_for_generation(result: RunResult) -> tuple[Any, Any]:
+    """Return (model, tokenizer): its last full model, else its last adapter on its base."""
+    import torch
+    from transformers import AutoTokenizer
+
+    recipe = Recipe.from_yaml(result.path / "recipe.yaml")
+    lock = json.loads((result.path / "lock.json").read_text(encoding="utf-8"))
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    device = lock["device"] if torch.cuda.is_available() or lock["device"] == "cpu" else "cpu"
+    if result.model_path is None and not result.adapters:
+        raise RunError(f"{result.path}: holds no model and no adapter to generate with")
+    base = result.model_path or local_directory(find_model(recipe.model))
+    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+    set_chat_template(tokenizer, recipe.chat_template)
+    session = Session(
+        base=base,
+        tokenizer=tokenizer,
+        device=torch.device(device),
+        dtype=dtypes[lock["precision"]],
+        seed=recipe.seed,
+    )
+    if result.model_path is None:
+        for step in recipe.steps:
+            if step.verb == "quantize":
+                session.use_quantizer(registry().build(step))
+            elif step.verb == "peft":
+                session.use_method(registry().build(step))
+        for label, directory in result.adapters.items():
+            session.use_adapter(label, directory)
+    model = session.model
+    model.eval()
+    return model, tokenizer
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompt: str | Sequence[Mapping[str, str]],
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+) -> str:
+    """Return the answer as text, without special tokens."""
+    import torch
+    from transformers import set_seed
+
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    encoded = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    ).to(model.device)
+    options: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        options |= {"temperature": temperature, "top_p": top_p}
+    if seed is not None:
+        set_seed(seed)
+    pad = tokenizer.pad_token_id
+    with torch.no_grad():
+        output = model.generate(
+            **encoded,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.eos_token_id if pad is None else pad,
+            use_cache=True,
+            **options,
+        )
+    new_tokens = output[0, encoded["input_ids"].shape[1] :]
+    text: str = tokenizer.decode(new_tokens, skip_special_tokens=True)
+    return text.strip()

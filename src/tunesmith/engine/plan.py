@@ -1,0 +1,325 @@
+"""Plan: a recipe resolved against this machine, these files and these plugins.
+
+Everything that can be found wrong is found here, all of it at once, before a weight is read.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from tunesmith.engine.dataset import LoadedData, load_data
+from tunesmith.engine.estimate import Estimate, Shapes, estimate_step, model_shapes
+from tunesmith.engine.models import ModelSource, find_model
+from tunesmith.engine.store import problem_with
+from tunesmith.errors import DataError, ModelError, OptionError, PlanError, PluginError
+from tunesmith.plugin.options import given_options
+from tunesmith.plugin.registry import Registered, Registry
+from tunesmith.recipe import Recipe, Step
+
+__all__ = ["Device", "Plan", "PlannedStep", "find_device", "make_plan"]
+
+WITH_DATA = ("train", "evaluate")
+
+
+@attrs.frozen
+class Device:
+    """Where a run computes, and in what."""
+
+    name: str
+    """A torch device string."""
+    precision: str
+    """"fp32", "bf16" or "fp16"."""
+    description: str
+    memory_bytes: int
+    """Memory of the device, or of the machine for the CPU."""
+
+
+@attrs.frozen
+class PlannedStep:
+    """A step with what it was resolved to; parts that have a problem are None."""
+
+    number: int
+    step: Step
+    plugin: Registered | None = None
+    config: Any = None
+    data: LoadedData | None = None
+    eval_data: LoadedData | None = None
+    estimate: Estimate | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the stage that the step becomes, such as "03-sft"."""
+        return f"{self.number:02d}-{self.step.label}"
+
+
+@attrs.frozen
+class Plan:
+    """What will be done, what it will take, and what is wrong with it."""
+
+    recipe: Recipe
+    model: ModelSource | None
+    device: Device | None
+    steps: tuple[PlannedStep, ...]
+    problems: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    shapes: Shapes | None = None
+
+    @property
+    def configs(self) -> Sequence[Any]:
+        """One config instance a step, or None where its options are wrong."""
+        return [step.config for step in self.steps]
+
+    def raise_if_problems(self) -> None:
+        """Raise `PlanError` with every problem, if there is one."""
+        if self.problems:
+            raise PlanError(self.problems)
+
+    def __str__(self) -> str:
+        from tunesmith.engine.explain import plan_text
+
+        return plan_text(self)
+
+
+def make_plan(
+    recipe: Recipe,
+    registry: Registry,
+    *,
+    directory: Path | None = None,
+    estimates: bool = True,
+) -> Plan:
+    """Resolve a recipe; problems are collected in the plan and not raised.
+
+    `directory` is where the run shall go, checked too if given; `estimates=False` leaves out the
+    prediction of memory and time, which has to build the model's skeleton.
+    """
+    problems: list[str] = []
+    notes: list[str] = []
+    model: ModelSource | None = None
+    try:
+        model = find_model(recipe.model)
+    except ModelError as error:
+        problems.append(str(error))
+    device = None
+    try:
+        device = find_device(recipe.device, recipe.precision)
+    except OptionError as error:
+        problems.extend(error.problems)
+    problems += _order_problems(recipe)
+    steps = tuple(
+        _planned(number, step, registry, problems) for number, step in enumerate(recipe.steps, 1)
+    )
+    if directory is not None and (problem := problem_with(directory)):
+        problems.append(problem)
+    shapes = None
+    if estimates and model is not None and device is not None and not problems:
+        try:
+            shapes = model_shapes(model)
+        except ModelError as error:
+            problems.append(str(error))
+        except Exception as error:
+            notes.append(f"memory and time are not predicted: {type(error).__name__}: {error}")
+        if shapes is not None:
+            steps = _with_estimates(steps, shapes, device, notes)
+    plan = Plan(recipe, model, device, steps, tuple(problems), tuple(notes), shapes)
+    for distribution, answer in registry.each_hook("tunesmith_check_plan", plan=plan):
+        if isinstance(answer, Exception):
+            notes.append(f"plugin {distribution} failed to check the plan: {answer}")
+        else:
+            problems += [f"{distribution}: {line}" for line in answer or ()]
+    return attrs.evolve(plan, problems=tuple(problems), notes=tuple(notes))
+
+
+def find_device(name: str, precision: str) -> Device:
+    """Return the device and precision that "auto" means here, or check the ones named.
+
+    bf16 is taken where the hardware multiplies it (CUDA from Ampere on, CPUs with AVX512-BF16 or
+    AMX), fp16 on older CUDA devices, fp32 elsewhere. Errors: `OptionError`.
+    """
+    import os
+
+    import torch
+
+    from tunesmith.ops.machine import cpu_multiplies_bf16
+
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    kind = name.partition(":")[0]
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise OptionError(
+            [
+                "device 'cuda': this torch sees no CUDA device; use device='cpu', or install a "
+                "CUDA build of torch and check the driver"
+            ]
+        )
+    if kind not in ("cpu", "cuda", "mps"):
+        raise OptionError([f"device '{name}': expected auto, cpu, cuda, cuda:N or mps"])
+    if precision not in ("auto", "fp32", "bf16", "fp16"):
+        raise OptionError([f"precision '{precision}': expected auto, fp32, bf16 or fp16"])
+    if precision == "fp16" and kind == "cpu":
+        raise OptionError(["precision 'fp16': a CPU trains in fp32 or bf16; choose one of them"])
+    if kind == "cuda":
+        properties = torch.cuda.get_device_properties(torch.device(name))
+        fitting = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        description, memory = properties.name, properties.total_memory
+    else:
+        fitting = "bf16" if kind == "cpu" and cpu_multiplies_bf16() else "fp32"
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        description = (
+            f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+        )
+    return Device(name, fitting if precision == "auto" else precision, description, memory)
+
+
+def _order_problems(recipe: Recipe) -> list[str]:
+    """Say which steps stand where they cannot."""
+    if not recipe.steps:
+        return ["the recipe has no steps; add one, such as .sft(data)"]
+    problems: list[str] = []
+    seen: dict[str, int] = {}
+    for number, step in enumerate(recipe.steps, 1):
+        here = f"step {number} ({step.label})"
+
+        def after(verb: str, here: str = here) -> str:
+            first = seen[verb]
+            return f"{here}: comes after step {first} ({recipe.steps[first - 1].label})"
+
+        if step.verb == "quantize":
+            if "quantize" in seen:
+                problems.append(
+                    f"{after('quantize')}; a model is quantized once: leave one of them out"
+                )
+            elif early := [verb for verb in ("peft", "train", "export") if verb in seen]:
+                problems.append(
+                    f"{after(early[0])}; how weights are loaded is decided first: "
+                    "put it at the start"
+                )
+        if step.verb == "peft":
+            if "peft" in seen:
+                problems.append(f"{after('peft')}; one method a run: leave one of them out")
+            elif "train" in seen:
+                problems.append(
+                    f"{after('train')}, which trains all weights; put the method before it"
+                )
+            elif "export" in seen:
+                problems.append(f"{after('export')}; nothing is trained after an export")
+        if step.verb == "train":
+            if "export" in seen:
+                problems.append(
+                    f"{after('export')}; nothing is trained after an export: put it before"
+                )
+            if "quantize" in seen and "peft" not in seen:
+                problems.append(
+                    f"{here}: quantized weights cannot be trained; add a method such as .lora() "
+                    "before it, or leave the quantize step out"
+                )
+        seen.setdefault(step.verb, number)
+    return problems
+
+
+def _planned(number: int, step: Step, registry: Registry, problems: list[str]) -> PlannedStep:
+    """Resolve one step; add what is wrong with it to `problems`."""
+    here = f"step {number} ({step.label})"
+    plugin = config = data = eval_data = None
+    try:
+        plugin = registry.find(step.kind, step.plugin)
+        config = plugin.structure(step.options)
+    except PluginError as error:
+        problems.append(f"{here}: {error}")
+    except OptionError as error:
+        problems += [f"{here}: {problem}" for problem in error.problems]
+    if plugin is not None:
+        problems += [f"{here}: {problem}" for problem in _missing_packages(plugin, config)]
+        try:
+            plugin.load()
+        except (PluginError, ImportError) as error:
+            problems.append(f"{here}: {error}")
+    if step.verb in WITH_DATA:
+        data = _loaded(here, step.data, step.format, plugin, registry, problems)
+        held_out = getattr(config, "eval_data", None)
+        if held_out is not None:
+            chosen = step.format or (data.format if data is not None else None)
+            eval_data = _loaded(f"{here}, eval_data", held_out, chosen, plugin, registry, problems)
+    elif step.data is not None:
+        problems.append(f"{here}: takes no data; got {step.data!r}")
+    return PlannedStep(number, step, plugin, config, data, eval_data)
+
+
+def _loaded(
+    here: str,
+    data: Any,
+    format_name: str | None,
+    plugin: Registered | None,
+    registry: Registry,
+    problems: list[str],
+) -> LoadedData | None:
+    if data is None:
+        problems.append(f"{here}: has no data; give a file, a hub id or rows")
+        return None
+    try:
+        loaded = load_data(data, format_name, registry)
+    except (DataError, PluginError) as error:
+        problems.append(f"{here}: {error}")
+        return None
+    wanted = plugin.spec.example if plugin is not None else None
+    if plugin is not None and wanted is not None and loaded.shape != wanted:
+        takers = [
+            item.spec.name
+            for item in registry.of_kind(plugin.kind)
+            if item.spec.example == loaded.shape
+        ]
+        hint = f"; for these rows use {' or '.join(takers)}" if takers else ""
+        problems.append(
+            f"{here}: needs {wanted} examples, and {loaded.description} holds {loaded.shape} "
+            f"examples (format {loaded.format}){hint}"
+        )
+    return loaded
+
+
+def _missing_packages(plugin: Registered, config: Any) -> list[str]:
+    """Name the packages that a step needs and that are not installed."""
+    needs = [(name, plugin.spec.hint or f"pip install {name}") for name in plugin.spec.requires]
+    for logger in getattr(config, "loggers", ()):
+        if logger != "none":
+            needs.append((logger, f"pip install 'tunesmith[{logger}]'"))
+    if getattr(config, "optimizer", "").endswith("8bit"):
+        needs.append(("bitsandbytes", "pip install 'tunesmith[bitsandbytes]'"))
+    return [
+        f"needs the package '{name}', which is not installed; install it with: {command}"
+        for name, command in needs
+        if importlib.util.find_spec(name) is None
+    ]
+
+
+def _with_estimates(
+    steps: tuple[PlannedStep, ...], shapes: Shapes, device: Device, notes: list[str]
+) -> tuple[PlannedStep, ...]:
+    quantizer = next((step for step in steps if step.step.verb == "quantize"), None)
+    method = next((step for step in steps if step.step.verb == "peft"), None)
+    done: list[PlannedStep] = []
+    for step in steps:
+        if step.step.verb == "train" and step.data is not None:
+            try:
+                found = estimate_step(step, quantizer, method, shapes, device)
+            except Exception as error:
+                notes.append(f"{step.name}: not predicted: {type(error).__name__}: {error}")
+            else:
+                step = attrs.evolve(step, estimate=found)
+                if found.memory_bytes > device.memory_bytes:
+                    notes.append(
+                        f"{step.name}: is predicted to need {found.memory_bytes / 2**30:.1f} GiB "
+                        f"and {device.name} has {device.memory_bytes / 2**30:.1f}; "
+                        "lower batch_size or max_length, or set gradient_checkpointing=True"
+                    )
+        done.append(step)
+    return tuple(done)
+
+
+def options_in_force(step: PlannedStep) -> dict[str, Any]:
+    """Return a step's options that differ from the plugin's defaults."""
+    return given_options(step.config) if step.config is not None else dict(step.step.options)

@@ -1,0 +1,116 @@
+"""Listens to a transformers.Trainer and turns what it logs into events and a log file."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from tunesmith.plugin.events import Event, Progress
+
+__all__ = ["ProgressCallback", "peak_memory_bytes"]
+
+LAST_SHARE = 0.1
+"""The reported loss is the mean over this last share of the steps."""
+
+
+class ProgressCallback(TrainerCallback):  # type: ignore[misc]
+    """Emits a Progress event at each log and writes it to log.jsonl."""
+
+    def __init__(self, stage: str, emit: Callable[[Event], None], path: Path) -> None:
+        self.stage = stage
+        self.emit = emit
+        self.path = path
+        self.began = time.perf_counter()
+        self.first_step = 0
+        self.first_tokens = 0
+        self.losses: list[float] = []
+        self.last: dict[str, float] = {}
+        self.tokens = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start the clock; a resumed training starts at the step it stopped at."""
+        self.began = time.perf_counter()
+        self.first_step = state.global_step
+        self.first_tokens = int(state.num_input_tokens_seen)
+        if state.global_step:
+            self._recall(state)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
+    ) -> None:
+        """Pass on what was logged; the closing summary of a training is not a step."""
+        if not logs or "train_runtime" in logs:
+            return
+        self._write(state.global_step, logs)
+        self._note(logs)
+        self.tokens = int(state.num_input_tokens_seen)
+        elapsed = max(1e-9, time.perf_counter() - self.began)
+        done = state.global_step - self.first_step
+        left = state.max_steps - state.global_step
+        self.emit(
+            Progress(
+                stage=self.stage,
+                step=state.global_step,
+                total=state.max_steps,
+                loss=logs.get("loss"),
+                tokens=self.tokens,
+                tokens_per_second=(self.tokens - self.first_tokens) / elapsed,
+                eta_seconds=left * elapsed / done if done else 0.0,
+                memory_bytes=peak_memory_bytes(),
+                metrics={key: value for key, value in logs.items() if key != "loss"},
+            )
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """Return the training's figures: loss at its start and end, last evaluation, speed."""
+        elapsed = max(1e-9, time.perf_counter() - self.began)
+        found: dict[str, float] = {}
+        if self.losses:
+            tail = self.losses[-max(1, round(len(self.losses) * LAST_SHARE)) :]
+            found["loss_first"] = self.losses[0]
+            found["loss"] = sum(tail) / len(tail)
+        found |= {
+            key: value
+            for key, value in self.last.items()
+            if key.startswith(("eval_", "rewards/")) and not key.endswith(("per_second", "runtime"))
+        }
+        found["tokens"] = float(self.tokens)
+        found["tokens_per_second"] = (self.tokens - self.first_tokens) / elapsed
+        return found
+
+    def _recall(self, state: Any) -> None:
+        """Take up the log of the steps before an interruption, and forget any beyond it."""
+        self.losses.clear()
+        kept = [row for row in state.log_history if row.get("step", 0) <= state.global_step]
+        with self.path.open("w", encoding="utf-8") as stream:
+            for row in kept:
+                stream.write(json.dumps(row) + "\n")
+        for row in kept:
+            self._note(row)
+
+    def _note(self, logs: dict[str, float]) -> None:
+        if "loss" in logs:
+            self.losses.append(float(logs["loss"]))
+        self.last |= {key: float(v) for key, v in logs.items() if isinstance(v, (int, float))}
+
+    def _write(self, step: int, logs: dict[str, float]) -> None:
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"step": step, **logs}) + "\n")
+
+
+def peak_memory_bytes() -> int:
+    """Return the peak so far: device memory on CUDA, else this process's resident set."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return int(torch.cuda.max_memory_allocated())
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

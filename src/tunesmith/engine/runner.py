@@ -1,0 +1,399 @@
+"""Runs a plan: folds its steps over a session, and keeps what each has done."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from tunesmith.data.clean import DropLog, deduplicate, drop_empty, split
+from tunesmith.data.examples import Sourced
+from tunesmith.data.render import set_chat_template
+from tunesmith.engine.models import content_hash, local_directory
+from tunesmith.engine.plan import Plan, PlannedStep, make_plan
+from tunesmith.engine.progress import ProgressCallback, peak_memory_bytes
+from tunesmith.engine.result import RunResult
+from tunesmith.engine.store import RunStore, Stage
+from tunesmith.errors import DataError, RunError
+from tunesmith.plugin.events import (
+    Event,
+    RowsDropped,
+    RunFinished,
+    RunStarted,
+    StageFinished,
+    StageReused,
+    StageStarted,
+    Warned,
+)
+from tunesmith.plugin.registry import Registry
+from tunesmith.plugin.session import Session
+from tunesmith.plugin.trainers import TrainingData
+from tunesmith.recipe import Recipe, plain
+
+__all__ = ["Listener", "run"]
+
+Listener = Callable[[Any, Event], None]
+
+VERSIONED = ("tunesmith", "torch", "transformers", "peft", "accelerate", "tokenizers")
+"""Packages whose version decides whether a finished stage is still what would be made today."""
+
+NEUTRAL_OPTIONS = frozenset({"loggers", "logging_steps", "save_steps"})
+"""Options that say how a stage is watched and not what it makes."""
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def run(
+    recipe: Recipe, directory: Path, registry: Registry, listeners: Sequence[Listener] = ()
+) -> RunResult:
+    """Do what a recipe says in a run directory, reusing stages that are already done.
+
+    Errors: `PlanError` with every problem, before anything is written; `RunError` for a directory
+    that is in use; what a plugin raises, with the stage named in a note.
+    """
+    plan = make_plan(recipe, registry, directory=directory, estimates=False)
+    plan.raise_if_problems()
+    with RunStore(directory) as store:
+        return _Runner(plan, registry, store, listeners).run()
+
+
+@attrs.define
+class _Runner:
+    plan: Plan
+    registry: Registry
+    store: RunStore
+    listeners: Sequence[Listener]
+
+    @property
+    def path(self) -> Path:
+        """The run directory: what listeners may read of a run."""
+        return self.store.path
+
+    def run(self) -> RunResult:
+        began = time.perf_counter()
+        kept = [step for step in self.plan.steps if step.step.verb in _STAGES]
+        self.emit(RunStarted(tuple(step.name for step in kept)))
+        assert self.plan.model is not None
+        base = local_directory(self.plan.model)
+        lock = self._lock(base)
+        fingerprints = self._fingerprints(lock)
+        for name, target in self.store.supersede(
+            {step.name: fingerprints[step.number] for step in kept}
+        ):
+            self.emit(Warned(f"{name} was made by another recipe; it is kept in {target}"))
+        self.store.write_recipe(_recipe_text(self.plan.recipe))
+        self.store.write_lock(
+            {**lock, "fingerprints": {s.name: fingerprints[s.number] for s in kept}}
+        )
+        session = self._session(base)
+        stages: list[Stage] = []
+        for step in self.plan.steps:
+            work = getattr(self, step.step.verb)
+            if step.step.verb not in _STAGES:
+                work(step, session)
+                continue
+            stage = self.store.find(step.name, fingerprints[step.number])
+            if stage is not None:
+                self.emit(StageReused(step.name))
+            else:
+                stage = self._make(step, fingerprints[step.number], session, work)
+            self._take(step, stage, session)
+            stages.append(stage)
+        session.unload()
+        self.emit(RunFinished(self.path, time.perf_counter() - began))
+        return RunResult.from_stages(self.path, tuple(stages))
+
+    def emit(self, event: Event) -> None:
+        """Tell the listeners and the plugins; one that fails is named and passed over."""
+        for listener in self.listeners:
+            listener(self, event)
+        answers = self.registry.each_hook("tunesmith_on_event", run=self, event=event)
+        for distribution, answer in answers:
+            if isinstance(answer, Exception) and not isinstance(event, Warned):
+                self.emit(
+                    Warned(f"plugin {distribution} failed on {type(event).__name__}: {answer}")
+                )
+
+    def _make(
+        self, step: PlannedStep, fingerprint: str, session: Session, work: Callable[..., Any]
+    ) -> Stage:
+        """Do a step's work in its own directory and keep it as a stage."""
+        self.emit(StageStarted(step.name))
+        began = time.perf_counter()
+        directory = self.store.begin(step.name, fingerprint)
+        try:
+            metrics = work(step, session, directory)
+        except Exception as error:
+            error.add_note(f"in stage {step.name} of {self.path}")
+            raise
+        stage = self.store.finish(
+            Stage(
+                name=step.name,
+                path=directory,
+                verb=step.step.verb,
+                plugin=step.plugin.key if step.plugin else step.step.plugin,
+                fingerprint=fingerprint,
+                options=plain(attrs.asdict(step.config)),
+                metrics=metrics,
+                seconds=round(time.perf_counter() - began, 3),
+            )
+        )
+        self.emit(StageFinished(step.name, stage.seconds, stage.metrics))
+        return stage
+
+    def _take(self, step: PlannedStep, stage: Stage, session: Session) -> None:
+        """Let the session go on from a finished stage."""
+        session.metrics[step.name] = stage.metrics
+        if step.step.verb == "train":
+            if stage.adapter is not None:
+                session.use_adapter(_adapter_label(step, session), stage.adapter)
+            elif stage.model is not None:
+                session.use_directory(stage.model)
+        elif step.step.verb == "export" and stage.model is not None:
+            session.use_directory(stage.model)
+
+    # one method a verb
+
+    def quantize(self, step: PlannedStep, session: Session) -> None:
+        session.use_quantizer(self.registry.build(step.step))
+
+    def peft(self, step: PlannedStep, session: Session) -> None:
+        session.use_method(self.registry.build(step.step))
+
+    def train(self, step: PlannedStep, session: Session, directory: Path) -> Mapping[str, float]:
+        import torch
+        from transformers import set_seed
+        from transformers.trainer_utils import get_last_checkpoint
+
+        assert step.data is not None
+        config = step.config
+        drops = DropLog()
+        seed = session.seed if config.seed is None else config.seed
+        train, evaluation = self._rows(step, drops, seed)
+        checkpoints = directory / "checkpoints"
+        checkpoints.mkdir(exist_ok=True)
+        set_seed(seed)
+        session.trains = True
+        trainer = self.registry.build(step.step).build(
+            session, TrainingData(train, evaluation, drops.add), checkpoints
+        )
+        self._tell_drops(step, drops, directory, len(step.data.examples))
+        callback = ProgressCallback(step.name, self.emit, directory / "log.jsonl")
+        trainer.add_callback(callback)
+        if config.early_stopping is not None:
+            from transformers import EarlyStoppingCallback
+
+            trainer.add_callback(EarlyStoppingCallback(config.early_stopping))
+        resume = get_last_checkpoint(str(checkpoints))
+        if resume is not None:
+            self.emit(Warned(f"{step.name} goes on from {Path(resume).name}"))
+        trainer.train(resume_from_checkpoint=resume)
+        metrics = callback.metrics()
+        metrics["memory_bytes"] = float(peak_memory_bytes())
+        model = session.model
+        model.eval()
+        if session.method is not None:
+            session.method.save(model, directory / "adapter")
+        else:
+            model.save_pretrained(directory / "model")
+            session.tokenizer.save_pretrained(directory / "model")
+        session.trains = False
+        if not config.save_steps:
+            import shutil
+
+            shutil.rmtree(checkpoints)
+        # let go of optimizer states and graph before the next stage
+        del trainer
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        loss = metrics.get("loss")
+        if loss is None or not math.isfinite(loss):
+            raise RunError(
+                f"{step.name}: the training loss is {loss}; nothing is kept of it; lower "
+                f"learning_rate (now {trainer_rate(step, session):g}), or look at the data"
+            )
+        return metrics
+
+    def evaluate(self, step: PlannedStep, session: Session, directory: Path) -> Mapping[str, float]:
+        import torch
+
+        assert step.data is not None
+        metric = self.registry.build(step.step)
+        model = session.model
+        model.eval()
+        with torch.no_grad():
+            measured = metric.measure(session, [row.example for row in step.data.examples])
+        return {name: float(value) for name, value in measured.items()}
+
+    def export(self, step: PlannedStep, session: Session, directory: Path) -> Mapping[str, float]:
+        target = directory / "model"
+        if target.exists():
+            import shutil
+
+            shutil.rmtree(target)
+        target.mkdir()
+        self.registry.build(step.step).export(session, target)
+        size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+        return {"bytes": float(size)}
+
+    # data
+
+    def _rows(
+        self, step: PlannedStep, drops: DropLog, seed: int
+    ) -> tuple[Sequence[Sourced], Sequence[Sourced]]:
+        """Return the cleaned rows to train on and to evaluate on."""
+        assert step.data is not None
+        rows = drop_empty(step.data.examples, drops.add)
+        if step.config.deduplicate:
+            rows = deduplicate(rows, drops.add)
+        if not rows:
+            raise DataError(
+                f"{step.name}: every one of {len(step.data.examples)} rows of "
+                f"{step.data.description} was dropped: {drops.reasons}"
+            )
+        if step.eval_data is not None:
+            return rows, drop_empty(step.eval_data.examples, drops.add)
+        if step.config.eval_split:
+            return split(rows, step.config.eval_split, seed)
+        return rows, []
+
+    def _tell_drops(self, step: PlannedStep, drops: DropLog, directory: Path, total: int) -> None:
+        if len(drops):
+            drops.write(directory / "dropped.jsonl")
+            path = self.path / "stages" / step.name / "dropped.jsonl"
+            self.emit(RowsDropped(step.name, len(drops), total, drops.reasons, path))
+
+    # what the run is resolved to
+
+    def _session(self, base: Path) -> Session:
+        import torch
+        from transformers import AutoTokenizer
+
+        recipe, device = self.plan.recipe, self.plan.device
+        assert device is not None
+        tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+        set_chat_template(tokenizer, recipe.chat_template)
+        return Session(
+            base=base,
+            tokenizer=tokenizer,
+            device=torch.device(device.name),
+            dtype=getattr(torch, DTYPES[device.precision]),
+            seed=recipe.seed,
+        )
+
+    def _lock(self, base: Path) -> dict[str, Any]:
+        """Return what decides the outcome of the run, as lock.json keeps it."""
+        assert self.plan.device is not None
+        versions = {name: _version(name) for name in VERSIONED}
+        plugins = {}
+        for step in self.plan.steps:
+            if step.plugin is not None:
+                plugins[step.plugin.key] = step.plugin.version
+                versions |= {name: _version(name) for name in step.plugin.spec.requires}
+        return {
+            "versions": versions,
+            "python": platform.python_version(),
+            "platform": sys.platform,
+            "device": self.plan.device.name,
+            "precision": self.plan.device.precision,
+            "model": {"name": self.plan.recipe.model, "sha256": content_hash(base)},
+            "plugins": plugins,
+            "data": {
+                step.name: {
+                    "description": data.description,
+                    "format": data.format,
+                    "rows": len(data.examples),
+                    "sha256": data.fingerprint,
+                }
+                for step in self.plan.steps
+                for data in (step.data,)
+                if data is not None
+            },
+        }
+
+    def _fingerprints(self, lock: Mapping[str, Any]) -> dict[int, str]:
+        """Return a hash for each step over all that its outcome depends on, earlier steps included.
+
+        An evaluation changes nothing for what comes after it, so it is no link of the chain.
+        """
+        recipe = self.plan.recipe
+        shared = {key: lock[key] for key in ("versions", "device", "precision")} | {
+            "model": lock["model"]["sha256"],
+            "seed": recipe.seed,
+            "template": recipe.chat_template,
+        }
+        chain = _digest(shared)
+        found: dict[int, str] = {}
+        for step in self.plan.steps:
+            assert step.plugin is not None
+            options = {
+                key: value
+                for key, value in plain(attrs.asdict(step.config)).items()
+                if key not in NEUTRAL_OPTIONS
+            }
+            own = {
+                "verb": step.step.verb,
+                "plugin": step.plugin.key,
+                "version": step.plugin.version,
+                "options": options,
+                "data": step.data.fingerprint if step.data else None,
+                "format": step.data.format if step.data else None,
+                "eval_data": step.eval_data.fingerprint if step.eval_data else None,
+            }
+            found[step.number] = _digest({"before": chain, **own})
+            if step.step.verb != "evaluate":
+                chain = found[step.number]
+        return found
+
+
+_STAGES = frozenset({"train", "evaluate", "export"})
+"""Verbs whose work is kept; the others only say how the model is loaded."""
+
+
+def trainer_rate(step: PlannedStep, session: Session) -> float:
+    """Return the learning rate a training step ran with."""
+    assert step.plugin is not None
+    rate: float = step.plugin.load()(step.config).learning_rate(peft=session.method is not None)
+    return rate
+
+
+def _adapter_label(step: PlannedStep, session: Session) -> str:
+    """Return the step's label, or its numbered name where the label is taken."""
+    return step.step.label if step.step.label not in session.adapters else step.name
+
+
+def _recipe_text(recipe: Recipe) -> str:
+    """Return the recipe as YAML; data that lives in this process only is named as such."""
+    from tunesmith.errors import RecipeError
+
+    steps = []
+    for step in recipe.steps:
+        try:
+            step.to_dict()
+        except RecipeError:
+            step = attrs.evolve(step, data=f"<{type(step.data).__name__} in memory>")
+        steps.append(step)
+    return attrs.evolve(recipe, steps=steps).to_yaml()
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,1 @@
+"""Layers that training puts into a model in place of its own."""

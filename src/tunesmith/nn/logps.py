@@ -1,0 +1,30 @@
+"""Log-probabilities of the trained tokens, as losses and metrics need them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["completion_logps"]
+
+
+def completion_logps(
+    model: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return each row's summed log-probability of its labelled tokens, and how many there are.
+
+    `input_ids`, `attention_mask` and `labels` are int64 [rows, length]; labels of -100 count for
+    nothing. Returns fp32 [rows] and int64 [rows]. Only the logits that a label needs are brought to
+    fp32.
+    """
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    targets = labels[:, 1:]
+    wanted = targets != -100  # [rows, length - 1]
+    picked = logits[:, :-1][wanted].float()  # [labelled tokens, vocabulary]
+    token_logps = -F.cross_entropy(picked, targets[wanted], reduction="none")
+    row_of_token = wanted.nonzero(as_tuple=True)[0]
+    sums = torch.zeros(labels.shape[0], dtype=torch.float32, device=labels.device)
+    return sums.index_add(0, row_of_token, token_logps), wanted.sum(dim=1)

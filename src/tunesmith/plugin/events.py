@@ -1,0 +1,112 @@
+"""What a run says while it goes: small frozen values that listeners and plugins receive."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import attrs
+
+__all__ = [
+    "Event",
+    "Progress",
+    "RowsDropped",
+    "RunFinished",
+    "RunStarted",
+    "RunView",
+    "StageFinished",
+    "StageReused",
+    "StageStarted",
+    "Warned",
+]
+
+
+class RunView(Protocol):
+    """What a listener may read of the run that speaks."""
+
+    @property
+    def path(self) -> Path:
+        """The run directory."""
+
+
+@attrs.frozen
+class Event:
+    """Base of all events."""
+
+
+@attrs.frozen
+class RunStarted(Event):
+    """The run directory is locked and the plan has no problems."""
+
+    stages: tuple[str, ...]
+    """Names of the stages in order, such as "03-sft"."""
+
+
+@attrs.frozen
+class StageStarted(Event):
+    """A stage begins its work."""
+
+    stage: str
+
+
+@attrs.frozen
+class StageReused(Event):
+    """A finished stage with the same fingerprint was found and is used as it is."""
+
+    stage: str
+
+
+@attrs.frozen
+class Progress(Event):
+    """A training stage took an optimizer step."""
+
+    stage: str
+    step: int
+    total: int
+    loss: float | None
+    """Mean training loss since the last event; None until the first is known."""
+    tokens: int
+    """Tokens processed since the stage began, padding not counted."""
+    tokens_per_second: float
+    eta_seconds: float
+    memory_bytes: int
+    """Peak memory so far: device memory on CUDA, resident set size otherwise."""
+    metrics: Mapping[str, float] = attrs.field(factory=dict)
+    """What else the trainer logged at this step, such as "rewards/margins" or "eval_loss"."""
+
+
+@attrs.frozen
+class RowsDropped(Event):
+    """Rows of a stage's data were left out; the list lies in `path`."""
+
+    stage: str
+    count: int
+    total: int
+    reasons: Mapping[str, int]
+    """How many rows for each reason."""
+    path: Path
+
+
+@attrs.frozen
+class Warned(Event):
+    """Something a user should know, though the run goes on."""
+
+    text: str
+
+
+@attrs.frozen
+class StageFinished(Event):
+    """A stage is done and kept."""
+
+    stage: str
+    seconds: float
+    metrics: Mapping[str, float]
+
+
+@attrs.frozen
+class RunFinished(Event):
+    """Every stage is done."""
+
+    path: Path
+    seconds: float

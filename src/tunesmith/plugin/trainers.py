@@ -1,0 +1,211 @@
+"""Interface of a trainer, and the options that every trainer shares.
+
+A trainer plugin hands back a `transformers.Trainer` (TRL's, or a subclass of its own). The loop,
+gradient accumulation, distribution, logging and resuming come with it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import attrs
+
+from tunesmith.data.examples import Sourced
+from tunesmith.plugin.options import at_least, more_than, one_of
+
+if TYPE_CHECKING:
+    import transformers
+
+    from tunesmith.plugin.session import Session
+
+__all__ = ["Trainer", "TrainerConfig", "TrainingData", "training_arguments"]
+
+SCHEDULERS = (
+    "cosine",
+    "linear",
+    "constant",
+    "constant_with_warmup",
+    "polynomial",
+    "inverse_sqrt",
+    "cosine_with_min_lr",
+    "warmup_stable_decay",
+)
+LOGGERS = ("none", "tensorboard", "wandb")
+OPTIMIZERS = ("auto", "adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd")
+
+
+@attrs.frozen
+class TrainingData:
+    """What a trainer is given to learn from."""
+
+    train: Sequence[Sourced]
+    evaluation: Sequence[Sourced]
+    """Held-out examples; empty if no evaluation was asked for."""
+    drop: Callable[[str, str], None]
+    """`drop(where, reason)` records a row that the trainer cannot use."""
+
+
+@attrs.frozen(kw_only=True)
+class TrainerConfig:
+    """Options that every trainer has."""
+
+    epochs: float = attrs.field(default=1.0, validator=more_than(0))
+    """Passes over the training data; ignored when max_steps is given."""
+    max_steps: int | None = attrs.field(default=None, validator=at_least(1))
+    """Optimizer steps to take, instead of epochs."""
+    batch_size: int = attrs.field(default=4, validator=at_least(1))
+    """Examples (or packed blocks) in one forward pass on one device."""
+    gradient_accumulation: int = attrs.field(default=4, validator=at_least(1))
+    """Forward passes summed into one optimizer step; 4 x 4 = 16 follows QLoRA (arXiv:2305.14314,
+    table 9)."""
+    learning_rate: float | None = attrs.field(default=None, validator=more_than(0))
+    """Peak learning rate; unset takes the trainer's own for the method in use."""
+    scheduler: str = attrs.field(default="cosine", validator=one_of(*SCHEDULERS))
+    """Learning rate over time; cosine as Stanford Alpaca's and the alignment handbook's recipes."""
+    warmup: float = attrs.field(default=0.03, validator=at_least(0))
+    """Share of all steps (below 1) or number of steps that warm up; 0.03 as QLoRA and Alpaca."""
+    max_length: int = attrs.field(default=1024, validator=at_least(8))
+    """Tokens of a sequence, prompt included; longer ones are cut at the end. 1024 as TRL."""
+    packing: bool = False
+    """Fill sequences of max_length with several examples, which do not see each other."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    optimizer: str = attrs.field(default="auto", validator=one_of(*OPTIMIZERS))
+    """auto takes AdamW as torch has it; the 8-bit ones come from bitsandbytes."""
+    weight_decay: float = attrs.field(default=0.0, validator=at_least(0))
+    """AdamW's decoupled weight decay; 0 as QLoRA and Alpaca."""
+    max_grad_norm: float = attrs.field(default=1.0, validator=more_than(0))
+    """Gradients are scaled down to this norm; 1.0 is transformers' default, QLoRA uses 0.3."""
+    seed: int | None = None
+    """Seed of shuffling and dropout; unset takes the recipe's."""
+    eval_data: str | tuple[str, ...] | None = None
+    """Held-out data to evaluate on, read in the same format as the training data."""
+    eval_split: float = attrs.field(default=0.0, validator=at_least(0))
+    """Share (below 1) or number of rows held out of the training data to evaluate on."""
+    eval_steps: int | None = attrs.field(default=None, validator=at_least(1))
+    """Evaluate every so many optimizer steps; unset evaluates once an epoch."""
+    early_stopping: int | None = attrs.field(default=None, validator=at_least(1))
+    """Stop after so many evaluations without a better eval loss, and keep the best weights."""
+    save_steps: int | None = attrs.field(default=None, validator=at_least(1))
+    """Keep a checkpoint every so many optimizer steps; unset keeps none but the result."""
+    logging_steps: int = attrs.field(default=1, validator=at_least(1))
+    """Log every so many optimizer steps."""
+    loggers: tuple[str, ...] = attrs.field(
+        default=(), validator=attrs.validators.deep_iterable(one_of(*LOGGERS))
+    )
+    """tensorboard, wandb or none; nothing is ever sent anywhere unless named here."""
+    deduplicate: bool = True
+    """Drop rows that say exactly what an earlier row says; they are counted and listed."""
+
+    def __attrs_post_init__(self) -> None:
+        from tunesmith.errors import OptionError
+
+        if self.early_stopping is not None and not self.eval_split and self.eval_data is None:
+            raise OptionError(
+                ["early_stopping needs something to evaluate on; give eval_split or eval_data"]
+            )
+        if self.eval_data is not None and self.eval_split:
+            raise OptionError(["eval_data and eval_split exclude each other; give one of them"])
+
+
+C = TypeVar("C", bound=TrainerConfig)
+
+
+class Trainer(ABC, Generic[C]):
+    """Builds the `transformers.Trainer` for one training step.
+
+    Its Spec says which example shape it takes (`example="conversation"`), so that data of another
+    shape is refused before any weight is read.
+    """
+
+    def __init__(self, config: C) -> None:
+        self.config = config
+
+    @abstractmethod
+    def build(self, session: Session, data: TrainingData, directory: Path) -> transformers.Trainer:
+        """Return a trainer that is ready for `train()`.
+
+        `directory` is the trainer's own, for checkpoints and logs. Rows that cannot be used are
+        recorded with `data.drop`.
+        """
+
+    def learning_rate(self, *, peft: bool) -> float:
+        """Return the peak learning rate: the option, or this trainer's default.
+
+        `peft` is False for full fine-tuning, which wants about a tenth.
+        """
+        if self.config.learning_rate is not None:
+            return self.config.learning_rate
+        return 2e-4 if peft else 2e-5
+
+
+def training_arguments(
+    trainer: Trainer[Any], session: Session, data: TrainingData, directory: Path, **overrides: Any
+) -> transformers.TrainingArguments:
+    """Return `transformers.TrainingArguments` for the shared options.
+
+    `overrides` go on top, in transformers' own names.
+    """
+    import torch
+    import transformers
+
+    config: TrainerConfig = trainer.config
+    evaluates = len(data.evaluation) > 0
+    full = session.method is None
+    optimizer = {
+        "auto": "adamw_torch",
+        "adamw": "adamw_torch",
+        "adamw_8bit": "adamw_bnb_8bit",
+        "paged_adamw_8bit": "paged_adamw_8bit",
+        "adafactor": "adafactor",
+        "sgd": "sgd",
+    }[config.optimizer]
+    eval_strategy = "no" if not evaluates else ("steps" if config.eval_steps else "epoch")
+    best = config.early_stopping is not None
+    if best:  # the best weights can only be put back if each evaluation left a checkpoint
+        save_strategy, save_steps = eval_strategy, config.eval_steps or 500
+    elif config.save_steps:
+        save_strategy, save_steps = "steps", config.save_steps
+    else:
+        save_strategy, save_steps = "no", 500
+    settings: dict[str, Any] = {
+        "output_dir": str(directory),
+        "num_train_epochs": config.epochs,
+        "max_steps": config.max_steps or -1,
+        "per_device_train_batch_size": config.batch_size,
+        "per_device_eval_batch_size": config.batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation,
+        "learning_rate": trainer.learning_rate(peft=not full),
+        "lr_scheduler_type": config.scheduler,
+        "warmup_steps": config.warmup,
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "optim": optimizer,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        # an adapter trains in fp32 on a base held in the compute dtype; full fine-tuning holds
+        # fp32 weights and computes in 16 bits by autocast
+        "bf16": full and session.dtype == torch.bfloat16,
+        "fp16": session.dtype == torch.float16,
+        "use_cpu": session.device.type == "cpu",
+        "seed": session.seed if config.seed is None else config.seed,
+        "eval_strategy": eval_strategy,
+        "eval_steps": config.eval_steps,
+        "save_strategy": save_strategy,
+        "save_steps": save_steps,
+        "save_total_limit": 2,
+        "load_best_model_at_end": best,
+        "metric_for_best_model": "eval_loss" if best else None,
+        "greater_is_better": False if best else None,
+        "logging_steps": config.logging_steps,
+        "logging_first_step": True,
+        "include_num_input_tokens_seen": "non_padding",
+        "report_to": [name for name in config.loggers if name != "none"] or "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": session.device.type == "cuda",
+    }
+    return transformers.TrainingArguments(**{**settings, **overrides})

@@ -1,0 +1,212 @@
+"""Tuner: the fluent face. Every verb checks its arguments, appends a step and returns a new one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import attrs
+
+from tunesmith.errors import OptionError
+from tunesmith.recipe import Recipe, Step
+from tunesmith.verbs import Verbs
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tunesmith.engine.plan import Plan
+    from tunesmith.engine.result import RunResult
+    from tunesmith.engine.runner import Listener
+
+__all__ = ["Tuner"]
+
+
+class Tuner(Verbs):
+    """A recipe under construction: immutable and lazy, so branching from a prefix is safe.
+
+    `model` is a hub id, a local Hugging Face directory, or a .gguf file. Nothing is read or loaded
+    before `explain()` or `run()`. Errors: each verb raises `OptionError` for options it does not
+    have or cannot take, and `UnknownPluginError` for a plugin that is not installed; what concerns
+    the whole (files, order of steps, the machine) `run()` raises as one `PlanError`.
+    """
+
+    __slots__ = ("_recipe",)
+
+    _recipe: Recipe
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        seed: int = 0,
+        device: str = "auto",
+        precision: str = "auto",
+        chat_template: str | None = None,
+    ) -> None:
+        recipe = Recipe(
+            str(model), seed=seed, device=device, precision=precision, chat_template=chat_template
+        )
+        object.__setattr__(self, "_recipe", recipe)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"a Tuner is immutable; '{name}' cannot be set")
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe so far, as plain data."""
+        return self._recipe
+
+    def quantize(self, quantizer: str | Any = "nf4", **options: Any) -> Self:
+        """Load the base model quantized: "nf4", "bitsandbytes", or any installed quantizer.
+
+        Takes a name with options, or a config instance: `.quantize(NF4Config(blocksize=128))`.
+        """
+        return self._with("quantize", quantizer, options)
+
+    def peft(self, method: str | Any, **options: Any) -> Self:
+        """Train an adapter by any installed PEFT method, by name or by config instance."""
+        return self._with("peft", method, options)
+
+    def train(
+        self, trainer: str | Any, data: Any, *, format: str | None = None, **options: Any
+    ) -> Self:
+        """Train by any installed trainer, by name or by config instance.
+
+        `data` is a path or paths, a hub id, a `datasets.Dataset`, or a list of dicts; `format`
+        names its format instead of detecting it.
+        """
+        return self._with("train", trainer, options, data, format)
+
+    def evaluate(
+        self, metric: str | Any, data: Any, *, format: str | None = None, **options: Any
+    ) -> Self:
+        """Measure the model as it stands at this step by any installed metric."""
+        return self._with("evaluate", metric, options, data, format)
+
+    def export(self, exporter: str | Any, **options: Any) -> Self:
+        """Write the model by any installed exporter, by name or by config instance."""
+        return self._with("export", exporter, options)
+
+    def explain(self) -> Plan:
+        """Print and return the plan: what will be done, what it will take, what is wrong."""
+        from tunesmith.engine.plan import make_plan
+        from tunesmith.plugin.registry import registry
+
+        plan = make_plan(self._recipe, registry())
+        print(plan)
+        return plan
+
+    def run(
+        self,
+        directory: str | Path,
+        *,
+        progress: bool = True,
+        listeners: Sequence[Listener] = (),
+    ) -> RunResult:
+        """Do the work in a run directory and return the result.
+
+        Stages that an earlier run finished there are reused if recipe, data and versions are
+        unchanged. `progress=False` prints nothing; `listeners` are called with (run, event).
+        Errors: `PlanError` with every problem, before any weight is read; `RunError`.
+        """
+        from contextlib import ExitStack
+
+        from tunesmith.engine.runner import run
+        from tunesmith.plugin.registry import registry
+        from tunesmith.report.html import write_report
+
+        with ExitStack() as stack:
+            listening = list(listeners)
+            if progress:
+                from tunesmith.report.console import ConsoleReporter
+
+                listening.append(stack.enter_context(ConsoleReporter()))
+            result = run(self._recipe, Path(directory), registry(), listening)
+        write_report(result.path)
+        return result
+
+    def to_yaml(self, path: str | Path | None = None) -> str:
+        """Return the recipe as YAML, and write it to `path` if one is given."""
+        text = self._recipe.to_yaml()
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    @classmethod
+    def from_yaml(cls, source: str | Path) -> Self:
+        """Return the Tuner of a recipe: the path of a YAML or JSON file, or its text."""
+        return cls.from_recipe(Recipe.from_yaml(source))
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe) -> Self:
+        """Return the Tuner of a recipe."""
+        made = cls.__new__(cls)
+        object.__setattr__(made, "_recipe", recipe)
+        return made
+
+    def _with(
+        self,
+        verb: str,
+        plugin: str | Any,
+        options: dict[str, Any],
+        data: Any = None,
+        format: str | None = None,
+    ) -> Self:
+        """Check a step's options against its plugin's config class and return it appended."""
+        from tunesmith.plugin.options import given_options
+        from tunesmith.plugin.registry import registry
+        from tunesmith.recipe import KIND_OF_VERB
+
+        kind = KIND_OF_VERB[verb]
+        if isinstance(plugin, str):
+            name = plugin
+        elif attrs.has(type(plugin)):
+            item = registry().find_config(kind, type(plugin))
+            name = item.spec.name if registry().find(kind, item.spec.name) is item else item.key
+            options = {**given_options(plugin), **options}
+        else:
+            raise OptionError(
+                [
+                    f"{verb}: got {plugin!r}; expected the name of a {kind.removesuffix('s')} or "
+                    "an instance of its config class"
+                ]
+            )
+        step = Step(verb, name, options, data, format)
+        registry().config_of(step)
+        return self.from_recipe(self._recipe.with_step(step))
+
+    def __repr__(self) -> str:
+        settings = [repr(self._recipe.model)]
+        for field in attrs.fields(Recipe):
+            value = getattr(self._recipe, field.name)
+            if field.name not in ("model", "steps") and value != field.default:
+                settings.append(f"{field.name}={value!r}")
+        return f"Tuner({', '.join(settings)})" + "".join(map(_shown, self._recipe.steps))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Tuner) and self._recipe == other._recipe
+
+    def __hash__(self) -> int:
+        return hash((self._recipe.model, len(self._recipe.steps)))
+
+
+def _shown(step: Step) -> str:
+    """Return a step as it is written in a chain."""
+    arguments = []
+    sugar = Verbs.SUGAR.get((step.verb, step.plugin))
+    if sugar is None:
+        arguments.append(repr(step.plugin))
+    if step.data is not None:
+        data = step.data
+        brief = isinstance(data, (str, Path)) or (
+            isinstance(data, (list, tuple)) and all(isinstance(item, (str, Path)) for item in data)
+        )
+        arguments.append(repr(data) if brief else f"<{type(data).__name__} of {_count(data)} rows>")
+    if step.format is not None:
+        arguments.append(f"format={step.format!r}")
+    arguments += [f"{key}={value!r}" for key, value in step.options.items()]
+    return f".{sugar or step.verb}({', '.join(arguments)})"
+
+
+def _count(data: Any) -> str:
+    return str(len(data)) if hasattr(data, "__len__") else "?"

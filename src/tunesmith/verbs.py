@@ -1,0 +1,255 @@
+"""Typed verbs for the built-in plugins, by tools/write_verbs.py: do not edit by hand.
+
+Each method is `.peft`, `.train` or `.export` with the plugin named, and every option of its config
+class spelled out for the editor and the type checker. What is not given is not in the recipe.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar, ParamSpec, Self, TypeVar
+
+from tunesmith.errors import OptionError, close_matches
+
+__all__ = ["Verbs"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _sugar(verb: str, plugin: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Make a method append the step that its signature describes, with only what was given."""
+
+    def decorate(declared: Callable[P, R]) -> Callable[P, R]:
+        known = list(inspect.signature(declared).parameters)[1:]
+
+        @functools.wraps(declared)
+        def append(self: Any, *args: Any, **options: Any) -> Any:
+            if not options and args and not isinstance(args[0], str) and "data" not in known:
+                return self._with(verb, args[0], {})
+            positional = [name for name in known if name == "data"]
+            if len(args) > len(positional):
+                raise OptionError([f".{plugin}() takes its options by name, such as {known[-1]}=…"])
+            options |= dict(zip(positional, args, strict=False))
+            unknown = [
+                f"unknown option '{key}' for {plugin}{close_matches(key, known)}"
+                for key in options
+                if key not in known
+            ]
+            if unknown:
+                raise OptionError(unknown)
+            if "data" in known and "data" not in options:
+                raise OptionError([f".{plugin}() needs data: a file, a hub id or rows"])
+            data, format_name = options.pop("data", None), options.pop("format", None)
+            return self._with(verb, plugin, options, data, format_name)
+
+        return append
+
+    return decorate
+
+
+class Verbs:
+    """The generated part of `Tuner`."""
+
+    __slots__ = ()
+
+    SUGAR: ClassVar[dict[tuple[str, str], str]] = {
+        ("peft", "lora"): "lora",
+        ("train", "dpo"): "dpo",
+        ("train", "sft"): "sft",
+        ("export", "merge"): "merge",
+    }
+    """(verb, plugin) to the method that stands for it."""
+
+    def _with(
+        self,
+        verb: str,
+        plugin: str | Any,
+        options: dict[str, Any],
+        data: Any = None,
+        format: str | None = None,
+    ) -> Self:
+        raise NotImplementedError
+
+    @_sugar("peft", "lora")
+    def lora(
+        self,
+        *,
+        r: int = 16,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        targets: str | tuple[str, ...] = "all-linear",
+        bias: str = "none",
+        rslora: bool = False,
+        dora: bool = False,
+    ) -> Self:
+        """Low-rank adaptation.
+
+        r: Rank of the update; 16 as PEFT's QLoRA recipes (QLoRA itself: 64, with no gain above 8).
+        alpha: The update is scaled by alpha / r; unset takes 2 r, the ratio of Microsoft's LoRA and
+            of "LoRA Learns Less and Forgets Less" (arXiv:2405.09673).
+        dropout: Dropout on the adapter's input; 0 as PEFT's default, which keeps DPO's log-probs
+            exact.
+        targets: Names of modules to adapt; "all-linear" is every linear layer but the head, as
+            QLoRA.
+        bias: Which biases are trained along.
+        rslora: Scale by alpha / sqrt(r) instead (rsLoRA, arXiv:2312.03732).
+        dora: Train magnitude and direction apart (DoRA, arXiv:2402.09353).
+        """
+        return self  # a declaration; the decorator appends the step
+
+    @_sugar("train", "dpo")
+    def dpo(
+        self,
+        data: Any,
+        *,
+        format: str | None = None,
+        epochs: float = 1.0,
+        max_steps: int | None = None,
+        batch_size: int = 4,
+        gradient_accumulation: int = 4,
+        learning_rate: float | None = None,
+        scheduler: str = "cosine",
+        warmup: float = 0.03,
+        max_length: int = 1024,
+        packing: bool = False,
+        gradient_checkpointing: bool = False,
+        optimizer: str = "auto",
+        weight_decay: float = 0.0,
+        max_grad_norm: float = 1.0,
+        seed: int | None = None,
+        eval_data: str | tuple[str, ...] | None = None,
+        eval_split: float = 0.0,
+        eval_steps: int | None = None,
+        early_stopping: int | None = None,
+        save_steps: int | None = None,
+        logging_steps: int = 1,
+        loggers: tuple[str, ...] = (),
+        deduplicate: bool = True,
+        beta: float = 0.1,
+        label_smoothing: float = 0.0,
+    ) -> Self:
+        """Direct preference optimization.
+
+        data: path or paths, hub id, `datasets.Dataset`, or a list of dicts.
+        format: name of the data format; unset detects it from the rows.
+        epochs: Passes over the training data; ignored when max_steps is given.
+        max_steps: Optimizer steps to take, instead of epochs.
+        batch_size: Examples (or packed blocks) in one forward pass on one device.
+        gradient_accumulation: Forward passes summed into one optimizer step; 4 x 4 = 16 follows
+            QLoRA (arXiv:2305.14314, table 9).
+        learning_rate: Peak learning rate; unset takes the trainer's own for the method in use.
+        scheduler: Learning rate over time; cosine as Stanford Alpaca's and the alignment handbook's
+            recipes.
+        warmup: Share of all steps (below 1) or number of steps that warm up; 0.03 as QLoRA and
+            Alpaca.
+        max_length: Tokens of a sequence, prompt included; longer ones are cut at the end. 1024 as
+            TRL.
+        packing: Fill sequences of max_length with several examples, which do not see each other.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a
+            third more time.
+        optimizer: auto takes AdamW as torch has it; the 8-bit ones come from bitsandbytes.
+        weight_decay: AdamW's decoupled weight decay; 0 as QLoRA and Alpaca.
+        max_grad_norm: Gradients are scaled down to this norm; 1.0 is transformers' default, QLoRA
+            uses 0.3.
+        seed: Seed of shuffling and dropout; unset takes the recipe's.
+        eval_data: Held-out data to evaluate on, read in the same format as the training data.
+        eval_split: Share (below 1) or number of rows held out of the training data to evaluate on.
+        eval_steps: Evaluate every so many optimizer steps; unset evaluates once an epoch.
+        early_stopping: Stop after so many evaluations without a better eval loss, and keep the best
+            weights.
+        save_steps: Keep a checkpoint every so many optimizer steps; unset keeps none but the
+            result.
+        logging_steps: Log every so many optimizer steps.
+        loggers: tensorboard, wandb or none; nothing is ever sent anywhere unless named here.
+        deduplicate: Drop rows that say exactly what an earlier row says; they are counted and
+            listed.
+        beta: Strength of the pull towards the reference; 0.1 as the paper.
+        label_smoothing: Probability that a label is the wrong way round (conservative DPO).
+        """
+        return self  # a declaration; the decorator appends the step
+
+    @_sugar("train", "sft")
+    def sft(
+        self,
+        data: Any,
+        *,
+        format: str | None = None,
+        max_steps: int | None = None,
+        batch_size: int = 4,
+        gradient_accumulation: int = 4,
+        learning_rate: float | None = None,
+        scheduler: str = "cosine",
+        warmup: float = 0.03,
+        max_length: int = 1024,
+        packing: bool = False,
+        gradient_checkpointing: bool = False,
+        optimizer: str = "auto",
+        weight_decay: float = 0.0,
+        seed: int | None = None,
+        eval_data: str | tuple[str, ...] | None = None,
+        eval_split: float = 0.0,
+        eval_steps: int | None = None,
+        early_stopping: int | None = None,
+        save_steps: int | None = None,
+        logging_steps: int = 1,
+        loggers: tuple[str, ...] = (),
+        deduplicate: bool = True,
+        epochs: float = 3.0,
+        max_grad_norm: float = 0.3,
+        completion_only_loss: bool = True,
+    ) -> Self:
+        """Supervised fine-tuning.
+
+        data: path or paths, hub id, `datasets.Dataset`, or a list of dicts.
+        format: name of the data format; unset detects it from the rows.
+        max_steps: Optimizer steps to take, instead of epochs.
+        batch_size: Examples (or packed blocks) in one forward pass on one device.
+        gradient_accumulation: Forward passes summed into one optimizer step; 4 x 4 = 16 follows
+            QLoRA (arXiv:2305.14314, table 9).
+        learning_rate: Peak learning rate; unset takes the trainer's own for the method in use.
+        scheduler: Learning rate over time; cosine as Stanford Alpaca's and the alignment handbook's
+            recipes.
+        warmup: Share of all steps (below 1) or number of steps that warm up; 0.03 as QLoRA and
+            Alpaca.
+        max_length: Tokens of a sequence, prompt included; longer ones are cut at the end. 1024 as
+            TRL.
+        packing: Fill sequences of max_length with several examples, which do not see each other.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a
+            third more time.
+        optimizer: auto takes AdamW as torch has it; the 8-bit ones come from bitsandbytes.
+        weight_decay: AdamW's decoupled weight decay; 0 as QLoRA and Alpaca.
+        seed: Seed of shuffling and dropout; unset takes the recipe's.
+        eval_data: Held-out data to evaluate on, read in the same format as the training data.
+        eval_split: Share (below 1) or number of rows held out of the training data to evaluate on.
+        eval_steps: Evaluate every so many optimizer steps; unset evaluates once an epoch.
+        early_stopping: Stop after so many evaluations without a better eval loss, and keep the best
+            weights.
+        save_steps: Keep a checkpoint every so many optimizer steps; unset keeps none but the
+            result.
+        logging_steps: Log every so many optimizer steps.
+        loggers: tensorboard, wandb or none; nothing is ever sent anywhere unless named here.
+        deduplicate: Drop rows that say exactly what an earlier row says; they are counted and
+            listed.
+        epochs: Passes over the training data; 3 as Stanford Alpaca and TRL. max_steps overrides it.
+        max_grad_norm: Gradients are scaled down to this norm; 0.3 as QLoRA.
+        completion_only_loss: Learn the assistant's turns only; false learns every token.
+        """
+        return self  # a declaration; the decorator appends the step
+
+    @_sugar("export", "merge")
+    def merge(
+        self,
+        *,
+        dtype: str = "auto",
+        shard_gb: float = 2.0,
+    ) -> Self:
+        """Adapter added into the base.
+
+        dtype: Dtype of the saved weights; auto takes the run's compute dtype.
+        shard_gb: Size of a .safetensors file in GiB; one shard and one tensor are in memory at a
+            time.
+        """
+        return self  # a declaration; the decorator appends the step

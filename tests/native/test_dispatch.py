@@ -1,0 +1,85 @@
+"""Which kernels run is decided at run time: by the CPU, by TUNESMITH_ISA, by what torch loaded."""
+
+import os
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+
+
+def run_python(code: str, **env: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+ISA_IN_USE = "from tunesmith import _native; print(_native.isa())"
+
+
+def test_the_best_instruction_set_is_taken_unless_told_otherwise(native: ModuleType) -> None:
+    assert run_python(ISA_IN_USE, TUNESMITH_ISA="") == native.isas()[0]
+    for name in native.isas():
+        assert run_python(ISA_IN_USE, TUNESMITH_ISA=name) == name
+
+
+def test_an_instruction_set_that_is_not_here_is_passed_over(native: ModuleType) -> None:
+    assert run_python(ISA_IN_USE, TUNESMITH_ISA="z80") == native.isas()[0]
+
+
+def test_forcing_one_that_is_not_here_is_an_error_and_changes_nothing(native: ModuleType) -> None:
+    before = native.isa()
+    with pytest.raises(ValueError, match="z80"):
+        native.set_isa("z80")
+    assert native.isa() == before
+
+
+def test_the_scalar_kernels_are_always_there(native: ModuleType) -> None:
+    assert native.isas()[-1] == "scalar"
+
+
+def test_without_torch_there_is_no_openmp_and_the_kernels_run_in_one_thread(
+    native: ModuleType,
+) -> None:
+    code = """
+import ctypes, sys
+from tunesmith import _native
+assert "torch" not in sys.modules
+n = 64 * 4096
+weight = (ctypes.c_float * n)(*[(i % 101 - 50) / 50 for i in range(n)])
+packed, absmax = (ctypes.c_ubyte * (n // 2))(), (ctypes.c_float * 4096)()
+out = (ctypes.c_float * n)()
+at = ctypes.addressof
+_native.quantize_nf4(at(weight), _native.FLOAT32, n, 64, at(packed), at(absmax), None)
+_native.dequantize_nf4(at(packed), at(absmax), 0, 0, n, 64, _native.FLOAT32, at(out), None)
+print(_native.has_openmp(), max(abs(a - b) for a, b in zip(weight, out)) < 0.16)
+"""
+    assert run_python(code) == "False True"
+
+
+def test_torch_s_own_openmp_is_used_and_no_second_one_is_loaded(native: ModuleType) -> None:
+    code = """
+import torch
+def runtimes():
+    return sorted({line.split()[-1] for line in open("/proc/self/maps") if "omp" in line})
+before = runtimes()
+from tunesmith.ops import native_status, quantize_nf4
+quantize_nf4(torch.randn(1 << 20))
+print(native_status().openmp, runtimes() == before, len(before))
+"""
+    if not os.path.exists("/proc/self/maps"):
+        pytest.skip("only Linux lists what a process has loaded")
+    assert run_python(code) == "True True 1"
+
+
+def test_a_stream_without_cuda_kernels_is_an_error_rather_than_a_crash(native: ModuleType) -> None:
+    if native.has_cuda():
+        pytest.skip("this build has CUDA kernels")
+    with pytest.raises(RuntimeError, match="no CUDA kernels"):
+        native.quantize_nf4(0, native.FLOAT32, 0, 64, 0, 0, 7)
