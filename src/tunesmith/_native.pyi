@@ -17,7 +17,7 @@ def quantize_nf4(
     absmax: int,
     stream: int | None,
 ) -> None:
-    """Write uint8 packed [ceil(numel / 2)] and fp32 absmax [blocks], not finite if a block is not."""
+    """Write uint8 packed [ceil(numel / 2)] and fp32 absmax [blocks], NaN or Inf if a block is."""
 
 def quantize_absmax(
     absmax: int,

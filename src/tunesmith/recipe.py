@@ -46,8 +46,11 @@ VERBS = tuple(KIND_OF_VERB)
 _DATA_KEYS = ("data", "format")
 
 
-def _frozen_options(options: Mapping[str, Any]) -> Mapping[str, Any]:
-    return dict(options)
+def _frozen(value: Any) -> Any:
+    """Return a value with its lists as tuples, so that equal recipes compare equal."""
+    if isinstance(value, Mapping):
+        return {key: _frozen(item) for key, item in value.items()}
+    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
 
 
 @attrs.frozen
@@ -58,7 +61,7 @@ class Step:
     """One of `VERBS`."""
     plugin: str
     """Name of the plugin that does it, bare or as "distribution:name"."""
-    options: Mapping[str, Any] = attrs.field(factory=dict, converter=_frozen_options)
+    options: Mapping[str, Any] = attrs.field(factory=dict, converter=_frozen)
     """Options as given, not filled with defaults."""
     data: Any = None
     """Path or paths, hub id, `datasets.Dataset`, or rows; None for a step without data."""

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -76,6 +77,14 @@ print(native_status().openmp, runtimes() == before, len(before))
     if not os.path.exists("/proc/self/maps"):
         pytest.skip("only Linux lists what a process has loaded")
     assert run_python(code) == "True True 1"
+
+
+def test_the_module_links_neither_torch_nor_an_openmp_runtime_nor_a_shared_cudart(
+    native: ModuleType,
+) -> None:
+    content = Path(native.__file__ or "").read_bytes()
+    for library in (b"libtorch", b"libc10", b"libgomp", b"libomp", b"libiomp", b"libcudart.so"):
+        assert library not in content, library
 
 
 def test_a_stream_without_cuda_kernels_is_an_error_rather_than_a_crash(native: ModuleType) -> None:

@@ -3,7 +3,9 @@
 import copy
 import io
 import pickle
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tunesmith.errors import OpError
+from tunesmith.nn import nf4_linear
 from tunesmith.nn.nf4_linear import NF4Linear
 from tunesmith.ops import NF4Weight, quantize_nf4
 from tunesmith.ops.schema import DTYPES
@@ -197,18 +200,28 @@ def test_nothing_is_recorded_when_nothing_requires_a_gradient() -> None:
     assert not make_layer()(torch.randn(2, 96)).requires_grad
 
 
-def test_only_the_4_bit_weight_is_kept_for_backward() -> None:
+def test_only_the_4_bit_weight_is_kept_for_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = make_layer()
-    kept: list[Tensor] = []
+    saved: list[Tensor] = []
+    dense: list[weakref.ref[Tensor]] = []
+    dequantize = nf4_linear._dequantized
 
     def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
+        saved.append(tensor)
         return tensor
 
+    def watched(*args: Any) -> Tensor:
+        weight = dequantize(*args)
+        dense.append(weakref.ref(weight))
+        return weight
+
+    monkeypatch.setattr(nf4_linear, "_dequantized", watched)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        layer(torch.randn(8, 96, requires_grad=True))
-    assert kept
-    assert sum(t.numel() * t.element_size() for t in kept) <= layer.nf4.nbytes
+        y = layer(torch.randn(8, 96, requires_grad=True))
+    assert sum(t.numel() * t.element_size() for t in saved) == layer.nf4.nbytes
+    assert [ref() for ref in dense] == [None]
+    y.sum().backward()
+    assert len(dense) == 2  # once for each direction
 
 
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])

@@ -1,6 +1,7 @@
 """The console says what a run does: live in a terminal, in plain lines everywhere else."""
 
 import io
+import itertools
 import re
 import subprocess
 import sys
@@ -100,7 +101,7 @@ def test_a_plain_stage_leaves_at_most_twenty_progress_lines_with_the_first_and_t
     assert steps[0] == 1
     assert steps[-1] == total
     assert min(total, 15) <= len(steps) <= 20
-    gaps = [after - before for before, after in zip(steps, steps[1:], strict=False)]
+    gaps = [after - before for before, after in itertools.pairwise(steps)]
     assert max(gaps, default=0) <= total // 19 + 1
 
 
@@ -285,10 +286,15 @@ def test_an_event_of_an_unknown_class_is_ignored(show):
 def test_an_interrupted_stage_leaves_a_line_and_the_cursor(clock):
     file = io.StringIO()
     reporter = ConsoleReporter(Console(file=file, force_terminal=True, width=80))
-    with pytest.raises(KeyboardInterrupt), reporter:
-        reporter(Run(), progress(120))
-        clock(65)
-        raise KeyboardInterrupt
+
+    def work():
+        with reporter:
+            reporter(Run(), progress(120))
+            clock(65)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
     assert "03-sft  stopped at step 120/300 after 1:05" in file.getvalue()
     assert file.getvalue().count("\x1b[?25h") == 1
 
@@ -310,6 +316,14 @@ def test_stdout_stays_for_results(capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert err == "warning: hot\n"
+
+
+def test_results_printed_under_the_live_line_stay_on_stdout(capsys):
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    with ConsoleReporter(console) as reporter:
+        reporter(Run(), progress(1))
+        print("42")
+    assert capsys.readouterr().out == "42\n"
 
 
 def test_importing_the_console_imports_neither_rich_nor_torch():

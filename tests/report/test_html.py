@@ -20,7 +20,7 @@ steps:
   data: pairs.json
 - export: merge
 """
-VOID = {"meta", "link", "br", "hr", "img", "input"}
+VOID = {"meta", "link", "br", "hr", "img", "input", "wbr"}
 
 
 class Page(HTMLParser):
@@ -224,7 +224,6 @@ def test_recipe_and_lock_are_shown_the_lock_folded(run):
     assert page.texts["pre"] == [RECIPE]
     lock = page.text.partition("Versions, hashes and plugins")[2]
     assert "versions / torch 2.9.1 plugins / nf4 tunesmith" in lock
-    assert page.tags[-1][0] != "pre"
     text = (run / "report.html").read_text(encoding="utf-8")
     assert re.search(r"<h2>Lock</h2><details><summary>", text)
 
@@ -269,7 +268,7 @@ def test_a_half_finished_run_has_a_report_that_says_so(run):
     page = report(run)
     assert "2 of 4 stages finished in 2:02" in page.text
     assert "stages/03-dpo/stage.json is not there" in page.text
-    assert "03-dpo not finished" not in page.text.partition("nothing kept yet")[2]
+    assert re.search(r"03-dpo\s+not finished", page.text)
     assert "04-merge nothing kept yet" in page.text
     assert "lock.json is not there" in page.text
     assert "Lock" not in page.texts["h2"]
@@ -364,6 +363,8 @@ def test_a_curve_without_any_finite_value_is_told_in_words(run):
         [(7, 1.0), (7, 2.0)],
         [(1.2, 1.0), (1.8, 2.0)],
         [(0, 0.0), (1, 5e-324)],
+        [(0, 5e-324), (1, 5e-324)],
+        [(0, 1e-200)],
         [(0, -1e308), (10**30, 1e308)],
         [(1, -1e99), (2, 1e99)],
         [(1, 1.00001), (2, 1.00005)],
@@ -381,7 +382,7 @@ def test_odd_curves_stay_inside_their_chart(run, points):
 
 
 def test_ticks_close_together_can_be_told_apart(run):
-    log = [{"step": 1, "loss": 1.00001}, {"step": 2, "loss": 1.00005}]
+    log = [{"step": 1, "loss": 1.000012}, {"step": 2, "loss": 1.000048}]
     write(run / "stages/02-sft/log.jsonl", log)
     ticks = report(run).texts["text"][:5]
     assert ticks == ["1.00001", "1.00002", "1.00003", "1.00004", "1.00005"]

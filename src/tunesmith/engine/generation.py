@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.data.render import set_chat_template
 from tunesmith.engine.models import find_model, local_directory
+from tunesmith.engine.quiet import quiet_libraries
 from tunesmith.errors import RunError
 from tunesmith.plugin.registry import registry
 from tunesmith.plugin.session import Session
@@ -48,7 +49,8 @@ def load_for_generation(result: RunResult) -> tuple[Any, Any]:
                 session.use_method(registry().build(step))
         for label, directory in result.adapters.items():
             session.use_adapter(label, directory)
-    model = session.model
+    with quiet_libraries():
+        model = session.model
     model.eval()
     return model, tokenizer
 

@@ -15,6 +15,7 @@ import attrs
 from tunesmith.engine.dataset import LoadedData, load_data
 from tunesmith.engine.estimate import Estimate, Shapes, estimate_step, model_shapes
 from tunesmith.engine.models import ModelSource, find_model
+from tunesmith.engine.quiet import quiet_libraries
 from tunesmith.engine.store import problem_with
 from tunesmith.errors import DataError, ModelError, OptionError, PlanError, PluginError
 from tunesmith.plugin.options import given_options
@@ -118,13 +119,15 @@ def make_plan(
     shapes = None
     if estimates and model is not None and device is not None and not problems:
         try:
-            shapes = model_shapes(model)
+            with quiet_libraries():
+                shapes = model_shapes(model)
         except ModelError as error:
             problems.append(str(error))
         except Exception as error:
             notes.append(f"memory and time are not predicted: {type(error).__name__}: {error}")
         if shapes is not None:
-            steps = _with_estimates(steps, shapes, device, notes)
+            with quiet_libraries():
+                steps = _with_estimates(steps, shapes, device, notes)
     plan = Plan(recipe, model, device, steps, tuple(problems), tuple(notes), shapes)
     for distribution, answer in registry.each_hook("tunesmith_check_plan", plan=plan):
         if isinstance(answer, Exception):

@@ -15,6 +15,9 @@ from tunesmith.plugin.events import Event, Progress
 
 __all__ = ["ProgressCallback", "peak_memory_bytes"]
 
+CLOCKS = frozenset({"train_runtime", "train_tokens_per_second", "total_flos"})
+"""What transformers logs of its own clock; the events carry theirs."""
+
 LAST_SHARE = 0.1
 """The reported loss is the mean over this last share of the steps."""
 
@@ -45,8 +48,9 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
     ) -> None:
         """Pass on what was logged; the closing summary of a training is not a step."""
-        if not logs or "train_runtime" in logs:
+        if not logs or "train_loss" in logs:
             return
+        logs = {key: value for key, value in logs.items() if key not in CLOCKS}
         self._write(state.global_step, logs)
         self._note(logs)
         self.tokens = int(state.num_input_tokens_seen)

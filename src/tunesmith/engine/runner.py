@@ -22,6 +22,7 @@ from tunesmith.data.render import set_chat_template
 from tunesmith.engine.models import content_hash, local_directory
 from tunesmith.engine.plan import Plan, PlannedStep, make_plan
 from tunesmith.engine.progress import ProgressCallback, peak_memory_bytes
+from tunesmith.engine.quiet import quiet_libraries
 from tunesmith.engine.result import RunResult
 from tunesmith.engine.store import RunStore, Stage
 from tunesmith.errors import DataError, RunError
@@ -63,7 +64,7 @@ def run(
     """
     plan = make_plan(recipe, registry, directory=directory, estimates=False)
     plan.raise_if_problems()
-    with RunStore(directory) as store:
+    with RunStore(directory) as store, quiet_libraries():
         return _Runner(plan, registry, store, listeners).run()
 
 
@@ -172,7 +173,7 @@ class _Runner:
 
     def train(self, step: PlannedStep, session: Session, directory: Path) -> Mapping[str, float]:
         import torch
-        from transformers import set_seed
+        from transformers import PrinterCallback, set_seed
         from transformers.trainer_utils import get_last_checkpoint
 
         assert step.data is not None
@@ -189,6 +190,8 @@ class _Runner:
         )
         self._tell_drops(step, drops, directory, len(step.data.examples))
         callback = ProgressCallback(step.name, self.emit, directory / "log.jsonl")
+        # transformers' own printer writes each log to stdout, with its numbers turned into text
+        trainer.remove_callback(PrinterCallback)
         trainer.add_callback(callback)
         if config.early_stopping is not None:
             from transformers import EarlyStoppingCallback

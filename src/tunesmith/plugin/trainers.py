@@ -184,8 +184,6 @@ def training_arguments(
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
         "optim": optimizer,
-        "gradient_checkpointing": config.gradient_checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
         # an adapter trains in fp32 on a base held in the compute dtype; full fine-tuning holds
         # fp32 weights and computes in 16 bits by autocast
         "bf16": full and session.dtype == torch.bfloat16,
@@ -208,4 +206,9 @@ def training_arguments(
         "remove_unused_columns": False,
         "dataloader_pin_memory": session.device.type == "cuda",
     }
+    # transformers 5.20 renamed the option; the old name warns
+    known = transformers.TrainingArguments.__dataclass_fields__
+    prefix = "activation" if "activation_checkpointing" in known else "gradient"
+    settings[f"{prefix}_checkpointing"] = config.gradient_checkpointing
+    settings[f"{prefix}_checkpointing_kwargs"] = {"use_reentrant": False}
     return transformers.TrainingArguments(**{**settings, **overrides})

@@ -287,11 +287,11 @@ def _stage_table(run: _Run) -> str:
         record = stage.record or {}
         what = " ".join(str(record[key]) for key in ("verb", "plugin") if record.get(key))
         metrics = "".join(
-            f"<li>{_text(name)} <b>{_text(number(value))}</b></li>"
+            f"<li>{_text(name).replace('/', '/<wbr>')} <b>{_text(number(value))}</b></li>"
             for name, value in main_metrics(stage.metrics).items()
         )
         link = f'<a href="#{_identifier(stage.name)}">{_text(stage.name)}</a>'
-        time = duration(stage.seconds) if stage.record else ""
+        time = "" if stage.record is None else duration(stage.seconds)
         rows.append(
             (
                 f"{link}<small>{_text(what)}</small>",
@@ -517,10 +517,12 @@ def _in_words(label: str, curve: Sequence[Point]) -> str:
 
 def _ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
     """Return about five round values that enclose low and high; if `whole`, integers within."""
-    if high - low <= 1e-12 * max(abs(low), abs(high)):  # a flat curve, or a single point
+    if high - low <= max(
+        1e-12 * max(abs(low), abs(high)), 1e-100
+    ):  # a flat curve, or a single point
         if whole:
             return [low]
-        around = abs(low) / 10 or 1.0
+        around = abs(low) / 10 if abs(low) > 1e-90 else 1.0
         low, high = low - around, high + around
     raw = (high - low) / 4
     size = 10.0 ** math.floor(math.log10(raw))
@@ -616,7 +618,7 @@ tr > :last-child { padding-right: 0; }
 th small, td small { display: block; color: var(--soft); font-weight: 400; }
 td small { min-width: 5.5rem; }
 th a, .metrics { overflow-wrap: break-word; }
-.metrics { list-style: none; margin: 0; padding: 0; }
+.metrics { min-width: 8.5rem; list-style: none; margin: 0; padding: 0; }
 .charts { display: grid; gap: 1.5rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); }
 figure { margin: 0; }

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tunesmith.testing.tiny import tiny_llama, tiny_session, tiny_tokenizer
+from tunesmith.testing.tiny import tiny_examples, tiny_llama, tiny_session, tiny_tokenizer
 
-__all__ = ["tiny_llama", "tiny_session", "tiny_tokenizer"]
+__all__ = ["tiny_examples", "tiny_llama", "tiny_session", "tiny_tokenizer"]

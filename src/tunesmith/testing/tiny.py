@@ -11,6 +11,15 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.data.examples import (
+    Conversation,
+    Example,
+    Labeled,
+    Message,
+    Preference,
+    Prompt,
+    Text,
+)
 from tunesmith.plugin.session import Session
 
 if TYPE_CHECKING:
@@ -20,7 +29,7 @@ if TYPE_CHECKING:
     from tunesmith.plugin.methods import Method
     from tunesmith.plugin.quantizers import Quantizer
 
-__all__ = ["CHATML", "tiny_llama", "tiny_session", "tiny_tokenizer"]
+__all__ = ["CHATML", "tiny_examples", "tiny_llama", "tiny_session", "tiny_tokenizer"]
 
 CHATML = (
     "{% for message in messages %}"
@@ -60,7 +69,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerBase:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in _SPECIAL])
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    build: Any = PreTrainedTokenizerFast  # whose constructor has types in some releases only
+    fast: PreTrainedTokenizerBase = build(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
@@ -68,6 +78,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerBase:
         model_max_length=2048,
         clean_up_tokenization_spaces=False,
     )
+    return fast
 
 
 def tiny_llama(
@@ -138,3 +149,26 @@ def tiny_session(
     if method is not None:
         session.use_method(method)
     return session
+
+
+def tiny_examples(shape: str) -> list[Example]:
+    """Return four examples of a shape, a key of `EXAMPLE_TYPES`, each of a few dozen tokens."""
+    facts = [
+        ("Where is the moon?", "In the sky.", "Under the sea."),
+        ("What sings?", "The thrush.", "The stone."),
+        ("Who ate the bread?", "The miller.", "Nobody at all."),
+        ("When does the ferry go?", "At nine.", "It has sunk."),
+    ]
+    made: list[Example] = []
+    for number, (question, right, wrong) in enumerate(facts):
+        asked = (Message("user", question),)
+        good, bad = (Message("assistant", right),), (Message("assistant", wrong),)
+        shapes: dict[str, Example] = {
+            "conversation": Conversation((*asked, *good)),
+            "preference": Preference(asked, good, bad),
+            "labeled": Labeled(asked, bad if number % 2 else good, label=number % 2 == 0),
+            "prompt": Prompt(asked, {"answer": right}),
+            "text": Text(f"{question} {right}"),
+        }
+        made.append(shapes[shape])
+    return made

@@ -1,0 +1,625 @@
+"""The conformance kit: subclass what your plugin is, say where it lies, and pytest does the rest.
+
+::
+
+    from tunesmith.testing.conformance import MethodConformance
+
+    class TestLoraFA(MethodConformance):
+        plugin = "my_package.plugin"
+        name = "lora_fa"
+
+The built-in plugins pass the same tests. Everything runs on a tiny random Llama on the CPU.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import attrs
+import pytest
+
+from tunesmith.data.examples import EXAMPLE_TYPES, Sourced
+from tunesmith.errors import OptionError, RowError
+from tunesmith.plugin import API_VERSION, Spec
+from tunesmith.plugin.exporters import Exporter
+from tunesmith.plugin.formats import Format
+from tunesmith.plugin.methods import Method
+from tunesmith.plugin.metrics import Metric
+from tunesmith.plugin.options import field_docs, given_options, structure
+from tunesmith.plugin.quantizers import Quantizer
+from tunesmith.plugin.registry import Registry
+from tunesmith.plugin.session import Session
+from tunesmith.plugin.trainers import Trainer, TrainerConfig, TrainingData
+from tunesmith.recipe import KIND_OF_VERB, Recipe, Step
+from tunesmith.testing.tiny import tiny_examples, tiny_llama, tiny_session
+
+__all__ = [
+    "ExporterConformance",
+    "FormatConformance",
+    "MethodConformance",
+    "MetricConformance",
+    "PluginConformance",
+    "QuantizerConformance",
+    "TrainerConformance",
+]
+
+_LISTING = """
+import importlib, sys
+from tunesmith.plugin.registry import Registry
+plugin, kind, name = sys.argv[1:]
+registry = Registry([(plugin, "under-test", "0", lambda: importlib.import_module(plugin))])
+sys.exit(
+    "".join(broken.traceback for broken in registry.broken)
+    or not any((item.kind, item.spec.name) == (kind, name) for item in registry)
+    and f"{plugin} registers no {name} among its {kind}"
+    or ", ".join({"torch", "transformers", "peft", "trl", "datasets"} & set(sys.modules))
+    or 0
+)
+"""
+
+
+class PluginConformance:
+    """What holds for a plugin of any kind."""
+
+    # PEFT reads a property that transformers is about to rename: no affair of a plugin's author,
+    # whose project may well turn warnings into errors
+    pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+    plugin: ClassVar[str]
+    """Module that the entry point names, such as "my_package.plugin"."""
+    name: ClassVar[str]
+    """Name of the Spec under test."""
+    options: ClassVar[Mapping[str, Any]] = {}
+    """Options as a user would write them; at least those that have no default."""
+
+    kind: ClassVar[str]
+    interface: ClassVar[type]
+
+    @pytest.fixture
+    def spec(self) -> Spec:
+        """Return the Spec, found through the plugin's own hook."""
+        module = importlib.import_module(self.plugin)
+        registry = Registry([(self.plugin, "under-test", "0", lambda: module)])
+        return registry.find(self.kind, self.name).spec
+
+    @pytest.fixture
+    def config(self, spec: Spec) -> Any:
+        """Return the config instance made from `options`."""
+        return structure(spec.config, self.options, name=spec.name)
+
+    @pytest.fixture
+    def instance(self, spec: Spec, config: Any) -> Any:
+        """Return the implementation, built as a run builds it."""
+        return spec.load()(config)
+
+    def test_listing_it_works_and_imports_nothing_heavy(self) -> None:
+        """`tunesmith plugins` and `--help` list it without torch and its like."""
+        listing = subprocess.run(
+            [sys.executable, "-c", _LISTING, self.plugin, self.kind, self.name],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert listing.returncode == 0, f"while listing {self.plugin}: {listing.stderr}"
+
+    def test_the_spec_is_written_for_this_api_and_says_what_it_is(self, spec: Spec) -> None:
+        """The API version is today's and the summary is one line."""
+        assert spec.api == API_VERSION
+        assert spec.summary, "give the Spec a summary, which `tunesmith plugins` shows"
+        assert "\n" not in spec.summary
+
+    def test_the_implementation_serves_its_kind(self, spec: Spec, instance: Any) -> None:
+        """The lazy path leads to a subclass of the kind's interface."""
+        assert issubclass(spec.load(), self.interface), f"{spec.impl} is no {self.interface}"
+        assert isinstance(instance, self.interface)
+
+    def test_every_option_has_a_help_text(self, spec: Spec) -> None:
+        """A docstring stands under each field of the config class."""
+        silent = [name for name, text in field_docs(spec.config).items() if not text]
+        assert not silent, f"put a docstring under {', '.join(silent)}"
+
+    def test_options_without_a_default_are_all_that_must_be_given(self, spec: Spec) -> None:
+        """The defaults are sound, by the config's own validators."""
+        required = {
+            field.name: self.options[field.name]
+            for field in attrs.fields(spec.config)
+            if field.default is attrs.NOTHING
+        }
+        assert structure(spec.config, required, name=spec.name) is not None
+
+    def test_the_config_cannot_be_changed(self, config: Any) -> None:
+        """The config class is `attrs.frozen`."""
+        with pytest.raises(attrs.exceptions.FrozenInstanceError):
+            config.anything = 1
+
+    def test_the_config_goes_through_a_recipe_and_comes_back_equal(
+        self, spec: Spec, config: Any
+    ) -> None:
+        """Options survive YAML, so a run can be repeated from its recipe."""
+        verb = next((verb for verb, kind in KIND_OF_VERB.items() if kind == self.kind), "train")
+        recipe = Recipe("model", (Step(verb, spec.name, given_options(config)),))
+        options = Recipe.from_yaml(recipe.to_yaml()).steps[0].options
+        assert structure(spec.config, options, name=spec.name) == config
+
+    def test_an_unknown_option_is_refused(self, spec: Spec) -> None:
+        """A misspelt option is never ignored."""
+        with pytest.raises(OptionError, match="no_such_option"):
+            structure(spec.config, {**self.options, "no_such_option": 1}, name=spec.name)
+
+
+# rows as other formats have them; a format with none of their fields must leave them alone
+_FOREIGN_ROWS: tuple[Mapping[str, Any], ...] = (
+    {"instruction": "Add.", "input": "1 1", "output": "2"},
+    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]},
+    {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+    {"prompt": "Hi", "chosen": "Hello", "rejected": "No"},
+    {"prompt": "Hi", "completion": "Hello", "label": True},
+    {"text": "It was a dark and stormy night."},
+    {"unheard_of": 1},
+    {},
+)
+
+
+class FormatConformance(PluginConformance):
+    """What holds for a data format."""
+
+    kind = "formats"
+    interface = Format
+
+    good_rows: ClassVar[Sequence[Mapping[str, Any]]]
+    """Rows it must recognise and convert, one for each variant of the layout."""
+    bad_rows: ClassVar[Sequence[Mapping[str, Any]]]
+    """Rows it must refuse with a RowError: a field missing, or of another type."""
+
+    def test_good_rows_are_recognised_by_the_fields_they_have(self, instance: Any) -> None:
+        """No more fields are claimed than there are."""
+        assert self.good_rows, "give at least one good row"
+        for row in self.good_rows:
+            claimed = instance.recognise(row)
+            assert 0 < claimed <= len(row), f"recognise({row}) gave {claimed}"
+
+    def test_good_rows_become_examples(self, instance: Any) -> None:
+        """Each is one of the five shapes, and the row is left as it was."""
+        for row in self.good_rows:
+            before = copy.deepcopy(dict(row))
+            example = instance.convert(row)
+            assert isinstance(example, tuple(EXAMPLE_TYPES.values())), f"{row} gave {example!r}"
+            assert dict(row) == before, f"convert changed the row {before}"
+
+    def test_bad_rows_are_refused_with_the_field_named(self, instance: Any) -> None:
+        """RowError says field, what was got and what is allowed; the reader adds the place."""
+        assert self.bad_rows, "give at least one bad row"
+        for row in self.bad_rows:
+            with pytest.raises(RowError) as raised:
+                instance.convert(row)
+            error = raised.value
+            assert error.field, f"the error for {row} names no field"
+            assert error.got, f"the error for {row} does not say what it got"
+            assert error.allowed, f"the error for {row} does not say what is allowed"
+
+    def test_rows_with_none_of_its_fields_are_left_to_other_formats(self, instance: Any) -> None:
+        """Claiming a stranger's row would read data as what it is not."""
+        own = {key for row in self.good_rows for key in row}
+        for row in _FOREIGN_ROWS:
+            if own.isdisjoint(row):
+                assert instance.recognise(row) == 0, f"recognise({row}) is not 0"
+
+    def test_recognising_never_raises(self, instance: Any) -> None:
+        """Detection tries every format on every row."""
+        values: tuple[Any, ...] = (None, 7, "", [])
+        odd = [dict.fromkeys(row, value) for row in self.good_rows for value in values]
+        for row in (*self.bad_rows, *odd):
+            assert isinstance(instance.recognise(row), int)
+
+
+class QuantizerConformance(PluginConformance):
+    """What holds for a quantizer."""
+
+    kind = "quantizers"
+    interface = Quantizer
+
+    tolerance: ClassVar[float] = 0.12
+    """Largest |W - dense_weight| / |W| of a layer (Frobenius); 4-bit NF4 stays below 0.1."""
+    nbytes_tolerance: ClassVar[float] = 0.25
+    """Largest share by which `nbytes` may miss what the layers hold."""
+
+    @pytest.fixture(params=[True, False], ids=["tied", "untied"])
+    def base(self, request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+        """Return a tiny model whose head is, or is not, its embedding."""
+        return tiny_llama(tmp_path / "base", request.param, hidden_size=64, intermediate_size=128)
+
+    @pytest.fixture
+    def original(self, base: Path) -> Any:
+        """Return the model as it is without a quantizer, in fp32."""
+        return _loaded(base)
+
+    @pytest.fixture
+    def loaded(self, instance: Any, base: Path) -> Any:
+        """Return the model as the quantizer loads it."""
+        import torch
+
+        return instance.load(base, dtype=torch.float32, device=torch.device("cpu"))
+
+    def test_every_linear_layer_reads_back_as_dense_fp32(
+        self, instance: Any, original: Any, loaded: Any
+    ) -> None:
+        """Its shape is the original's and its values are near."""
+        import torch
+
+        for name, linear in _linears(original):
+            dense = instance.dense_weight(loaded.get_submodule(name))
+            assert dense.dtype == torch.float32, f"{name}: dense_weight is {dense.dtype}"
+            assert dense.shape == linear.weight.shape, f"{name}: dense_weight is {dense.shape}"
+            weight = linear.weight.detach()
+            error = float((dense - weight).norm() / weight.norm())
+            assert error <= self.tolerance, f"{name}: relative error {error:.3f}"
+
+    def test_it_computes_near_what_the_original_computes(self, original: Any, loaded: Any) -> None:
+        """The forward pass runs and its logits are finite and near."""
+        ours, theirs = _logits(loaded), _logits(original)
+        assert ours.shape == theirs.shape
+        assert bool(ours.isfinite().all())
+        error = float((ours - theirs).norm() / theirs.norm())
+        # errors of the layers add up on the way through the model
+        assert error <= 10 * self.tolerance, f"relative error of the logits {error:.3f}"
+
+    def test_gradients_pass_through_it(self, loaded: Any) -> None:
+        """An adapter below a quantized layer can only learn through it."""
+        embedded = loaded.get_input_embeddings()(_ids()).detach().requires_grad_()
+        loaded(inputs_embeds=embedded).logits.square().mean().backward()
+        assert embedded.grad is not None
+        assert bool(embedded.grad.isfinite().all())
+        assert float(embedded.grad.abs().sum()) > 0
+
+    def test_nbytes_is_what_the_layers_hold(
+        self, instance: Any, original: Any, loaded: Any
+    ) -> None:
+        """The plan's prediction of memory rests on it."""
+        predicted = held = 0
+        head = original.get_output_embeddings()
+        for name, linear in _linears(original):
+            if linear is head:
+                continue
+            predicted += instance.nbytes(tuple(linear.weight.shape), 4)
+            module = loaded.get_submodule(name)
+            tensors = [*module.named_parameters(), *module.named_buffers()]
+            held += sum(t.numel() * t.element_size() for key, t in tensors if key != "bias")
+        assert abs(predicted - held) <= self.nbytes_tolerance * held, (
+            f"nbytes predicts {predicted} bytes for layers that hold {held}"
+        )
+
+
+class MethodConformance(PluginConformance):
+    """What holds for a PEFT method, on a plain base and on one in NF4."""
+
+    kind = "methods"
+    interface = Method
+
+    identity_at_start: ClassVar[bool] = True
+    """Whether a fresh adapter leaves the model's output as it was."""
+    tolerance: ClassVar[float] = 1e-5
+    """Largest difference of logits that count as equal."""
+
+    @pytest.fixture(params=["plain", "nf4"])
+    def base(self, request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+        """Return a function that loads the base model anew."""
+        directory = tiny_llama(tmp_path / "base")
+        quantizer = _NF4() if request.param == "nf4" else Quantizer[None](None)
+
+        def load() -> Any:
+            import torch
+
+            return quantizer.load(directory, dtype=torch.float32, device=torch.device("cpu"))
+
+        return load
+
+    def test_its_config_is_made_without_weights(self, instance: Any, base: Any) -> None:
+        """A plan asks for it while the model is on the meta device."""
+        import peft
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        config = base().config
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        assert isinstance(instance.peft_config(model), peft.PeftConfig)
+
+    def test_only_the_adapter_is_trained(self, instance: Any, base: Any) -> None:
+        """Every parameter of the base is frozen."""
+        model = base()
+        ours = {id(parameter) for parameter in model.parameters()}
+        trained = _trainable(instance.wrap(model))
+        assert trained, "wrap leaves nothing to train"
+        thawed = [name for name, parameter in trained.items() if id(parameter) in ours]
+        assert not thawed, f"wrap leaves the base's {', '.join(thawed)} trainable"
+
+    def test_a_fresh_adapter_changes_nothing(self, instance: Any, base: Any) -> None:
+        """Training starts from the base model, if the method promises so."""
+        if self.identity_at_start:
+            self.assert_equal(_logits(instance.wrap(base())), _logits(base()))
+
+    def test_one_step_moves_the_adapter_and_nothing_else(self, instance: Any, base: Any) -> None:
+        """Gradients reach the adapter, through whatever the base is made of."""
+        import torch
+
+        model = instance.wrap(base())
+        before = _snapshot(model)
+        trained = _trainable(model)
+        optimizer = torch.optim.SGD(trained.values(), lr=1.0)
+        model(input_ids=_ids(), labels=_ids()).loss.backward()
+        optimizer.step()
+        moved = _moved(before, model)
+        assert moved, "a step moves nothing: no gradient reaches the adapter"
+        assert moved <= set(trained), f"a step moves frozen {', '.join(moved - set(trained))}"
+
+    def test_what_it_saves_opens_in_stock_peft(
+        self, instance: Any, base: Any, tmp_path: Path
+    ) -> None:
+        """`PeftModel.from_pretrained` computes what was saved."""
+        from peft import PeftModel
+
+        expected = self.saved(instance, base, tmp_path / "adapter")
+        opened = PeftModel.from_pretrained(base(), tmp_path / "adapter", local_files_only=True)
+        self.assert_equal(_logits(opened), expected)
+
+    def test_what_it_saves_it_loads_ready_to_train_on(
+        self, instance: Any, base: Any, tmp_path: Path
+    ) -> None:
+        """The same values, and the same parameters trainable as when it was fresh."""
+        expected = self.saved(instance, base, tmp_path / "adapter")
+        loaded = instance.load(base(), tmp_path / "adapter")
+        self.assert_equal(_logits(loaded), expected)
+        fresh = set(_trainable(instance.wrap(base())))
+        assert set(_trainable(loaded)) == fresh, "load trains other parameters than wrap"
+
+    def saved(self, instance: Any, base: Any, directory: Path) -> Any:
+        """Save an adapter that says something and return the logits it gives."""
+        model = instance.wrap(base())
+        _shake(model)
+        logits = _logits(model)
+        distance = float((logits - _logits(base())).abs().max())
+        assert distance > 10 * self.tolerance, "the adapter has no effect on the model's output"
+        instance.save(model, directory)
+        return logits
+
+    def assert_equal(self, ours: Any, theirs: Any) -> None:
+        """Fail if logits differ by more than the tolerance."""
+        distance = float((ours - theirs).abs().max())
+        assert distance <= self.tolerance, f"logits differ by {distance:.2e}"
+
+
+class TrainerConformance(PluginConformance):
+    """What holds for a trainer."""
+
+    kind = "trainers"
+    interface = Trainer
+
+    @pytest.fixture
+    def examples(self, spec: Spec) -> list[Any]:
+        """Return examples of the trainer's shape; override it where these will not do."""
+        assert spec.example is not None
+        return list(tiny_examples(spec.example))
+
+    @pytest.fixture
+    def built(self, spec: Spec, examples: list[Any], tmp_path: Path) -> Any:
+        """Return the trainer's `transformers.Trainer`, over a tiny model with a LoRA adapter."""
+        two_steps = {"max_steps": 2, "batch_size": 2, "gradient_accumulation": 1}
+        options = {"learning_rate": 1e-2, "warmup": 0, **two_steps, **self.options}
+        config: Any = structure(spec.config, options, name=spec.name)
+        session = tiny_session(tmp_path / "base", method=_LoRA(None))
+        session.trains = True
+        rows = [Sourced(example, f"row {n}") for n, example in enumerate(examples, 1)]
+        dropped: list[str] = []
+        data = TrainingData(rows, [], lambda where, reason: dropped.append(f"{where}: {reason}"))
+        built = spec.load()(config).build(session, data, tmp_path / "work")
+        assert len(dropped) < len(rows), f"every row was dropped: {dropped}"
+        return built
+
+    def test_its_spec_says_which_examples_it_takes(self, spec: Spec) -> None:
+        """So that data of another shape is refused before a weight is read."""
+        assert spec.example in EXAMPLE_TYPES
+        assert issubclass(spec.config, TrainerConfig)
+
+    def test_it_builds_a_transformers_trainer_that_obeys_the_options(self, built: Any) -> None:
+        """The shared options reach `TrainingArguments`."""
+        import transformers
+
+        assert isinstance(built, transformers.Trainer)
+        assert built.args.max_steps == 2
+        assert built.args.per_device_train_batch_size == 2
+
+    def test_two_steps_learn_and_touch_only_what_is_trainable(self, built: Any) -> None:
+        """The loss of a batch changes; the base model does not."""
+        import torch
+
+        model = built.model
+        batch = built._prepare_inputs(next(iter(built.get_train_dataloader())))
+
+        def loss() -> float:
+            model.eval()
+            with torch.no_grad():
+                return float(built.compute_loss(model, batch))
+
+        before, first = _snapshot(model), loss()
+        model.train()
+        built.train()
+        assert built.state.global_step == 2
+        assert math.isfinite(first), f"the first loss is {first}"
+        assert loss() != first, "two steps leave the loss as it was"
+        moved = _moved(before, model)
+        assert moved, "two steps move no parameter"
+        assert moved <= set(_trainable(model)), "a frozen parameter has moved"
+
+
+class MetricConformance(PluginConformance):
+    """What holds for a metric."""
+
+    kind = "metrics"
+    interface = Metric
+
+    @pytest.fixture
+    def examples(self, spec: Spec) -> list[Any]:
+        """Return examples of the metric's shape; override it where these will not do."""
+        assert spec.example is not None, "say in the Spec which example shape the metric takes"
+        return list(tiny_examples(spec.example))
+
+    def test_it_measures_finite_numbers_and_leaves_the_model_as_it_was(
+        self, instance: Any, examples: list[Any], tmp_path: Path
+    ) -> None:
+        """Values by name; no parameter, mode or gradient is changed."""
+        import torch
+
+        session = tiny_session(tmp_path / "base")
+        model = session.model
+        model.eval()
+        before = _snapshot(model)
+        with torch.no_grad():
+            values = instance.measure(session, examples)
+        assert values, "measure returned nothing"
+        for name, value in values.items():
+            assert isinstance(name, str)
+            assert isinstance(value, (int, float)), f"{name} is a {type(value).__name__}"
+            assert math.isfinite(value), f"{name} is {value}"
+        assert session.model is model
+        assert not model.training, "measure left the model in training mode"
+        assert not _moved(before, model), "measure changed the model"
+
+
+class ExporterConformance(PluginConformance):
+    """What holds for an exporter, on a plain base and on one in NF4, with and without adapter."""
+
+    kind = "exporters"
+    interface = Exporter
+
+    tolerance: ClassVar[float] = 1e-4
+    """Largest difference of logits that count as equal."""
+
+    @pytest.fixture(params=["plain", "nf4"])
+    def quantizer(self, request: pytest.FixtureRequest) -> Any:
+        """Return how the base is loaded; None is without a quantizer."""
+        return _NF4() if request.param == "nf4" else None
+
+    @pytest.fixture(params=["adapter", "base alone"])
+    def session(self, request: pytest.FixtureRequest, quantizer: Any, tmp_path: Path) -> Session:
+        """Return a session after training, or before any."""
+        method = _LoRA(None) if request.param == "adapter" else None
+        session = tiny_session(tmp_path / "base", quantizer=quantizer, method=method)
+        if method is not None:
+            _shake(session.model)
+            method.save(session.model, tmp_path / "adapter")
+            session.use_adapter("sft", tmp_path / "adapter")
+        return session
+
+    def test_what_it_writes_is_what_the_session_computes(
+        self, instance: Any, session: Session, tmp_path: Path
+    ) -> None:
+        """Stock transformers opens it with equal logits; the session's model stays as it was."""
+        from transformers import AutoTokenizer
+
+        expected = _logits(session.model)
+        directory = tmp_path / "export"
+        directory.mkdir()
+        path = instance.export(session, directory)
+        assert any(directory.iterdir()), "nothing was written"
+        distance = float((_logits(session.model) - expected).abs().max())
+        assert distance <= self.tolerance, f"export moved the session's logits by {distance:.2e}"
+        if path is None:
+            return
+        distance = float((_logits(_loaded(path)) - expected).abs().max())
+        assert distance <= self.tolerance, f"the export's logits differ by {distance:.2e}"
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        assert tokenizer.chat_template == session.tokenizer.chat_template
+
+
+class _LoRA(Method[None]):
+    """A plain LoRA, so that trainers and exporters are tested without any plugin but theirs."""
+
+    def peft_config(self, model: Any) -> Any:
+        import peft
+
+        return peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+class _NF4(Quantizer[None]):
+    """NF4 in the decoder's linear layers, so that methods and exporters meet a quantized base."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+
+    def load(self, directory: Path, *, dtype: Any, device: Any) -> Any:
+        from tunesmith.nn.nf4_linear import NF4Linear
+
+        model = self.from_pretrained(directory, dtype=dtype, device=device)
+        head = model.get_output_embeddings()
+        for name, linear in list(_linears(model)):
+            if linear is not head:
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, NF4Linear.from_linear(linear))
+        return model
+
+
+def _loaded(directory: Path) -> Any:
+    """Return a model as stock transformers loads it, in fp32."""
+    import torch
+
+    plain = Quantizer[None](None)
+    return plain.load(directory, dtype=torch.float32, device=torch.device("cpu"))
+
+
+def _ids() -> Any:
+    """Return two sequences of tokens [2, 12]."""
+    import torch
+
+    return torch.arange(24).reshape(2, 12) * 7 % 256
+
+
+def _logits(model: Any) -> Any:
+    """Return logits [2, 12, vocabulary] in eval mode; the mode is put back."""
+    import torch
+
+    mode = model.training
+    model.eval()
+    with torch.no_grad():
+        logits = model(input_ids=_ids()).logits.float()
+    model.train(mode)
+    return logits
+
+
+def _linears(model: Any) -> Iterator[tuple[str, Any]]:
+    from torch import nn
+
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear))
+
+
+def _trainable(model: Any) -> dict[str, Any]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _snapshot(model: Any) -> dict[str, Any]:
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tensor.detach().clone() for name, tensor in tensors}
+
+
+def _moved(before: Mapping[str, Any], model: Any) -> set[str]:
+    """Return the names of parameters and buffers that are not what they were."""
+    after = _snapshot(model)
+    return {name for name, tensor in before.items() if not tensor.equal(after[name])}
+
+
+def _shake(model: Any) -> None:
+    """Move every trainable parameter, so that an adapter says something."""
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in _trainable(model).values():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)

@@ -1,0 +1,104 @@
+"""The run directory has one owner, and what is finished appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tunesmith.engine.store import RunStore, Stage, problem_with, read_stages
+from tunesmith.errors import RunError
+
+
+def made(store: RunStore, name: str, fingerprint: str) -> Stage:
+    directory = store.begin(name, fingerprint)
+    (directory / "result.txt").write_text(fingerprint)
+    return store.finish(
+        Stage(name, directory, "train", "tunesmith:sft", fingerprint, metrics={"loss": 1.0})
+    )
+
+
+def test_a_finished_stage_is_found_again_by_its_fingerprint(tmp_path):
+    with RunStore(tmp_path / "run") as store:
+        stage = made(store, "01-sft", "aa")
+        assert store.find("01-sft", "aa") == stage
+        assert store.find("01-sft", "bb") is None
+    assert read_stages(tmp_path / "run") == [stage]
+
+
+def test_a_stage_at_work_is_not_a_finished_one(tmp_path):
+    with RunStore(tmp_path / "run") as store:
+        store.begin("01-sft", "aa")
+        assert store.find("01-sft", "aa") is None
+        assert read_stages(tmp_path / "run") == []
+
+
+def test_an_interrupted_stage_keeps_its_checkpoints_only_for_the_same_fingerprint(tmp_path):
+    with RunStore(tmp_path / "run") as store:
+        (store.begin("01-sft", "aa") / "checkpoint").write_text("half way")
+        assert (store.begin("01-sft", "aa") / "checkpoint").exists()
+        assert not (store.begin("01-sft", "bb") / "checkpoint").exists()
+
+
+def test_stages_of_another_recipe_are_put_aside_and_not_deleted(tmp_path):
+    with RunStore(tmp_path / "run") as store:
+        made(store, "01-sft", "aa")
+        moved = store.supersede({"01-sft": "bb"})
+        assert [name for name, _ in moved] == ["01-sft"]
+        assert (moved[0][1] / "result.txt").read_text() == "aa"
+        assert read_stages(tmp_path / "run") == []
+
+
+def test_a_second_run_in_the_same_directory_is_refused_with_the_holder_named(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from tunesmith.engine.store import RunStore\n"
+        "with RunStore(Path(sys.argv[1])): pass"
+    )
+    with RunStore(tmp_path / "run"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, tmp_path / "run"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.returncode != 0
+    assert "in use by process" in done.stderr
+
+
+def test_a_directory_with_other_things_in_it_is_not_taken(tmp_path):
+    (tmp_path / "thesis.txt").write_text("do not touch")
+    assert "is not empty and holds no run" in problem_with(tmp_path)
+    with pytest.raises(RunError, match="holds no run"), RunStore(tmp_path):
+        pass
+    assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_path_that_cannot_be_a_directory_is_named(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    assert "is a file" in problem_with(file)
+    assert "cannot be written" in problem_with(file / "run")
+
+
+def test_looking_for_problems_leaves_nothing_behind(tmp_path):
+    assert problem_with(tmp_path / "a" / "b") is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_stage_says_which_file_and_what_to_do(tmp_path):
+    with RunStore(tmp_path / "run") as store:
+        stage = made(store, "01-sft", "aa")
+    (stage.path / "stage.json").write_text("{")
+    with pytest.raises(RunError, match="is damaged.*delete the directory"):
+        read_stages(tmp_path / "run")
+
+
+def test_stage_json_is_plain_to_read(tmp_path):
+    with RunStore(tmp_path / "run") as store:
+        stage = made(store, "01-sft", "aa")
+    row = json.loads((stage.path / "stage.json").read_text())
+    assert row["name"] == "01-sft"
+    assert row["metrics"] == {"loss": 1.0}
+    assert row["finished"].startswith("20")
