@@ -100,6 +100,8 @@ def test_a_block_of_zeros_among_others_comes_back_as_plus_zero_through_nesting(
         w = quantize_nf4(weight.to(dtype))
         assert (w.packed.view(256, 32)[5] == 0x77).all()
         assert is_plus_zero(dequantize_nf4(w)[5])
+        parts = (w.packed, w.absmax, w.nested_absmax, w.nested_offset)
+        assert is_plus_zero(reference.dequantize_nf4(*parts, w.shape, 64, dtype)[5])
         assert w.nested_absmax is not None
         assert w.nested_offset is not None
         value = reference.DYNAMIC_MAP[int(w.absmax[5])]

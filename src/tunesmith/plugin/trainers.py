@@ -200,6 +200,8 @@ def training_arguments(
         "greater_is_better": False if best else None,
         "logging_steps": config.logging_steps,
         "logging_first_step": True,
+        # the filter would log a mean in the place of a loss that is no number
+        "logging_nan_inf_filter": False,
         "include_num_input_tokens_seen": "non_padding",
         "report_to": [name for name in config.loggers if name != "none"] or "none",
         "disable_tqdm": True,

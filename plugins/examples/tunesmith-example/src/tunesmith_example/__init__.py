@@ -1,0 +1,1 @@
+"""A tunesmith plugin package to copy: the Dolly data format and the LoRA-FA method."""
