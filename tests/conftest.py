@@ -11,6 +11,8 @@ import pytest
 # no test reaches for a hub; what is missing there must be said, not waited for
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# tensors this small gain nothing from threads, and threads that wait for each other cost minutes
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"

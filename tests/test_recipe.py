@@ -75,6 +75,12 @@ def test_a_small_number_is_a_number_in_json_too():
     assert Recipe.from_json(recipe.to_json()).steps[0].options["learning_rate"] == 2e-05
 
 
+@pytest.mark.parametrize("character", ["\x85", "\u2028", "\u2029", "\r", "\ufeff", "\t", "\x00"])
+def test_odd_characters_come_back_from_yaml(character):
+    recipe = Recipe(f"a{character}b", [Step("peft", "x", {"v": f"{character}b"})])
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+
+
 def test_json_that_escapes_what_is_not_ascii_is_read():
     recipe = Recipe("m", [Step("train", "sft", {}, "\N{SMILING FACE WITH SUNGLASSES}.json")])
     assert Recipe.from_json(json.dumps(recipe.to_dict(), ensure_ascii=True)) == recipe

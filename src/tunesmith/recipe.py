@@ -212,9 +212,7 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML text."""
-        import yaml
-
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        return _write_yaml(self.to_dict())
 
     def to_json(self) -> str:
         """Return the recipe as JSON text."""
@@ -260,6 +258,25 @@ def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, _ in pairs if sum(key == other for other, _ in pairs) > 1)
         raise _DuplicateKeyError(f"the key '{twice}' stands twice in one mapping; keep one of them")
     return row
+
+
+def _write_yaml(row: Mapping[str, Any]) -> str:
+    """Return a mapping as YAML that is read back equal."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    def text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+        # PyYAML writes these three as they are and reads them as line breaks, unless quoted
+        quoted = any(character in value for character in "\x85\u2028\u2029")
+        return dumper.represent_scalar(
+            "tag:yaml.org,2002:str", value, style='"' if quoted else None
+        )
+
+    Dumper.add_representer(str, text)
+    written: str = yaml.dump(row, Dumper=Dumper, sort_keys=False, allow_unicode=True)
+    return written
 
 
 def _read_yaml(text: str, where: str) -> Any:

@@ -31,8 +31,8 @@ LLAMA = (
 GEMMA = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}"
     "{{ raise_exception('System role not supported') }}{% endif %}"
-    "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + m.content | trim"
-    " + '<end_of_turn>\n' }}{% endfor %}"
+    "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n'"
+    " + m.content | trim + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 MISTRAL = (
@@ -64,6 +64,7 @@ ENDLESS = (
     "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
+ANOTHER_PROMPT = ("'<|im_start|>assistant\n' }}{% endif", "'<|im_start|>oracle\n' }}{% endif")
 UNPROMPTED = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
 
 TEMPLATES = {  # name: (template, end of a turn, whether the template strips contents)
@@ -221,7 +222,7 @@ def test_a_template_without_end_token_gets_the_eos_token_at_the_last_answer():
 
 
 def test_without_any_end_token_it_says_what_to_do():
-    with pytest.raises(DataError, match="set tokenizer.eos_token"):
+    with pytest.raises(DataError, match=r"set tokenizer\.eos_token"):
         Renderer(tokenizer_with(ENDLESS, eos=None), 100).conversation(conversation("a", "b"))
 
 
@@ -238,7 +239,7 @@ def test_a_generation_block_that_marks_nothing_is_an_error():
 
 
 def test_generation_blocks_are_trusted_where_prefixes_cannot_be_told():
-    template = GENERATION.replace("'<|im_start|>assistant\n' }}{% endif", "'<|im_start|>oracle' }}{% endif")
+    template = GENERATION.replace(*ANOTHER_PROMPT)
     tokenizer = tokenizer_with(template, eos="<|im_end|>")
     renderer = Renderer(tokenizer, 10_000)
     row = renderer.conversation(conversation("a", "b", "c", "d"))
@@ -261,7 +262,7 @@ def test_a_template_that_strips_earlier_thinking_is_an_error_that_says_so():
 
 
 def test_a_generation_prompt_that_the_answer_does_not_begin_with_is_an_error():
-    template = CHATML.replace("'<|im_start|>assistant\n' }}{% endif", "'<|im_start|>oracle' }}{% endif")
+    template = CHATML.replace(*ANOTHER_PROMPT)
     with pytest.raises(DataError, match="turn 2: the chat template writes what stands before"):
         Renderer(tokenizer_with(template), 100).conversation(conversation("a", "b"))
 

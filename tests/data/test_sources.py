@@ -163,7 +163,7 @@ def test_a_hub_id_that_cannot_be_loaded_says_that_it_is_no_file_either(monkeypat
         raise ConnectionError("no network\nlong tail")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(DataError, match=r"'owner/name' is no file .* cannot be loaded: no network;"):
+    with pytest.raises(DataError, match=r"'owner/name' is no file .* be loaded: no network;"):
         read_rows("owner/name")
 
 
@@ -211,7 +211,7 @@ def test_a_broken_gzip_file_is_told(tmp_path, harm):
 
 def test_a_missing_file_is_answered_with_what_lies_beside_it(tmp_path):
     write(tmp_path / "train.json", JSON)
-    with pytest.raises(DataError, match=r"trian\.json: no such file .* did you mean '.*train\.json"):
+    with pytest.raises(DataError, match=r"trian\.json: no such file.*did you mean '.*train\."):
         read_rows(tmp_path / "trian.json")
     with pytest.raises(DataError, match="there is no directory"):
         read_rows(str(tmp_path / "nowhere" / "t.json"))

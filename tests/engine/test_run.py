@@ -1,4 +1,4 @@
-"""Whole runs on a tiny model: what they make, what they reuse, and what stock libraries make of it."""
+"""Whole runs on a tiny model: what they make and reuse, and what stock libraries make of it."""
 
 from __future__ import annotations
 
@@ -116,7 +116,6 @@ def test_each_adapter_opens_with_stock_peft(finished):
 def adapter_on_dequantized_base(model: Path, adapter: Path):
     """Stock PEFT on stock layers that hold what NF4 decodes to: the model that was trained."""
     from peft import PeftModel
-
     from tunesmith_plugins.quantizers.nf4 import NF4, NF4Config
 
     base = NF4(NF4Config()).load(model, dtype=torch.float32, device=torch.device("cpu"))
@@ -324,14 +323,14 @@ def test_packing_trains_on_the_same_tokens(tiny_model, alpaca_file, tmp_path):
 def test_an_interrupted_stage_goes_on_from_its_checkpoint(tiny_model, alpaca_file, tmp_path):
     tuner = Tuner(tiny_model).lora(r=2).sft(alpaca_file, max_steps=6, save_steps=2, **QUICK)
 
-    class Pulled(Exception):
+    class PulledError(Exception):
         """The plug was pulled."""
 
     def pull(run, event):
         if getattr(event, "step", 0) == 5:
-            raise Pulled
+            raise PulledError
 
-    with pytest.raises(Pulled):
+    with pytest.raises(PulledError):
         run(tuner.recipe, tmp_path / "cut", registry(), [pull])
     cut, events = recorded(tuner, tmp_path / "cut")
     assert any("goes on from checkpoint-4" in e.text for e in events if isinstance(e, Warned))

@@ -91,7 +91,7 @@ def test_a_damaged_stage_says_which_file_and_what_to_do(tmp_path):
     with RunStore(tmp_path / "run") as store:
         stage = made(store, "01-sft", "aa")
     (stage.path / "stage.json").write_text("{")
-    with pytest.raises(RunError, match="is damaged.*delete the directory"):
+    with pytest.raises(RunError, match=r"is damaged.*delete the directory"):
         read_stages(tmp_path / "run")
 
 

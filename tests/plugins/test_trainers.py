@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tunesmith_plugins.methods.lora import Lora, LoraConfig
+from tunesmith_plugins.quantizers.nf4 import NF4, NF4Config
+from tunesmith_plugins.trainers.dpo import DPO, DPOConfig
+from tunesmith_plugins.trainers.sft import SFT, SFTConfig
 
 from tunesmith.data.examples import Conversation, Message, Preference, Sourced
 from tunesmith.nn.logps import completion_logps
@@ -15,10 +19,6 @@ from tunesmith.nn.nf4_linear import NF4Linear
 from tunesmith.plugin.session import Session
 from tunesmith.plugin.trainers import TrainingData
 from tunesmith.testing.tiny import tiny_session
-from tunesmith_plugins.methods.lora import Lora, LoraConfig
-from tunesmith_plugins.quantizers.nf4 import NF4, NF4Config
-from tunesmith_plugins.trainers.dpo import DPO, DPOConfig
-from tunesmith_plugins.trainers.sft import SFT, SFTConfig
 
 # a template that ends with the end-of-turn token: TRL also learns whatever white space follows it
 CHATML = (
@@ -30,9 +30,7 @@ CHATML = (
 # TRL's own use of names that transformers has renamed is no concern of these tests
 oracle = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
-PAIRS = [
-    (f"say {n}", f"the number is {n}", f"no, not {n}, I am sorry to say") for n in range(6)
-]
+PAIRS = [(f"say {n}", f"the number is {n}", f"no, not {n}, I am sorry to say") for n in range(6)]
 
 
 def user(text: str) -> Message:
@@ -61,7 +59,9 @@ def no_drop(where: str, reason: str) -> None:
     raise AssertionError(f"{where} was dropped: {reason}")
 
 
-def session_with_adapter(directory: Path, *, quantized: bool = True, dropout: float = 0.0) -> Session:
+def session_with_adapter(
+    directory: Path, *, quantized: bool = True, dropout: float = 0.0
+) -> Session:
     """A session whose adapter is not the identity, as after SFT."""
     session = tiny_session(
         directory,

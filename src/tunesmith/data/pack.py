@@ -162,15 +162,19 @@ def packing_supported(model: Any) -> str | None:
     finally:
         for module, mode in modes:
             module.training = mode
-    # rounding only: a sum in another order, as the same numbers stand elsewhere in the block
-    slack = 1e-4 if plain.dtype == torch.float32 else 3e-2
     scale = plain.float().abs().max().clamp_min(1e-6)
-    if float((plain.float() - changed.float()).abs().max() / scale) > slack:
+    leak = float((plain.float() - changed.float()).abs().max() / scale)
+    shift = float((plain.float() - moved.float()).abs().max() / scale)
+    full = plain.dtype == torch.float32
+    # same shapes, same places: what stands before changes nothing, not even by rounding (but for
+    # experts, which gather their tokens in another order)
+    if leak > (1e-5 if full else 1e-2):
         return (
             "what a sample gets depends on the samples before it in its block (its attention or "
             "its state does not heed position_ids)"
         )
-    if float((plain.float() - moved.float()).abs().max() / scale) > slack:
+    # the same numbers elsewhere in the block may be summed in another order
+    if shift > (1e-4 if full else 3e-2):
         return "its positions do not start again with each sample of a block"
     return None
 

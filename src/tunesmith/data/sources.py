@@ -143,8 +143,7 @@ def _mappings(data: Any) -> Iterable[Any]:
             f"got {describe(data)}; expected a list of mappings, one a row; put a single row in "
             "a list"
         )
-    module = type(data).__module__.partition(".")[0]
-    if module == "pandas" and hasattr(data, "to_dict"):
+    if hasattr(data, "to_dict") and hasattr(data, "itertuples"):  # pandas
         return map(_without_nan, data.to_dict("records"))
     for method in ("to_dicts", "to_pylist"):  # polars; pyarrow
         if hasattr(data, method):

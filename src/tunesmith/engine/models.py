@@ -251,7 +251,7 @@ def _dequantized(
     for tensor, name in plan:
         weights = dequantize(tensor.data, tensor.tensor_type)
         weights = processor.process(weights=weights, name=tensor.name).weights
-        value = torch.from_numpy(np.ascontiguousarray(weights, dtype=np.float32))
+        value = torch.from_numpy(np.array(weights, dtype=np.float32, order="C"))
         if value.shape != expected[name]:
             raise ModelError(
                 f"{tensor.name}: shape {list(value.shape)} in the .gguf file, "
