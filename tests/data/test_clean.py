@@ -50,45 +50,56 @@ def test_any_callable_of_two_may_be_told_of_duplicates():
     assert told == [("row 2", "duplicate")]
 
 
-@pytest.mark.parametrize("other", [
-    talk("a", "b", tool_calls=[{"function": {"name": "f"}}]),
-    Conversation([user("a"), assistant("b")], [{"name": "f"}]),
-    Conversation([user("a b"), assistant("")]),
-    Conversation([user("a"), user("b")]),
-    Preference([user("a")], [assistant("b")], [assistant("c")]),
-    Text("a b"),
-])
+@pytest.mark.parametrize(
+    "other",
+    [
+        talk("a", "b", tool_calls=[{"function": {"name": "f"}}]),
+        Conversation([user("a"), assistant("b")], [{"name": "f"}]),
+        Conversation([user("a b"), assistant("")]),
+        Conversation([user("a"), user("b")]),
+        Preference([user("a")], [assistant("b")], [assistant("c")]),
+        Text("a b"),
+    ],
+)
 def test_rows_that_differ_in_role_tools_or_shape_are_no_duplicates(other):
     log = DropLog()
     assert len(deduplicate(sourced(talk("a", "b"), other), log.add)) == 2
     assert len(log) == 0
 
 
-@pytest.mark.parametrize(("example", "reason"), [
-    (talk("a", "  \n"), "no assistant turn says anything"),
-    (Conversation([user("a")]), "no assistant turn says anything"),
-    (Preference([user("a")], [assistant(" ")], [assistant("b")]), "chosen is blank"),
-    (Preference([user("a")], [assistant("b")], [assistant("")]), "rejected is blank"),
-    (Preference([user("a")], [assistant("b c")], [assistant("b  c")]),
-     "chosen and rejected are equal"),
-    (Labeled([user("a")], [assistant("")], True), "the completion is blank"),
-    (Prompt([user(" ")]), "the prompt is blank"),
-    (Text("\n"), "the text is blank"),
-])
+@pytest.mark.parametrize(
+    ("example", "reason"),
+    [
+        (talk("a", "  \n"), "no assistant turn says anything"),
+        (Conversation([user("a")]), "no assistant turn says anything"),
+        (Preference([user("a")], [assistant(" ")], [assistant("b")]), "chosen is blank"),
+        (Preference([user("a")], [assistant("b")], [assistant("")]), "rejected is blank"),
+        (
+            Preference([user("a")], [assistant("b c")], [assistant("b  c")]),
+            "chosen and rejected are equal",
+        ),
+        (Labeled([user("a")], [assistant("")], True), "the completion is blank"),
+        (Prompt([user(" ")]), "the prompt is blank"),
+        (Text("\n"), "the text is blank"),
+    ],
+)
 def test_a_row_with_nothing_to_learn_is_dropped_with_the_reason(example, reason):
     log = DropLog()
     assert drop_empty(sourced(example), log.add) == []
     assert log.reasons == {reason: 1}
 
 
-@pytest.mark.parametrize("example", [
-    talk("a", "b"),
-    talk("a", "", tool_calls=[{"function": {"name": "f"}}]),
-    Preference([user("a")], [assistant("b")], [assistant("c")]),
-    Labeled([user("a")], [assistant("b")], False),
-    Prompt([user("a")]),
-    Text("a"),
-])
+@pytest.mark.parametrize(
+    "example",
+    [
+        talk("a", "b"),
+        talk("a", "", tool_calls=[{"function": {"name": "f"}}]),
+        Preference([user("a")], [assistant("b")], [assistant("c")]),
+        Labeled([user("a")], [assistant("b")], False),
+        Prompt([user("a")]),
+        Text("a"),
+    ],
+)
 def test_a_row_with_something_to_learn_is_kept(example):
     assert len(drop_empty(sourced(example), DropLog().add)) == 1
 
@@ -128,13 +139,16 @@ def test_a_split_depends_on_the_seed_and_the_content_and_not_on_the_order():
     assert first != other
 
 
-@pytest.mark.parametrize(("rows", "eval_split", "message"), [
-    (ROWS, 0.001, "leaves nothing to evaluate on"),
-    (ROWS, 40, "leaves nothing to train on"),
-    (ROWS[:1], 0.5, "of 1 row, which leaves nothing to"),
-    (ROWS, 1.5, "expected a share below 1 or a whole number"),
-    (ROWS, -1, "expected a share below 1 or a whole number"),
-])
+@pytest.mark.parametrize(
+    ("rows", "eval_split", "message"),
+    [
+        (ROWS, 0.001, "leaves nothing to evaluate on"),
+        (ROWS, 40, "leaves nothing to train on"),
+        (ROWS[:1], 0.5, "of 1 row, which leaves nothing to"),
+        (ROWS, 1.5, "expected a share below 1 or a whole number"),
+        (ROWS, -1, "expected a share below 1 or a whole number"),
+    ],
+)
 def test_a_split_that_leaves_nothing_is_an_error(rows, eval_split, message):
     with pytest.raises(DataError, match=message):
         split(rows, eval_split, seed=0)

@@ -20,9 +20,16 @@ from tunesmith.errors import DataError
 
 VOCABULARY = 97
 SMALL = {
-    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**SMALL),
@@ -33,8 +40,13 @@ CONFIGS = {
     "phi": lambda: transformers.PhiConfig(**SMALL),
     "mistral": lambda: transformers.MistralConfig(**SMALL, sliding_window=4),
     "gpt2": lambda: transformers.GPT2Config(
-        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64,
-        bos_token_id=1, eos_token_id=2,
+        vocab_size=VOCABULARY,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        bos_token_id=1,
+        eos_token_id=2,
     ),
 }
 DEAF = {
@@ -67,18 +79,23 @@ def sample(length, seed, prompt=1):
 def token_losses(logits, labels):
     """Loss of each label that is trained after the causal shift, in order."""
     losses = torch.nn.functional.cross_entropy(
-        logits[:, :-1].reshape(-1, logits.shape[-1]).float(), labels[:, 1:].reshape(-1),
-        reduction="none", ignore_index=IGNORE_INDEX,
+        logits[:, :-1].reshape(-1, logits.shape[-1]).float(),
+        labels[:, 1:].reshape(-1),
+        reduction="none",
+        ignore_index=IGNORE_INDEX,
     )
     return losses[labels[:, 1:].reshape(-1) != IGNORE_INDEX]
 
 
-@pytest.mark.parametrize(("name", "attention"), [
-    (name, attention)
-    for name in CONFIGS
-    for attention in ("eager", "sdpa")
-    if (name, attention) != ("gemma2", "sdpa")  # transformers has no such Gemma 2
-])
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [
+        (name, attention)
+        for name in CONFIGS
+        for attention in ("eager", "sdpa")
+        if (name, attention) != ("gemma2", "sdpa")  # transformers has no such Gemma 2
+    ],
+)
 def test_packed_samples_get_the_logits_and_losses_they_get_alone(name, attention):
     model = model_of(CONFIGS[name], attention)
     samples = [sample(n, seed=n, prompt=p) for n, p in ((9, 3), (7, 0), (1, 0), (5, 2), (8, 0))]
@@ -96,10 +113,12 @@ def test_packed_samples_get_the_logits_and_losses_they_get_alone(name, attention
     for part, logits in zip(found, alone, strict=True):
         torch.testing.assert_close(part, logits[0], atol=1e-5, rtol=1e-5)
 
-    expected = torch.cat([
-        token_losses(logits, torch.tensor([row.labels]))
-        for row, logits in zip(samples, alone, strict=True)
-    ])
+    expected = torch.cat(
+        [
+            token_losses(logits, torch.tensor([row.labels]))
+            for row, logits in zip(samples, alone, strict=True)
+        ]
+    )
     torch.testing.assert_close(
         token_losses(packed.logits, batch["labels"]), expected, atol=1e-5, rtol=1e-5
     )
@@ -181,8 +200,7 @@ def test_the_first_token_of_a_packed_sample_is_a_label_of_nothing():
 
 
 def test_padding_goes_by_length_and_never_by_id():
-    rows = [{"input_ids": [5, 2, 6, 2], "labels": [-100, -100, 6, 2]},
-            Rendered([7, 2], [-100, 2])]
+    rows = [{"input_ids": [5, 2, 6, 2], "labels": [-100, -100, 6, 2]}, Rendered([7, 2], [-100, 2])]
     batch = PaddingCollator(pad_token_id=2)(rows)
     assert batch["input_ids"].tolist() == [[5, 2, 6, 2], [7, 2, 2, 2]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
@@ -196,10 +214,20 @@ def test_padding_can_be_rounded_up():
 
 
 def test_a_batch_of_pairs_holds_all_chosen_then_all_rejected():
-    rows = [{"chosen": sample(4, 1), "rejected": sample(6, 2),
-             "reference_chosen_logps": -1.5, "reference_rejected_logps": -2.5},
-            {"chosen": sample(5, 3), "rejected": sample(3, 4),
-             "reference_chosen_logps": -3.5, "reference_rejected_logps": -4.5}]
+    rows = [
+        {
+            "chosen": sample(4, 1),
+            "rejected": sample(6, 2),
+            "reference_chosen_logps": -1.5,
+            "reference_rejected_logps": -2.5,
+        },
+        {
+            "chosen": sample(5, 3),
+            "rejected": sample(3, 4),
+            "reference_chosen_logps": -3.5,
+            "reference_rejected_logps": -4.5,
+        },
+    ]
     batch = PreferenceCollator(0)(rows)
     assert batch["input_ids"].shape == (4, 6)
     assert batch["attention_mask"].sum(dim=1).tolist() == [4, 5, 6, 3]

@@ -16,8 +16,19 @@ from tunesmith.data.examples import Conversation, Message, Preference, Text
 from tunesmith.data.render import IGNORE_INDEX, Rendered, Renderer, set_chat_template
 from tunesmith.errors import DataError
 
-SPECIALS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|h|>", "<|/h|>",
-            "<end_of_turn>", "<start_of_turn>", "[INST]", "[/INST]"]
+SPECIALS = [
+    "<s>",
+    "</s>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|h|>",
+    "<|/h|>",
+    "<end_of_turn>",
+    "<start_of_turn>",
+    "[INST]",
+    "[/INST]",
+]
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
@@ -85,12 +96,17 @@ def tokenizer_with(template: str | None, eos: str | None = "</s>") -> PreTrained
     inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
-    inner.post_processor = processors.Sequence([
-        processors.ByteLevel(trim_offsets=True),
-        processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)]),
-    ])
+    inner.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=True),
+            processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)]),
+        ]
+    )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<s>", eos_token=eos, pad_token=eos,
+        tokenizer_object=inner,
+        bos_token="<s>",
+        eos_token=eos,
+        pad_token=eos,
         additional_special_tokens=SPECIALS[2:],
     )
     tokenizer.chat_template = template
@@ -120,7 +136,8 @@ def whole_text(tokenizer: PreTrainedTokenizerFast, row: Rendered) -> str:
 
 said = st.text(
     st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]) | st.sampled_from(" \n\t"),
-    min_size=1, max_size=12,
+    min_size=1,
+    max_size=12,
 ).filter(str.strip)
 
 
@@ -174,8 +191,16 @@ def test_the_end_of_a_turn_is_trained_though_it_is_the_padding_token():
 
 def test_a_system_a_user_and_a_tool_turn_are_never_trained():
     tokenizer = tokenizer_with(CHATML)
-    talk = Conversation([Message("system", "be brief"), user("weather?"), assistant("let me look"),
-                         Message("tool", "sunny"), assistant("it is sunny"), user("thanks")])
+    talk = Conversation(
+        [
+            Message("system", "be brief"),
+            user("weather?"),
+            assistant("let me look"),
+            Message("tool", "sunny"),
+            assistant("it is sunny"),
+            user("thanks"),
+        ]
+    )
     row = Renderer(tokenizer, 10_000).conversation(talk)
     assert trained_text(tokenizer, row) == "let me look<|im_end|>it is sunny<|im_end|>"
 
@@ -295,8 +320,11 @@ def test_a_label_on_the_first_token_counts_for_nothing():
 
 def test_a_preference_trains_the_completions_alone_and_shares_its_prompt():
     tokenizer = tokenizer_with(LLAMA)
-    pair = Preference([Message("system", "s"), user("q"), assistant("earlier"), user("again")],
-                      [assistant("good")], [assistant("bad"), user("what?"), assistant("worse")])
+    pair = Preference(
+        [Message("system", "s"), user("q"), assistant("earlier"), user("again")],
+        [assistant("good")],
+        [assistant("bad"), user("what?"), assistant("worse")],
+    )
     chosen, rejected = Renderer(tokenizer, 10_000).preference(pair)
     assert trained_text(tokenizer, chosen) == "good<|eot_id|>"
     assert trained_text(tokenizer, rejected) == "bad<|eot_id|>worse<|eot_id|>"
@@ -308,8 +336,9 @@ def test_a_preference_trains_the_completions_alone_and_shares_its_prompt():
 
 def test_a_preference_with_generation_blocks_trains_the_completion_alone():
     tokenizer = tokenizer_with(GENERATION_OF_ALL)
-    pair = Preference([user("q"), assistant("earlier"), user("again")],
-                      [assistant("good")], [assistant("bad")])
+    pair = Preference(
+        [user("q"), assistant("earlier"), user("again")], [assistant("good")], [assistant("bad")]
+    )
     chosen, rejected = Renderer(tokenizer, 10_000).preference(pair)
     assert trained_text(tokenizer, chosen) == "good<|im_end|>"
     assert trained_text(tokenizer, rejected) == "bad<|im_end|>"
@@ -332,9 +361,16 @@ def test_tools_and_tool_calls_reach_the_template():
     set_chat_template(tokenizer, "chatml")
     call = {"type": "function", "function": {"name": "look", "arguments": {"at": "sky"}}}
     tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
-    talk = Conversation([Message("system", "be kind"), user("weather?"),
-                         assistant("", tool_calls=[call]), Message("tool", "sunny"),
-                         assistant("fine", name="bot")], tools)
+    talk = Conversation(
+        [
+            Message("system", "be kind"),
+            user("weather?"),
+            assistant("", tool_calls=[call]),
+            Message("tool", "sunny"),
+            assistant("fine", name="bot"),
+        ],
+        tools,
+    )
     row = Renderer(tokenizer, 10_000).conversation(talk)
     assert "be kind" in whole_text(tokenizer, row)
     assert whole_text(tokenizer, row).count('"name": "look"') == 2
@@ -363,12 +399,30 @@ def test_stop_ids_hold_the_eos_token_and_the_template_s_own_end():
 
 
 def test_a_word_tokenizer_that_drops_whitespace_trains_the_same_words():
-    words = {w: i for i, w in enumerate(["<unk>", "</s>", "<|im_end|>", "<|im_start|>", "user",
-                                         "assistant", "hello", "there", "how", "are", "you"])}
+    words = {
+        w: i
+        for i, w in enumerate(
+            [
+                "<unk>",
+                "</s>",
+                "<|im_end|>",
+                "<|im_start|>",
+                "user",
+                "assistant",
+                "hello",
+                "there",
+                "how",
+                "are",
+                "you",
+            ]
+        )
+    }
     inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, unk_token="<unk>", eos_token="</s>",
+        tokenizer_object=inner,
+        unk_token="<unk>",
+        eos_token="</s>",
         additional_special_tokens=["<|im_end|>", "<|im_start|>"],
     )
     tokenizer.chat_template = CHATML
@@ -407,11 +461,14 @@ def test_a_template_is_taken_from_a_file_or_as_source(tmp_path):
         tokenizer.chat_template = None
 
 
-@pytest.mark.parametrize(("template", "message"), [
-    ("nowhere.jinja", "no such file: nowhere.jinja"),
-    ("chatlm", "got 'chatlm'; expected \"chatml\", the path of a .jinja file"),
-    ("{% for m in messages %}", "line 1: not valid Jinja"),
-])
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("nowhere.jinja", "no such file: nowhere.jinja"),
+        ("chatlm", "got 'chatlm'; expected \"chatml\", the path of a .jinja file"),
+        ("{% for m in messages %}", "line 1: not valid Jinja"),
+    ],
+)
 def test_a_template_that_is_none_is_an_error(template, message):
     tokenizer = tokenizer_with(None)
     try:

@@ -33,18 +33,21 @@ def wheres(data):
     return [row.where for row in read_rows(data)]
 
 
-@pytest.mark.parametrize(("name", "content", "unit"), [
-    ("t.json", JSON, "row"),
-    ("t.json", json.dumps({"version": 1, "data": ROWS}), "row"),
-    ("t.json", LINES, "line"),
-    ("t.jsonl", LINES, "line"),
-    ("t.ndjson", LINES.rstrip("\n"), "line"),
-    ("t.jsonl", LINES.replace("\n", "\r\n"), "line"),
-    ("t.csv", CSV, "row"),
-    ("t.csv", CSV.replace("\n", "\r\n"), "row"),
-    ("t.tsv", CSV.replace(",", "\t"), "row"),
-    ("T.JSON", JSON, "row"),
-])
+@pytest.mark.parametrize(
+    ("name", "content", "unit"),
+    [
+        ("t.json", JSON, "row"),
+        ("t.json", json.dumps({"version": 1, "data": ROWS}), "row"),
+        ("t.json", LINES, "line"),
+        ("t.jsonl", LINES, "line"),
+        ("t.ndjson", LINES.rstrip("\n"), "line"),
+        ("t.jsonl", LINES.replace("\n", "\r\n"), "line"),
+        ("t.csv", CSV, "row"),
+        ("t.csv", CSV.replace("\n", "\r\n"), "row"),
+        ("t.tsv", CSV.replace(",", "\t"), "row"),
+        ("T.JSON", JSON, "row"),
+    ],
+)
 @pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize("ending", ["", ".gz"])
 def test_text_files_are_read_plain_or_zipped_with_or_without_bom(
@@ -167,41 +170,66 @@ def test_a_hub_id_that_cannot_be_loaded_says_that_it_is_no_file_either(monkeypat
         read_rows("owner/name")
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("t.json", "", r"t\.json: the file is empty"),
-    ("t.json", " \n", r"t\.json: the file is empty"),
-    ("t.json", "[]", r"t\.json holds no rows"),
-    ("t.jsonl", "\n\n", r"t\.jsonl holds no rows"),
-    ("t.csv", "a,b\n", r"t\.csv holds no rows"),
-    ("t.json", '[\n{"a": 1},\n{"a" 2}]', r"t\.json, line 3, column 6: not valid JSON: expecting "
-     r"':' delimiter; the line is: \{\"a\" 2\}\]"),
-    ("t.jsonl", '{"a": 1}\n{"a": \n', r"t\.jsonl, line 2, column \d: not valid JSON: expecting "
-     r"value.*the line is: \{\"a\":"),
-    ("t.json", '{"a": 1}\n{"a": \n', r"t\.json, line 2, column"),
-    ("t.jsonl", '[{"a": 1}]', r"t\.jsonl, line 1: got a list of 1; .* is named \.json"),
-    ("t.jsonl", '[\n{"a": 1}]', r"t\.jsonl, line 1, column .* is named \.json"),
-    ("t.json", '[{"a": 1}, 3]', r"t\.json, row 2: got a number \(3\); expected an object"),
-    ("t.json", '[null]', r"t\.json, row 1: got null; expected an object"),
-    ("t.jsonl", '"x"', r"t\.jsonl, line 1: got text \('x'\); expected an object"),
-    ("t.json", "true", r"t\.json: got true; expected a list of objects"),
-    ("t.json", '{\n"a": "x",\n"b": "y"}', r"one object with the keys a, b; .* single row in \[ \]"),
-    ("t.json", '{"a": "\u00e4'.encode("latin-1") + b'"}', r"byte 7 \(0xe4\): not UTF-8"),
-    ("t.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', r"t\.jsonl, byte 16 \(0xff\): not UTF-8"),
-    ("t.csv", b"a,b\n" + b"x,y\n" * 9000 + b"\xe4,y\n", r"t\.csv, byte 36004 \(0xe4\): not UTF-8"),
-    ("t.csv", "a,b\n1,2\n1,2,3\n", r"t\.csv, line 3: got 3 cells; expected 2.* columns a, b"),
-    ("t.csv", 'a,b\n"1\n1",2\n1\n', r"t\.csv, line 4: got 1 cells; expected 2"),
-    ("t.csv", 'a,b\n"1,2\n', r"t\.csv, line 2: not a valid row: unexpected end of data"),
-    ("t.csv", "a,a\n1,2\n", r"t\.csv, line 1: the column a is named twice"),
-    ("t.parquet", "no parquet at all", r"t\.parquet: not a whole parquet file"),
-])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.json", "", r"t\.json: the file is empty"),
+        ("t.json", " \n", r"t\.json: the file is empty"),
+        ("t.json", "[]", r"t\.json holds no rows"),
+        ("t.jsonl", "\n\n", r"t\.jsonl holds no rows"),
+        ("t.csv", "a,b\n", r"t\.csv holds no rows"),
+        (
+            "t.json",
+            '[\n{"a": 1},\n{"a" 2}]',
+            r"t\.json, line 3, column 6: not valid JSON: expecting "
+            r"':' delimiter; the line is: \{\"a\" 2\}\]",
+        ),
+        (
+            "t.jsonl",
+            '{"a": 1}\n{"a": \n',
+            r"t\.jsonl, line 2, column \d: not valid JSON: expecting "
+            r"value.*the line is: \{\"a\":",
+        ),
+        ("t.json", '{"a": 1}\n{"a": \n', r"t\.json, line 2, column"),
+        ("t.jsonl", '[{"a": 1}]', r"t\.jsonl, line 1: got a list of 1; .* is named \.json"),
+        ("t.jsonl", '[\n{"a": 1}]', r"t\.jsonl, line 1, column .* is named \.json"),
+        ("t.json", '[{"a": 1}, 3]', r"t\.json, row 2: got a number \(3\); expected an object"),
+        ("t.json", "[null]", r"t\.json, row 1: got null; expected an object"),
+        ("t.jsonl", '"x"', r"t\.jsonl, line 1: got text \('x'\); expected an object"),
+        ("t.json", "true", r"t\.json: got true; expected a list of objects"),
+        (
+            "t.json",
+            '{\n"a": "x",\n"b": "y"}',
+            r"one object with the keys a, b; .* single row in \[ \]",
+        ),
+        ("t.json", '{"a": "\u00e4'.encode("latin-1") + b'"}', r"byte 7 \(0xe4\): not UTF-8"),
+        ("t.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', r"t\.jsonl, byte 16 \(0xff\): not UTF-8"),
+        (
+            "t.csv",
+            b"a,b\n" + b"x,y\n" * 9000 + b"\xe4,y\n",
+            r"t\.csv, byte 36004 \(0xe4\): not UTF-8",
+        ),
+        ("t.csv", "a,b\n1,2\n1,2,3\n", r"t\.csv, line 3: got 3 cells; expected 2.* columns a, b"),
+        ("t.csv", 'a,b\n"1\n1",2\n1\n', r"t\.csv, line 4: got 1 cells; expected 2"),
+        ("t.csv", 'a,b\n"1,2\n', r"t\.csv, line 2: not a valid row: unexpected end of data"),
+        ("t.csv", "a,a\n1,2\n", r"t\.csv, line 1: the column a is named twice"),
+        ("t.parquet", "no parquet at all", r"t\.parquet: not a whole parquet file"),
+    ],
+)
 def test_a_broken_file_is_told_with_its_place(tmp_path, name, content, message):
     for path in (write(tmp_path / name, content), write(tmp_path / f"{name}.gz", content)):
         with pytest.raises(DataError, match=message.replace(name.replace(".", r"\."), path.name)):
             read_rows(path)
 
 
-@pytest.mark.parametrize("harm", [lambda raw: raw[:-12], lambda raw: b"plain text",
-                                  lambda raw: raw[:12] + b"\xff\xff\xff" + raw[15:]])
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda raw: raw[:-12],
+        lambda raw: b"plain text",
+        lambda raw: raw[:12] + b"\xff\xff\xff" + raw[15:],
+    ],
+)
 def test_a_broken_gzip_file_is_told(tmp_path, harm):
     path = tmp_path / "t.jsonl.gz"
     path.write_bytes(harm(gzip.compress(LINES.encode() * 99)))
@@ -227,15 +255,18 @@ def test_a_file_of_another_kind_is_answered_with_the_kinds_that_are_read(tmp_pat
         read_rows(tmp_path / "empty")
 
 
-@pytest.mark.parametrize(("data", "message"), [
-    ([], "0 rows holds no rows"),
-    ([{"a": 1}, 3], r"row 2: got a number \(3\); expected a mapping"),
-    ([{"a": 1}, "x"], "row 2: got the text 'x' among other things"),
-    ({"a": 1}, "got a dict with the keys a; .* put a single row in a list"),
-    (3, r"got a number \(3\) as data; expected a path"),
-    (None, "got null as data; expected a path"),
-    (b"x", "got a bytes as data; expected a path"),
-])
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "0 rows holds no rows"),
+        ([{"a": 1}, 3], r"row 2: got a number \(3\); expected a mapping"),
+        ([{"a": 1}, "x"], "row 2: got the text 'x' among other things"),
+        ({"a": 1}, "got a dict with the keys a; .* put a single row in a list"),
+        (3, r"got a number \(3\) as data; expected a path"),
+        (None, "got null as data; expected a path"),
+        (b"x", "got a bytes as data; expected a path"),
+    ],
+)
 def test_data_of_no_known_kind_is_an_error(data, message):
     with pytest.raises(DataError, match=message):
         read_rows(data)

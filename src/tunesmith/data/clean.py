@@ -121,9 +121,7 @@ def split(
             "comes to as much; give another eval_split, or more data"
         )
     salt = str(seed).encode()
-    ranks = [
-        hashlib.sha256(salt + b"\0" + _content(item.example)).digest() for item in examples
-    ]
+    ranks = [hashlib.sha256(salt + b"\0" + _content(item.example)).digest() for item in examples]
     chosen = set(sorted(range(total), key=lambda index: (ranks[index], index))[:count])
     training = [item for index, item in enumerate(examples) if index not in chosen]
     evaluation = [item for index, item in enumerate(examples) if index in chosen]

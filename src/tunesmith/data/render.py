@@ -55,9 +55,7 @@ CHATML = """\
 _END = "<|im_end|>"
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-_OTHER_TEMPLATE = (
-    "drop these rows, or pass chat_template=\"chatml\" or the path of a .jinja template"
-)
+_OTHER_TEMPLATE = 'drop these rows, or pass chat_template="chatml" or the path of a .jinja template'
 
 Span: TypeAlias = tuple[int, int]
 """Start and end of a stretch of the rendered text, in characters."""
@@ -318,7 +316,7 @@ class Renderer:
                 raise _NoSpanError(
                     f"turn {index + 1}: the chat template has no generation prompt "
                     f"(add_generation_prompt changes nothing), so the model would have to write "
-                    f"the header {header!r} by itself; pass chat_template=\"chatml\" or a "
+                    f'the header {header!r} by itself; pass chat_template="chatml" or a '
                     "template with one"
                 )
         return len(before)
@@ -489,7 +487,7 @@ def _template_file(template: str) -> str:
     path = Path(template)
     if path.suffix != ".jinja":
         raise DataError(
-            f"chat_template: got {template!r}; expected \"chatml\", the path of a .jinja file, or "
+            f'chat_template: got {template!r}; expected "chatml", the path of a .jinja file, or '
             "Jinja source"
         )
     try:
@@ -504,7 +502,7 @@ def _chatml_ending_with_eos(tokenizer: PreTrainedTokenizerBase) -> str:
     # text such as "<|im_end|>" spelled in pieces would end nothing: generation stops at one token
     if tokenizer.eos_token is None:
         raise DataError(
-            "chat_template=\"chatml\" ends a turn with <|im_end|> or the eos token, and this "
+            'chat_template="chatml" ends a turn with <|im_end|> or the eos token, and this '
             "tokenizer has neither; set tokenizer.eos_token"
         )
     return CHATML.replace(f"{_END}\\n'", "' + eos_token + '\\n'")

@@ -207,8 +207,9 @@ def _is_hub_id(name: str) -> bool:
     owner, slash, rest = repository.partition("/")
     if not (slash and owner and rest) or "/" in rest or owner[0] in ".~" or _suffix(repository):
         return False
-    return all(part.replace("-", "").replace("_", "").replace(".", "").isalnum()
-               for part in (owner, rest))
+    return all(
+        part.replace("-", "").replace("_", "").replace(".", "").isalnum() for part in (owner, rest)
+    )
 
 
 # --- files ----------------------------------------------------------------------------------------

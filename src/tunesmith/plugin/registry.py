@@ -185,7 +185,7 @@ class Registry:
             plugin = loader()
             self.manager.register(plugin, name=key)
         except (Exception, SystemExit) as error:
-            # pluggy registers before it validates: take the plugin out again
+            # some releases of pluggy register before they validate: take the plugin out again
             if self.manager.has_plugin(key):
                 self.manager.unregister(name=key)
             self._break(name, distribution, version, error)
