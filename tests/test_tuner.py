@@ -8,12 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
-from tunesmith_plugins.methods.lora import LoraConfig
-from tunesmith_plugins.quantizers.nf4 import NF4Config
-from tunesmith_plugins.trainers.sft import SFTConfig
 
 from tunesmith import Recipe, Tuner
 from tunesmith.errors import OptionError, UnknownPluginError
+from tunesmith_plugins.methods.lora import LoraConfig
+from tunesmith_plugins.quantizers.nf4 import NF4Config
+from tunesmith_plugins.trainers.sft import SFTConfig
 
 ROOT = Path(__file__).parents[1]
 

@@ -31,7 +31,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, ClassVar, ParamSpec, Self, TypeVar
+from typing import Any, ClassVar, ParamSpec, Self, TypeVar, cast
 
 from tunesmith.errors import OptionError, close_matches
 
@@ -67,7 +67,7 @@ def _sugar(verb: str, plugin: str) -> Callable[[Callable[P, R]], Callable[P, R]]
             data, format_name = options.pop("data", None), options.pop("format", None)
             return self._with(verb, plugin, options, data, format_name)
 
-        return append
+        return cast("Callable[P, R]", append)
 
     return decorate
 

@@ -116,6 +116,7 @@ def test_each_adapter_opens_with_stock_peft(finished):
 def adapter_on_dequantized_base(model: Path, adapter: Path):
     """Stock PEFT on stock layers that hold what NF4 decodes to: the model that was trained."""
     from peft import PeftModel
+
     from tunesmith_plugins.quantizers.nf4 import NF4, NF4Config
 
     base = NF4(NF4Config()).load(model, dtype=torch.float32, device=torch.device("cpu"))
@@ -415,3 +416,65 @@ def test_a_failing_stage_is_named_in_the_error(tiny_model, tmp_path):
     with pytest.raises(ValueError, match="leaves a token to learn within max_length=16") as caught:
         recorded(tuner, tmp_path / "run")
     assert any("in stage 02-sft" in note for note in caught.value.__notes__)
+
+
+def test_tensorboard_logs_are_kept_when_asked_for_and_only_then(tiny_model, alpaca_file, tmp_path):
+    pytest.importorskip("tensorboard")
+    prefix = Tuner(tiny_model).lora(r=2)
+    recorded(prefix.sft(alpaca_file, max_steps=2, **QUICK), tmp_path / "without")
+    assert not list((tmp_path / "without").rglob("events.out.tfevents*"))
+    logged = prefix.sft(alpaca_file, max_steps=2, loggers=("tensorboard",), **QUICK)
+    result, _ = recorded(logged, tmp_path / "with")
+    assert list((result.path / "stages" / "02-sft" / "tensorboard").rglob("events.out.tfevents*"))
+
+
+def test_a_plugin_that_fails_on_an_event_is_named_and_stops_nothing(
+    tiny_model, alpaca_file, tmp_path
+):
+    import types
+
+    import tunesmith_plugins
+    from tunesmith.plugin import hookimpl
+    from tunesmith.plugin.registry import Registry
+
+    class Noisy(types.ModuleType):
+        @hookimpl
+        def tunesmith_on_event(self, run, event):
+            raise OSError("no paper left")
+
+    strangers = Registry(
+        [
+            ("tunesmith", "tunesmith", "0", lambda: tunesmith_plugins),
+            ("noisy", "noisy-plugin", "1.0", lambda: Noisy("noisy")),
+        ]
+    )
+    events: list = []
+    tuner = Tuner(tiny_model).lora(r=2).sft(alpaca_file, max_steps=1, **QUICK)
+    result = run(
+        tuner.recipe, tmp_path / "run", strangers, [lambda run, event: events.append(event)]
+    )
+    assert "sft" in result.adapters
+    told = [event.text for event in events if isinstance(event, Warned)]
+    assert any("noisy-plugin failed on StageStarted: no paper left" in text for text in told)
+
+
+def test_a_row_that_the_template_cannot_hold_is_named_before_any_weight_is_read(
+    tiny_model, tmp_path
+):
+    call = {"name": "f", "arguments": {}}
+    rows = [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        {
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "", "tool_calls": [{"function": call}]},
+            ]
+        },
+    ]
+    bare = tmp_path / "no-weights"
+    bare.mkdir()
+    for file in tiny_model.iterdir():
+        if file.suffix != ".safetensors":
+            (bare / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(ValueError, match=r"row 2: .*tool"):
+        recorded(Tuner(bare).lora(r=2).sft(rows, max_steps=1, **QUICK), tmp_path / "run")

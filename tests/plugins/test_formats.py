@@ -6,15 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
-from tunesmith_plugins.formats.alpaca import Alpaca
-from tunesmith_plugins.formats.messages import Messages
-from tunesmith_plugins.formats.preference import PreferencePairs
-from tunesmith_plugins.formats.sharegpt import ShareGPT
 
 from tunesmith.data.examples import Conversation, Message, Preference
 from tunesmith.data.sources import read_rows
 from tunesmith.errors import RowError
 from tunesmith.plugin.options import NoOptions
+from tunesmith_plugins.formats.alpaca import Alpaca
+from tunesmith_plugins.formats.messages import Messages
+from tunesmith_plugins.formats.preference import PreferencePairs
+from tunesmith_plugins.formats.sharegpt import ShareGPT
 
 ALPACA, MESSAGES, SHAREGPT, PREFERENCE = FORMATS = [
     kind(NoOptions()) for kind in (Alpaca, Messages, ShareGPT, PreferencePairs)

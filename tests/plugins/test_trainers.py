@@ -8,10 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tunesmith_plugins.methods.lora import Lora, LoraConfig
-from tunesmith_plugins.quantizers.nf4 import NF4, NF4Config
-from tunesmith_plugins.trainers.dpo import DPO, DPOConfig
-from tunesmith_plugins.trainers.sft import SFT, SFTConfig
 
 from tunesmith.data.examples import Conversation, Message, Preference, Sourced
 from tunesmith.nn.logps import completion_logps
@@ -19,6 +15,10 @@ from tunesmith.nn.nf4_linear import NF4Linear
 from tunesmith.plugin.session import Session
 from tunesmith.plugin.trainers import TrainingData
 from tunesmith.testing.tiny import tiny_session
+from tunesmith_plugins.methods.lora import Lora, LoraConfig
+from tunesmith_plugins.quantizers.nf4 import NF4, NF4Config
+from tunesmith_plugins.trainers.dpo import DPO, DPOConfig
+from tunesmith_plugins.trainers.sft import SFT, SFTConfig
 
 # a template that ends with the end-of-turn token: TRL also learns whatever white space follows it
 CHATML = (

@@ -21,9 +21,8 @@ class Loss(Metric[MetricConfig]):
 
     def measure(self, session: Session, examples: Sequence[Conversation]) -> Mapping[str, float]:
         """Return loss, perplexity and the number of tokens they are over."""
-        from tunesmith.data.pack import PaddingCollator
+        from tunesmith.data.pack import PaddingCollator, padding_id
         from tunesmith.data.render import Renderer
-
         from tunesmith.nn.logps import completion_logps
 
         renderer = Renderer(session.tokenizer, self.config.max_length)
@@ -33,8 +32,7 @@ class Loss(Metric[MetricConfig]):
                 f"loss: none of {len(examples)} conversations has an answer token within "
                 f"max_length={self.config.max_length}"
             )
-        pad = session.tokenizer.pad_token_id
-        collator = PaddingCollator(session.tokenizer.eos_token_id if pad is None else pad)
+        collator = PaddingCollator(padding_id(session.tokenizer))
         rows.sort(key=lambda row: len(row.input_ids))  # like lengths together: less padding
         total, tokens = 0.0, 0
         for start in range(0, len(rows), self.config.batch_size):

@@ -20,9 +20,8 @@ class PreferenceAccuracy(Metric[MetricConfig]):
 
     def measure(self, session: Session, examples: Sequence[Preference]) -> Mapping[str, float]:
         """Return accuracy, mean margin, and the number of pairs; a tie is no success."""
-        from tunesmith.data.pack import PreferenceCollator
+        from tunesmith.data.pack import PreferenceCollator, padding_id
         from tunesmith.data.render import Renderer
-
         from tunesmith.nn.logps import completion_logps
 
         renderer = Renderer(session.tokenizer, self.config.max_length)
@@ -37,8 +36,7 @@ class PreferenceAccuracy(Metric[MetricConfig]):
                 f"preference_accuracy: none of {len(examples)} pairs has answer tokens within "
                 f"max_length={self.config.max_length}"
             )
-        pad = session.tokenizer.pad_token_id
-        collator = PreferenceCollator(session.tokenizer.eos_token_id if pad is None else pad)
+        collator = PreferenceCollator(padding_id(session.tokenizer))
         margins: list[float] = []
         for start in range(0, len(pairs), self.config.batch_size):
             batch = collator(pairs[start : start + self.config.batch_size])

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import attrs
 
 from tunesmith.errors import DataError
 from tunesmith.plugin.options import between, more_than
-from tunesmith.plugin.trainers import Trainer, TrainerConfig, TrainingData, training_arguments
+from tunesmith.plugin.trainers import (
+    Trainer,
+    TrainerConfig,
+    TrainingData,
+    reading,
+    training_arguments,
+)
 
 if TYPE_CHECKING:
     import torch
     import transformers
 
-    from tunesmith.data.examples import Sourced
+    from tunesmith.data.examples import Preference, Sourced
     from tunesmith.plugin.session import Session
 
 __all__ = ["DPO", "DPOConfig"]
@@ -48,11 +55,10 @@ class DPO(Trainer[DPOConfig]):
 
     def build(self, session: Session, data: TrainingData, directory: Path) -> transformers.Trainer:
         """Render the pairs, take the reference's log-probabilities, and return the trainer."""
-        from tunesmith.data.pack import PreferenceCollator
+        from tunesmith.data.pack import PreferenceCollator, padding_id
 
-        pad = session.tokenizer.pad_token_id
-        collator = PreferenceCollator(session.tokenizer.eos_token_id if pad is None else pad)
-        train = self._render(session, data.train, data)
+        collator = PreferenceCollator(padding_id(session.tokenizer))
+        train = self._seen(self._render(session, data.train, data), session.seed)
         evaluation = self._render(session, data.evaluation, data)
         if not train:
             raise DataError(
@@ -79,6 +85,19 @@ class DPO(Trainer[DPOConfig]):
             return self.config.learning_rate
         return 5e-6 if peft else 5e-7
 
+    def _seen(self, pairs: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+        """Return the pairs that max_steps lets the training see, drawn at random.
+
+        The reference of a pair that no step comes to would be computed for nothing.
+        """
+        config = self.config
+        if config.max_steps is None:
+            return pairs
+        count = config.max_steps * config.batch_size * config.gradient_accumulation
+        if count >= len(pairs):
+            return pairs
+        return random.Random(seed if config.seed is None else config.seed).sample(pairs, count)
+
     def _render(
         self, session: Session, rows: Sequence[Sourced], data: TrainingData
     ) -> list[dict[str, Any]]:
@@ -87,7 +106,8 @@ class DPO(Trainer[DPOConfig]):
         renderer = Renderer(session.tokenizer, self.config.max_length)
         pairs: list[dict[str, Any]] = []
         for row in rows:
-            chosen, rejected = renderer.preference(row.example)
+            with reading(row):
+                chosen, rejected = renderer.preference(cast("Preference", row.example))
             if chosen.trained == 0 or rejected.trained == 0:
                 data.drop(row.where, "no answer token left within max_length")
                 continue
@@ -123,9 +143,11 @@ def _trainer_class() -> Any:
             was_training = model.training
             model.eval()
             size = self.args.per_device_eval_batch_size
+            # like lengths together: less padding
+            ordered = sorted(pairs, key=lambda pair: len(pair["chosen"].input_ids))
             with torch.no_grad():
-                for start in range(0, len(pairs), size):
-                    batch_pairs = pairs[start : start + size]
+                for start in range(0, len(ordered), size):
+                    batch_pairs = ordered[start : start + size]
                     batch = self._prepare_inputs(self.data_collator(batch_pairs))
                     with self.compute_loss_context_manager():
                         logps, _ = self._logps(model, batch)

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import attrs
 
 from tunesmith.errors import DataError, ModelError
 from tunesmith.plugin.options import more_than
-from tunesmith.plugin.trainers import Trainer, TrainerConfig, TrainingData, training_arguments
+from tunesmith.plugin.trainers import (
+    Trainer,
+    TrainerConfig,
+    TrainingData,
+    reading,
+    training_arguments,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import transformers
-    from tunesmith.data.render import Rendered, Renderer
 
-    from tunesmith.data.examples import Sourced
+    from tunesmith.data.examples import Conversation, Sourced
+    from tunesmith.data.render import Rendered, Renderer
     from tunesmith.plugin.session import Session
 
 __all__ = ["SFT", "SFTConfig"]
@@ -49,11 +55,17 @@ class SFT(Trainer[SFTConfig]):
         so gradient accumulation changes nothing but memory.
         """
         import transformers
-        from tunesmith.data.pack import PackingCollator, PaddingCollator, packing_supported
+
+        from tunesmith.data.pack import (
+            PackingCollator,
+            PaddingCollator,
+            pack,
+            packing_supported,
+            padding_id,
+        )
         from tunesmith.data.render import Renderer
 
         config = self.config
-        model = session.model
         renderer = Renderer(session.tokenizer, config.max_length, config.completion_only_loss)
         train = _render(renderer, data.train, data)
         evaluation = _render(renderer, data.evaluation, data)
@@ -62,14 +74,12 @@ class SFT(Trainer[SFTConfig]):
                 f"sft: none of {len(data.train)} rows leaves a token to learn within max_length="
                 f"{config.max_length}; raise max_length, or see the list of dropped rows"
             )
-        pad = session.tokenizer.pad_token_id
-        pad = session.tokenizer.eos_token_id if pad is None else pad
+        model = session.model
+        pad = padding_id(session.tokenizer)
         collator: Any = PaddingCollator(pad)
         train_rows: list[Any] = train
         evaluation_rows: list[Any] = evaluation
         if config.packing:
-            from tunesmith.data.pack import pack
-
             reason = packing_supported(model)
             if reason is not None:
                 raise ModelError(f"sft: packing=True does not work with this model: {reason}")
@@ -89,7 +99,8 @@ class SFT(Trainer[SFTConfig]):
 def _render(renderer: Renderer, rows: Sequence[Sourced], data: TrainingData) -> list[Rendered]:
     rendered: list[Rendered] = []
     for row in rows:
-        tokens = renderer.conversation(row.example)
+        with reading(row):
+            tokens = renderer.conversation(cast("Conversation", row.example))
         if tokens.trained == 0:
             data.drop(row.where, "no token to learn within max_length")
             continue

@@ -25,10 +25,20 @@ __all__ = [
     "PreferenceCollator",
     "pack",
     "packing_supported",
+    "padding_id",
 ]
 
 TokenRow: TypeAlias = Rendered | Mapping[str, Sequence[int]]
 """A rendered example, or a mapping with its input_ids and labels."""
+
+
+def padding_id(tokenizer: Any) -> int:
+    """Return the id to pad with: the tokenizer's own, or its eos where it has none.
+
+    Any id would do: padding is masked by position and never by what it is.
+    """
+    pad = tokenizer.pad_token_id
+    return int(tokenizer.eos_token_id if pad is None else pad)
 
 
 def pack(rows: Sequence[Rendered], max_length: int) -> list[list[Rendered]]:

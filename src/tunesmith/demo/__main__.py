@@ -81,7 +81,7 @@ def demo_tuner(model: str) -> Any:
         .evaluate("preference_accuracy", pairs)
         .sft(
             _data("train.jsonl"),
-            epochs=2,
+            epochs=1.5,
             batch_size=8,
             gradient_accumulation=1,
             max_length=256,

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.data.render import set_chat_template
+from tunesmith.data.render import Renderer, set_chat_template
 from tunesmith.engine.models import find_model, local_directory
 from tunesmith.engine.quiet import quiet_libraries
 from tunesmith.errors import RunError
@@ -69,6 +69,8 @@ def generate(
     import torch
     from transformers import set_seed
 
+    from tunesmith.data.pack import padding_id
+
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     encoded = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -78,12 +80,14 @@ def generate(
         options |= {"temperature": temperature, "top_p": top_p}
     if seed is not None:
         set_seed(seed)
-    pad = tokenizer.pad_token_id
+    # a template may end turns with a token that is not the tokenizer's eos
+    stop = list(Renderer(tokenizer, max_length=8).stop_ids)
     with torch.no_grad():
         output = model.generate(
             **encoded,
             max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.eos_token_id if pad is None else pad,
+            eos_token_id=stop,
+            pad_token_id=padding_id(tokenizer),
             use_cache=True,
             **options,
         )

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -211,9 +212,10 @@ class _Runner:
             model.save_pretrained(directory / "model")
             session.tokenizer.save_pretrained(directory / "model")
         session.trains = False
+        logs = checkpoints / "runs"
+        if logs.is_dir():  # where transformers' tensorboard callback writes
+            logs.rename(directory / "tensorboard")
         if not config.save_steps:
-            import shutil
-
             shutil.rmtree(checkpoints)
         # let go of optimizer states and graph before the next stage
         del trainer
@@ -242,8 +244,6 @@ class _Runner:
     def export(self, step: PlannedStep, session: Session, directory: Path) -> Mapping[str, float]:
         target = directory / "model"
         if target.exists():
-            import shutil
-
             shutil.rmtree(target)
         target.mkdir()
         self.registry.build(step.step).export(session, target)

@@ -7,13 +7,15 @@ gradient accumulation, distribution, logging and resuming come with it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import attrs
 
 from tunesmith.data.examples import Sourced
+from tunesmith.errors import DataError, OptionError
 from tunesmith.plugin.options import at_least, more_than, one_of
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
     from tunesmith.plugin.session import Session
 
-__all__ = ["Trainer", "TrainerConfig", "TrainingData", "training_arguments"]
+__all__ = ["Trainer", "TrainerConfig", "TrainingData", "reading", "training_arguments"]
 
 SCHEDULERS = (
     "cosine",
@@ -101,8 +103,6 @@ class TrainerConfig:
     """Drop rows that say exactly what an earlier row says; they are counted and listed."""
 
     def __attrs_post_init__(self) -> None:
-        from tunesmith.errors import OptionError
-
         if self.early_stopping is not None and not self.eval_split and self.eval_data is None:
             raise OptionError(
                 ["early_stopping needs something to evaluate on; give eval_split or eval_data"]
@@ -112,6 +112,15 @@ class TrainerConfig:
 
 
 C = TypeVar("C", bound=TrainerConfig)
+
+
+@contextmanager
+def reading(row: Sourced) -> Iterator[None]:
+    """Add where a row stands to a data error that is raised while it is rendered."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{row.where}: {error}") from error
 
 
 class Trainer(ABC, Generic[C]):
@@ -129,7 +138,8 @@ class Trainer(ABC, Generic[C]):
         """Return a trainer that is ready for `train()`.
 
         `directory` is the trainer's own, for checkpoints and logs. Rows that cannot be used are
-        recorded with `data.drop`.
+        recorded with `data.drop`. Render the rows before `session.model` is first read, so that
+        data which does not fit the chat template is found before any weight is loaded.
         """
 
     def learning_rate(self, *, peft: bool) -> float:
@@ -173,6 +183,7 @@ def training_arguments(
         save_strategy, save_steps = "no", 500
     settings: dict[str, Any] = {
         "output_dir": str(directory),
+        "run_name": directory.parent.name.strip(".").removesuffix(".partial"),
         "num_train_epochs": config.epochs,
         "max_steps": config.max_steps or -1,
         "per_device_train_batch_size": config.batch_size,

@@ -117,7 +117,12 @@ def _read_run(directory: Path) -> _Run:
         notes.append("no stage has left anything yet")
     seen = {_order(stage.name)[0] for stage in stages}
     steps = recipe.steps if recipe else ()
-    ahead = [f"{at:02d}-{step.label}" for at, step in enumerate(steps, 1) if at not in seen]
+    ahead = [
+        f"{at:02d}-{step.label}"
+        for at, step in enumerate(steps, 1)
+        # these two only say how the model is loaded: they leave nothing behind
+        if at not in seen and step.verb not in ("quantize", "peft")
+    ]
     return _Run(directory.resolve().name, recipe_text, recipe, lock, stages, ahead, notes)
 
 
