@@ -8,16 +8,18 @@ floating-point operations over a matmul rate that is measured here for a fractio
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 
 from tunesmith.data.examples import Conversation, Preference, Sourced
+from tunesmith.engine.device import Device
 from tunesmith.engine.models import ModelSource, load_config
-
-if TYPE_CHECKING:
-    from tunesmith.engine.plan import Device, PlannedStep
+from tunesmith.plugin.methods import Method
+from tunesmith.plugin.quantizers import Quantizer
+from tunesmith.plugin.trainers import TrainerConfig
 
 __all__ = ["Estimate", "Shapes", "estimate_step", "model_shapes"]
 
@@ -101,37 +103,35 @@ def model_shapes(source: ModelSource) -> Shapes:
 
 
 def estimate_step(
-    step: PlannedStep,
-    quantizer: PlannedStep | None,
-    method: PlannedStep | None,
+    config: TrainerConfig,
+    examples: Sequence[Sourced],
+    quantizer: Quantizer[Any] | None,
+    method: Method[Any] | None,
     shapes: Shapes,
     device: Device,
 ) -> Estimate:
     """Predict one training step's memory in bytes and time in seconds."""
-    config = step.config
-    assert step.data is not None
     itemsize = ITEMSIZE[device.precision]
-    if quantizer is not None and quantizer.plugin is not None:
-        held = quantizer.plugin.load()(quantizer.config)
-        weights = sum(held.nbytes(shape, itemsize) for shape in shapes.linears)
+    if quantizer is not None:
+        weights = sum(quantizer.nbytes(shape, itemsize) for shape in shapes.linears)
         weights += shapes.other_parameters * itemsize
         # one layer at a time is dequantized for its product
         workspace = max(out * into for out, into in shapes.linears) * itemsize
     else:
         weights = shapes.parameters * (4 if method is None else itemsize)
         workspace = 0
-    if method is not None and method.plugin is not None:
-        wrapped = method.plugin.load()(method.config).wrap(shapes.model)
+    if method is not None:
+        wrapped = method.wrap(shapes.model)
         trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
-        shapes = attrs.evolve(shapes, model=wrapped.unload())
+        wrapped.unload()  # the skeleton is used again for the next step
     else:
         trainable = shapes.parameters
     # fp32 weight (held already by full fine-tuning), gradient, and Adam's two moments
     adapter = trainable * 4 * (4 if method is not None else 3)
 
-    lengths = [_tokens(row) for row in step.data.examples]
+    lengths = [_tokens(row) for row in examples]
     longest = min(max(lengths), config.max_length)
-    rows_a_pass = config.batch_size * _sequences(step.data.examples[0])
+    rows_a_pass = config.batch_size * _sequences(examples[0])
     batch_tokens = rows_a_pass * (config.max_length if config.packing else longest)
     # Korthikanti et al. count 34 bytes a token and hidden unit in 16 bits, without the attention
     # matrix (fused attention does not keep it); what scales is the compute dtype
@@ -142,7 +142,7 @@ def estimate_step(
     # logits in the compute dtype; in fp32 shifted, their log-softmax, and two gradients
     logits = batch_tokens * shapes.vocabulary * (itemsize + 16)
     epochs_tokens = sum(min(length, config.max_length) for length in lengths) * _sequences(
-        step.data.examples[0]
+        examples[0]
     )
     per_step = config.batch_size * config.gradient_accumulation
     steps_an_epoch = max(1, -(-len(lengths) // per_step))

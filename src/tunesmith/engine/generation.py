@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from tunesmith.data.render import Renderer, set_chat_template
 from tunesmith.engine.models import find_model, local_directory
@@ -14,24 +15,23 @@ from tunesmith.plugin.registry import registry
 from tunesmith.plugin.session import Session
 from tunesmith.recipe import Recipe
 
-if TYPE_CHECKING:
-    from tunesmith.engine.result import RunResult
-
 __all__ = ["generate", "load_for_generation"]
 
 
-def load_for_generation(result: RunResult) -> tuple[Any, Any]:
-    """Return (model, tokenizer): its last full model, else its last adapter on its base."""
+def load_for_generation(
+    run: Path, model_path: Path | None, adapters: Mapping[str, Path]
+) -> tuple[Any, Any]:
+    """Return (model, tokenizer): a run's last full model, else its last adapter on its base."""
     import torch
     from transformers import AutoTokenizer
 
-    recipe = Recipe.from_yaml(result.path / "recipe.yaml")
-    lock = json.loads((result.path / "lock.json").read_text(encoding="utf-8"))
+    recipe = Recipe.from_yaml(run / "recipe.yaml")
+    lock = json.loads((run / "lock.json").read_text(encoding="utf-8"))
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     device = lock["device"] if torch.cuda.is_available() or lock["device"] == "cpu" else "cpu"
-    if result.model_path is None and not result.adapters:
-        raise RunError(f"{result.path}: holds no model and no adapter to generate with")
-    base = result.model_path or local_directory(find_model(recipe.model))
+    if model_path is None and not adapters:
+        raise RunError(f"{run}: holds no model and no adapter to generate with")
+    base = model_path or local_directory(find_model(recipe.model))
     tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
     set_chat_template(tokenizer, recipe.chat_template)
     session = Session(
@@ -41,13 +41,13 @@ def load_for_generation(result: RunResult) -> tuple[Any, Any]:
         dtype=dtypes[lock["precision"]],
         seed=recipe.seed,
     )
-    if result.model_path is None:
+    if model_path is None:
         for step in recipe.steps:
             if step.verb == "quantize":
                 session.use_quantizer(registry().build(step))
             elif step.verb == "peft":
                 session.use_method(registry().build(step))
-        for label, directory in result.adapters.items():
+        for label, directory in adapters.items():
             session.use_adapter(label, directory)
     with quiet_libraries():
         model = session.model

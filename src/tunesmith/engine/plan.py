@@ -13,31 +13,18 @@ from typing import Any
 import attrs
 
 from tunesmith.engine.dataset import LoadedData, load_data
+from tunesmith.engine.device import Device, find_device
 from tunesmith.engine.estimate import Estimate, Shapes, estimate_step, model_shapes
 from tunesmith.engine.models import ModelSource, find_model
 from tunesmith.engine.quiet import quiet_libraries
 from tunesmith.engine.store import problem_with
 from tunesmith.errors import DataError, ModelError, OptionError, PlanError, PluginError
-from tunesmith.plugin.options import given_options
 from tunesmith.plugin.registry import Registered, Registry
 from tunesmith.recipe import Recipe, Step
 
-__all__ = ["Device", "Plan", "PlannedStep", "find_device", "make_plan"]
+__all__ = ["Plan", "PlannedStep", "make_plan"]
 
 WITH_DATA = ("train", "evaluate")
-
-
-@attrs.frozen
-class Device:
-    """Where a run computes, and in what."""
-
-    name: str
-    """A torch device string."""
-    precision: str
-    """"fp32", "bf16" or "fp16"."""
-    description: str
-    memory_bytes: int
-    """Memory of the device, or of the machine for the CPU."""
 
 
 @attrs.frozen
@@ -135,48 +122,6 @@ def make_plan(
         else:
             problems += [f"{distribution}: {line}" for line in answer or ()]
     return attrs.evolve(plan, problems=tuple(problems), notes=tuple(notes))
-
-
-def find_device(name: str, precision: str) -> Device:
-    """Return the device and precision that "auto" means here, or check the ones named.
-
-    bf16 is taken where the hardware multiplies it (CUDA from Ampere on, CPUs with AVX512-BF16 or
-    AMX), fp16 on older CUDA devices, fp32 elsewhere. Errors: `OptionError`.
-    """
-    import os
-
-    import torch
-
-    from tunesmith.ops.machine import cpu_multiplies_bf16
-
-    if name == "auto":
-        mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    kind = name.partition(":")[0]
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise OptionError(
-            [
-                "device 'cuda': this torch sees no CUDA device; use device='cpu', or install a "
-                "CUDA build of torch and check the driver"
-            ]
-        )
-    if kind not in ("cpu", "cuda", "mps"):
-        raise OptionError([f"device '{name}': expected auto, cpu, cuda, cuda:N or mps"])
-    if precision not in ("auto", "fp32", "bf16", "fp16"):
-        raise OptionError([f"precision '{precision}': expected auto, fp32, bf16 or fp16"])
-    if precision == "fp16" and kind == "cpu":
-        raise OptionError(["precision 'fp16': a CPU trains in fp32 or bf16; choose one of them"])
-    if kind == "cuda":
-        properties = torch.cuda.get_device_properties(torch.device(name))
-        fitting = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        description, memory = properties.name, properties.total_memory
-    else:
-        fitting = "bf16" if kind == "cpu" and cpu_multiplies_bf16() else "fp32"
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        description = (
-            f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-        )
-    return Device(name, fitting if precision == "auto" else precision, description, memory)
 
 
 def _order_problems(recipe: Recipe) -> list[str]:
@@ -302,13 +247,15 @@ def _missing_packages(plugin: Registered, config: Any) -> list[str]:
 def _with_estimates(
     steps: tuple[PlannedStep, ...], shapes: Shapes, device: Device, notes: list[str]
 ) -> tuple[PlannedStep, ...]:
-    quantizer = next((step for step in steps if step.step.verb == "quantize"), None)
-    method = next((step for step in steps if step.step.verb == "peft"), None)
+    quantizer = _built(steps, "quantize")
+    method = _built(steps, "peft")
     done: list[PlannedStep] = []
     for step in steps:
         if step.step.verb == "train" and step.data is not None:
             try:
-                found = estimate_step(step, quantizer, method, shapes, device)
+                found = estimate_step(
+                    step.config, step.data.examples, quantizer, method, shapes, device
+                )
             except Exception as error:
                 notes.append(f"{step.name}: not predicted: {type(error).__name__}: {error}")
             else:
@@ -323,6 +270,9 @@ def _with_estimates(
     return tuple(done)
 
 
-def options_in_force(step: PlannedStep) -> dict[str, Any]:
-    """Return a step's options that differ from the plugin's defaults."""
-    return given_options(step.config) if step.config is not None else dict(step.step.options)
+def _built(steps: tuple[PlannedStep, ...], verb: str) -> Any:
+    """Return the implementation of the step with this verb, or None if there is no such step."""
+    for step in steps:
+        if step.step.verb == verb and step.plugin is not None:
+            return step.plugin.load()(step.config)
+    return None

@@ -89,5 +89,5 @@ class RunResult:
     def _load(self) -> dict[str, Any]:
         from tunesmith.engine.generation import load_for_generation
 
-        model, tokenizer = load_for_generation(self)
+        model, tokenizer = load_for_generation(self.path, self.model_path, self.adapters)
         return {"model": model, "tokenizer": tokenizer}
