@@ -475,3 +475,14 @@ def test_a_row_that_the_template_cannot_hold_is_named_before_any_weight_is_read(
             (bare / file.name).write_bytes(file.read_bytes())
     with pytest.raises(ValueError, match=r"row 2: .*tool"):
         recorded(Tuner(bare).lora(r=2).sft(rows, max_steps=1, **QUICK), tmp_path / "run")
+
+
+@pytest.mark.parametrize("setting", [{"seed": 1}, {"precision": "bf16"}])
+def test_another_seed_or_precision_is_another_run(tiny_model, alpaca_file, tmp_path, setting):
+    def chain(**settings):
+        tuner = Tuner(tiny_model, **{"precision": "fp32", **settings}).lora(r=2)
+        return tuner.sft(alpaca_file, max_steps=1, **QUICK)
+
+    recorded(chain(), tmp_path / "run")
+    _, events = recorded(chain(**setting), tmp_path / "run")
+    assert names(events, StageFinished) == ["02-sft"]
