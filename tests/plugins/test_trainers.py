@@ -163,6 +163,24 @@ def test_gradient_accumulation_changes_the_dpo_loss_by_nothing(tmp_path):
     assert left == pytest.approx(right, abs=1e-4)
 
 
+LIKE_OURS = {
+    "per_device_train_batch_size": len(PAIRS),
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "constant",
+    "max_steps": 4,
+    "logging_steps": 1,
+    "max_length": 1024,
+    "report_to": "none",
+    "use_cpu": True,
+    "bf16": False,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "gradient_checkpointing": False,
+    "dataloader_pin_memory": False,
+}
+"""TRL's names for the settings that the trainers here are built with."""
+
+
 @oracle
 def test_dpo_takes_the_steps_that_trl_takes(tmp_path):
     pytest.importorskip("trl")
@@ -181,22 +199,7 @@ def test_dpo_takes_the_steps_that_trl_takes(tmp_path):
         }
         for p, c, r in PAIRS
     ]
-    arguments = TRLConfig(
-        output_dir=str(tmp_path / "trl"),
-        per_device_train_batch_size=len(PAIRS),
-        learning_rate=1e-2,
-        lr_scheduler_type="constant",
-        max_steps=4,
-        logging_steps=1,
-        max_length=1024,
-        report_to="none",
-        use_cpu=True,
-        bf16=False,
-        save_strategy="no",
-        disable_tqdm=True,
-        gradient_checkpointing=False,
-        dataloader_pin_memory=False,
-    )
+    arguments = TRLConfig(output_dir=str(tmp_path / "trl"), **LIKE_OURS)
     theirs = TRLTrainer(
         model=other.model,
         args=arguments,
@@ -246,21 +249,7 @@ def test_sft_takes_the_steps_that_trl_takes(tmp_path):
         }
         for p, c, _ in PAIRS
     ]
-    arguments = TRLConfig(
-        output_dir=str(tmp_path / "trl"),
-        per_device_train_batch_size=len(PAIRS),
-        learning_rate=1e-2,
-        lr_scheduler_type="constant",
-        max_steps=4,
-        logging_steps=1,
-        report_to="none",
-        use_cpu=True,
-        bf16=False,
-        save_strategy="no",
-        disable_tqdm=True,
-        gradient_checkpointing=False,
-        dataloader_pin_memory=False,
-    )
+    arguments = TRLConfig(output_dir=str(tmp_path / "trl"), **LIKE_OURS)
     theirs = TRLTrainer(
         model=other.model,
         args=arguments,
