@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tunesmith.data.render import Renderer, set_chat_template
+from tunesmith.data.render import Renderer
 from tunesmith.engine.models import find_model, local_directory
 from tunesmith.engine.quiet import quiet_libraries
+from tunesmith.engine.session import open_session
 from tunesmith.errors import RunError
 from tunesmith.plugin.registry import registry
-from tunesmith.plugin.session import Session
 from tunesmith.recipe import Recipe
 
 __all__ = ["generate", "load_for_generation"]
@@ -23,24 +23,14 @@ def load_for_generation(
 ) -> tuple[Any, Any]:
     """Return (model, tokenizer): a run's last full model, else its last adapter on its base."""
     import torch
-    from transformers import AutoTokenizer
 
     recipe = Recipe.from_yaml(run / "recipe.yaml")
     lock = json.loads((run / "lock.json").read_text(encoding="utf-8"))
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     device = lock["device"] if torch.cuda.is_available() or lock["device"] == "cpu" else "cpu"
     if model_path is None and not adapters:
         raise RunError(f"{run}: holds no model and no adapter to generate with")
     base = model_path or local_directory(find_model(recipe.model))
-    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
-    set_chat_template(tokenizer, recipe.chat_template)
-    session = Session(
-        base=base,
-        tokenizer=tokenizer,
-        device=torch.device(device),
-        dtype=dtypes[lock["precision"]],
-        seed=recipe.seed,
-    )
+    session = open_session(recipe, base, device, lock["precision"])
     if model_path is None:
         for step in recipe.steps:
             if step.verb == "quantize":
@@ -52,7 +42,7 @@ def load_for_generation(
     with quiet_libraries():
         model = session.model
     model.eval()
-    return model, tokenizer
+    return model, session.tokenizer
 
 
 def generate(

@@ -19,12 +19,12 @@ import attrs
 
 from tunesmith.data.clean import DropLog, deduplicate, drop_empty, split
 from tunesmith.data.examples import Sourced
-from tunesmith.data.render import set_chat_template
 from tunesmith.engine.models import content_hash, local_directory
 from tunesmith.engine.plan import Plan, PlannedStep, make_plan
 from tunesmith.engine.progress import ProgressCallback, peak_memory_bytes
 from tunesmith.engine.quiet import quiet_libraries
 from tunesmith.engine.result import RunResult
+from tunesmith.engine.session import open_session
 from tunesmith.engine.store import RunStore, Stage
 from tunesmith.errors import DataError, RunError
 from tunesmith.plugin.events import (
@@ -51,8 +51,6 @@ VERSIONED = ("tunesmith", "torch", "transformers", "peft", "accelerate", "tokeni
 
 NEUTRAL_OPTIONS = frozenset({"loggers", "logging_steps", "save_steps"})
 """Options that say how a stage is watched and not what it makes."""
-
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def run(
@@ -97,7 +95,9 @@ class _Runner:
         self.store.write_lock(
             {**lock, "fingerprints": {s.name: fingerprints[s.number] for s in kept}}
         )
-        session = self._session(base)
+        device = self.plan.device
+        assert device is not None
+        session = open_session(self.plan.recipe, base, device.name, device.precision)
         stages: list[Stage] = []
         for step in self.plan.steps:
             work = getattr(self, step.step.verb)
@@ -278,22 +278,6 @@ class _Runner:
             self.emit(RowsDropped(step.name, len(drops), total, drops.reasons, path))
 
     # what the run is resolved to
-
-    def _session(self, base: Path) -> Session:
-        import torch
-        from transformers import AutoTokenizer
-
-        recipe, device = self.plan.recipe, self.plan.device
-        assert device is not None
-        tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
-        set_chat_template(tokenizer, recipe.chat_template)
-        return Session(
-            base=base,
-            tokenizer=tokenizer,
-            device=torch.device(device.name),
-            dtype=getattr(torch, DTYPES[device.precision]),
-            seed=recipe.seed,
-        )
 
     def _lock(self, base: Path) -> dict[str, Any]:
         """Return what decides the outcome of the run, as lock.json keeps it."""
