@@ -10,7 +10,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 
 NATIVE_SOURCES := CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test test-all lint verbs clean help
+.PHONY: demo test test-all lint verbs bench clean help
 
 help:
 	@sed -n '2,4s/^# *//p' Makefile
@@ -46,6 +46,14 @@ test-all: lint
 
 verbs: $(VENV)/.installed
 	$(BIN)/python tools/write_verbs.py
+
+# BENCH="--suite lora --quick": what `python -m benchmarks --help` lists
+bench: $(VENV)/.installed build/bench/torchao
+	PYTHONPATH=build/bench $(BIN)/python -m benchmarks $(BENCH)
+
+# beside the environment, not in it: PEFT and transformers import torchao wherever they find it
+build/bench/torchao:
+	-$(PIP) install --no-deps --target build/bench torchao==0.18.0
 
 clean:
 	rm -rf build runs $(VENV)

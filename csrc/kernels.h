@@ -1,28 +1,75 @@
 // What a device implements: plain C, pointers and sizes. Nothing is checked here.
 //
 // Blocks run over the flattened tensor; the last may be short. Code 2i is the high nibble of byte i;
-// the nibble beside an odd last element is the code of zero.
+// the nibble beside an odd last element is the code of zero. A matrix is row-major, without gaps.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 extern "C" {
 
-enum tunesmith_dtype { TUNESMITH_FLOAT32 = 0, TUNESMITH_FLOAT16 = 1, TUNESMITH_BFLOAT16 = 2 };
+// The 4-bit types only where a `type` is asked for, the others also where a `dtype` is.
+enum tunesmith_type {
+  TUNESMITH_FLOAT32 = 0,
+  TUNESMITH_FLOAT16 = 1,
+  TUNESMITH_BFLOAT16 = 2,
+  TUNESMITH_NF4 = 3,
+  TUNESMITH_FP4 = 4
+};
 
 // Writes packed [ceil(numel / 2)] and absmax [blocks]. A block that holds NaN or Inf gets such an
 // absmax and codes without meaning.
-void tunesmith_quantize_nf4_cpu(const void* weight, int dtype, int64_t numel, int64_t blocksize,
-                                uint8_t* packed, float* absmax);
+void tunesmith_quantize_4bit_cpu(const void* weight, int dtype, int64_t numel, int64_t blocksize,
+                                 int type, uint8_t* packed, float* absmax);
 
 // Writes codes [blocks] and nested_absmax [ceil(blocks / 256)] of absmax less the offset.
 void tunesmith_quantize_absmax_cpu(const float* absmax, int64_t blocks, const float* nested_offset,
                                    uint8_t* codes, float* nested_absmax);
 
 // Writes out [numel]. absmax is fp32 when nested_absmax is null, uint8 codes otherwise.
-void tunesmith_dequantize_nf4_cpu(const uint8_t* packed, const void* absmax,
-                                  const float* nested_absmax, const float* nested_offset,
-                                  int64_t numel, int64_t blocksize, int dtype, void* out);
+void tunesmith_dequantize_4bit_cpu(const uint8_t* packed, const void* absmax,
+                                   const float* nested_absmax, const float* nested_offset,
+                                   int64_t numel, int64_t blocksize, int type, int dtype, void* out);
+
+// A frozen weight W [out_features, in_features] with an adapter of `rank` beside it:
+//   y = x Wt + bias + scaling s Bt,  s = (keep_scale keep x) At
+// Products and sums are fp32 or exacter, or fp32 sums of bf16 products where x is bf16.
+struct tunesmith_linear {
+  int64_t tokens;  // rows of x, y and their gradients
+  int64_t in_features;
+  int64_t out_features;
+  int dtype;                   // of x, y, their gradients and bias
+  int type;                    // of the weight, 4-bit or plain
+  const void* weight;          // packed, or [out_features, in_features]; null leaves x Wt out
+  const void* absmax;          // as for dequantize; not read for a plain weight
+  const float* nested_absmax;
+  const float* nested_offset;
+  int64_t blocksize;
+  const void* bias;            // [out_features]; may be null
+  int64_t rank;                // 0 leaves the adapter out
+  int adapter_dtype;           // of lora_a, lora_b and their gradients
+  const void* lora_a;          // A [rank, in_features]
+  const void* lora_b;          // B [out_features, rank]
+  float scaling;
+  const uint8_t* keep;         // dropout's mask [tokens, in_features], 1 keeps; null keeps all
+  float keep_scale;
+};
+
+// Writes s [tokens, rank] (fp32) and y [tokens, out_features], which it adds to if `accumulate`.
+void tunesmith_linear_cpu(const struct tunesmith_linear* linear, const void* x, float* s, void* y,
+                          bool accumulate);
+
+// Writes what is not null of grad_x [tokens, in_features] (adds to it if `accumulate`), grad_a and
+// grad_b. s is what the forward wrote.
+void tunesmith_linear_backward_cpu(const struct tunesmith_linear* linear, const void* x,
+                                   const float* s, const void* grad_y, void* grad_x, void* grad_a,
+                                   void* grad_b, bool accumulate);
+
+// Memory that is used again: what is given back is kept, up to a limit, and handed out next time, so
+// that its pages need not be touched anew. Aligned to 64 bytes; null when there is none left.
+void* tunesmith_take(size_t nbytes);
+void tunesmith_give_back(void* memory);
 
 // Which instruction set the CPU kernels use; null beyond the last that this CPU can run.
 const char* tunesmith_isa(void);
@@ -34,15 +81,21 @@ bool tunesmith_has_openmp(void);
 #ifdef TUNESMITH_CUDA
 // The same on the current CUDA device, put on a stream (a cudaStream_t). Returns null, or what CUDA
 // calls the error of the launch.
-const char* tunesmith_quantize_nf4_cuda(const void* weight, int dtype, int64_t numel,
-                                        int64_t blocksize, uint8_t* packed, float* absmax,
-                                        void* stream);
+const char* tunesmith_quantize_4bit_cuda(const void* weight, int dtype, int64_t numel,
+                                         int64_t blocksize, int type, uint8_t* packed, float* absmax,
+                                         void* stream);
 const char* tunesmith_quantize_absmax_cuda(const float* absmax, int64_t blocks,
                                            const float* nested_offset, uint8_t* codes,
                                            float* nested_absmax, void* stream);
-const char* tunesmith_dequantize_nf4_cuda(const uint8_t* packed, const void* absmax,
-                                          const float* nested_absmax, const float* nested_offset,
-                                          int64_t numel, int64_t blocksize, int dtype, void* out,
-                                          void* stream);
+const char* tunesmith_dequantize_4bit_cuda(const uint8_t* packed, const void* absmax,
+                                           const float* nested_absmax, const float* nested_offset,
+                                           int64_t numel, int64_t blocksize, int type, int dtype,
+                                           void* out, void* stream);
+// Forward only, without dropout, for at most tunesmith_small_tokens() rows of x; 4-bit weights only.
+// s is scratch [tokens, rank] and is written, too. Nothing is allocated and nothing waits: the calls
+// can be captured in a CUDA graph.
+int64_t tunesmith_small_tokens(void);
+const char* tunesmith_linear_small_cuda(const struct tunesmith_linear* linear, const void* x,
+                                        float* s, void* y, void* stream);
 #endif
 }

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <new>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -15,7 +16,8 @@ using namespace tunesmith;
 
 namespace {
 
-constexpr Nf4Table kNf4 = make_nf4_table();
+constexpr FourBitTable kNf4 = make_nf4_table();
+constexpr FourBitTable kFp4 = make_fp4_table();
 constexpr DynamicTable kDynamic = make_dynamic_table();
 
 using Pointer = uintptr_t;
@@ -38,14 +40,14 @@ constexpr bool kCuda = false;
 #define ON_STREAM(op, ...) throw std::runtime_error("this build has no CUDA kernels")
 #endif
 
-void quantize_nf4(Pointer weight, int dtype, int64_t numel, int64_t blocksize, Pointer packed,
-                  Pointer absmax, Stream stream) {
+void quantize_4bit(Pointer weight, int dtype, int64_t numel, int64_t blocksize, int type,
+                   Pointer packed, Pointer absmax, Stream stream) {
   if (stream) {
-    ON_STREAM(quantize_nf4, at<void>(weight), dtype, numel, blocksize, at<uint8_t>(packed),
+    ON_STREAM(quantize_4bit, at<void>(weight), dtype, numel, blocksize, type, at<uint8_t>(packed),
               at<float>(absmax));
   } else {
-    tunesmith_quantize_nf4_cpu(at<void>(weight), dtype, numel, blocksize, at<uint8_t>(packed),
-                               at<float>(absmax));
+    tunesmith_quantize_4bit_cpu(at<void>(weight), dtype, numel, blocksize, type,
+                                at<uint8_t>(packed), at<float>(absmax));
   }
 }
 
@@ -60,15 +62,109 @@ void quantize_absmax(Pointer absmax, int64_t blocks, Pointer nested_offset, Poin
   }
 }
 
-void dequantize_nf4(Pointer packed, Pointer absmax, Pointer nested_absmax, Pointer nested_offset,
-                    int64_t numel, int64_t blocksize, int dtype, Pointer out, Stream stream) {
+void dequantize_4bit(Pointer packed, Pointer absmax, Pointer nested_absmax, Pointer nested_offset,
+                     int64_t numel, int64_t blocksize, int type, int dtype, Pointer out,
+                     Stream stream) {
   if (stream) {
-    ON_STREAM(dequantize_nf4, at<uint8_t>(packed), at<void>(absmax), at<float>(nested_absmax),
-              at<float>(nested_offset), numel, blocksize, dtype, at<void>(out));
+    ON_STREAM(dequantize_4bit, at<uint8_t>(packed), at<void>(absmax), at<float>(nested_absmax),
+              at<float>(nested_offset), numel, blocksize, type, dtype, at<void>(out));
   } else {
-    tunesmith_dequantize_nf4_cpu(at<uint8_t>(packed), at<void>(absmax), at<float>(nested_absmax),
-                                 at<float>(nested_offset), numel, blocksize, dtype, at<void>(out));
+    tunesmith_dequantize_4bit_cpu(at<uint8_t>(packed), at<void>(absmax), at<float>(nested_absmax),
+                                  at<float>(nested_offset), numel, blocksize, type, dtype,
+                                  at<void>(out));
   }
+}
+
+// The fields of tunesmith_linear, in its order.
+#define LINEAR_PARAMETERS                                                                       \
+  int64_t tokens, int64_t in_features, int64_t out_features, int dtype, int type, Pointer weight, \
+      Pointer absmax, Pointer nested_absmax, Pointer nested_offset, int64_t blocksize, Pointer bias, \
+      int64_t rank, int adapter_dtype, Pointer lora_a, Pointer lora_b, float scaling, Pointer keep, \
+      float keep_scale
+#define LINEAR_ARGUMENTS                                                                       \
+  py::arg("tokens"), py::arg("in_features"), py::arg("out_features"), py::arg("dtype"),        \
+      py::arg("type"), py::arg("weight"), py::arg("absmax"), py::arg("nested_absmax"),         \
+      py::arg("nested_offset"), py::arg("blocksize"), py::arg("bias"), py::arg("rank"),        \
+      py::arg("adapter_dtype"), py::arg("lora_a"), py::arg("lora_b"), py::arg("scaling"),      \
+      py::arg("keep"), py::arg("keep_scale")
+#define LINEAR                                                                                     \
+  {                                                                                                \
+    tokens, in_features, out_features, dtype, type, at<void>(weight), at<void>(absmax),            \
+        at<float>(nested_absmax), at<float>(nested_offset), blocksize, at<void>(bias), rank,       \
+        adapter_dtype, at<void>(lora_a), at<void>(lora_b), scaling, at<uint8_t>(keep), keep_scale  \
+  }
+
+void linear(LINEAR_PARAMETERS, Pointer x, Pointer s, Pointer y, bool accumulate) {
+  const tunesmith_linear layer = LINEAR;
+  tunesmith_linear_cpu(&layer, at<void>(x), at<float>(s), at<void>(y), accumulate);
+}
+
+void linear_backward(LINEAR_PARAMETERS, Pointer x, Pointer s, Pointer grad_y, Pointer grad_x,
+                     Pointer grad_a, Pointer grad_b, bool accumulate) {
+  const tunesmith_linear layer = LINEAR;
+  tunesmith_linear_backward_cpu(&layer, at<void>(x), at<float>(s), at<void>(grad_y),
+                                at<void>(grad_x), at<void>(grad_a), at<void>(grad_b), accumulate);
+}
+
+void linear_small(LINEAR_PARAMETERS, Pointer x, Pointer s, Pointer y, Stream stream) {
+  const tunesmith_linear layer = LINEAR;
+  if (!stream) throw std::runtime_error("linear_small is for CUDA; call linear");
+  ON_STREAM(linear_small, &layer, at<void>(x), at<float>(s), at<void>(y));
+}
+
+int64_t small_tokens() {
+#ifdef TUNESMITH_CUDA
+  return tunesmith_small_tokens();
+#else
+  return 0;
+#endif
+}
+
+// A vector of bytes from the pool, as DLPack hands it over: the layout of its version 0, which torch
+// takes (https://dmlc.github.io/dlpack/latest/c_api.html).
+struct DLTensor {
+  void* data;
+  struct {
+    int32_t type, id;
+  } device;
+  int32_t ndim;
+  struct {
+    uint8_t code, bits;
+    uint16_t lanes;
+  } dtype;
+  int64_t* shape;
+  int64_t* strides;
+  uint64_t byte_offset;
+};
+struct DLManagedTensor {
+  DLTensor tensor;
+  void* context;
+  void (*deleter)(DLManagedTensor*);
+};
+struct PooledBytes {
+  DLManagedTensor managed;
+  int64_t size;
+};
+
+py::capsule empty(int64_t nbytes) {
+  void* memory = nbytes < 0 ? nullptr : tunesmith_take(size_t(nbytes));
+  if (memory == nullptr) throw std::bad_alloc();
+  auto* bytes = new PooledBytes{};
+  bytes->size = nbytes;
+  constexpr int32_t kCpu = 1;
+  constexpr uint8_t kUnsigned = 1;
+  bytes->managed.tensor = {memory, {kCpu, 0}, 1, {kUnsigned, 8, 1}, &bytes->size, nullptr, 0};
+  bytes->managed.context = bytes;
+  bytes->managed.deleter = [](DLManagedTensor* managed) {
+    tunesmith_give_back(managed->tensor.data);
+    delete static_cast<PooledBytes*>(managed->context);
+  };
+  // a consumer renames the capsule and calls the deleter itself; else that is done here
+  return py::capsule(&bytes->managed, "dltensor", [](PyObject* capsule) {
+    if (!PyCapsule_IsValid(capsule, "dltensor")) return;
+    auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
+    managed->deleter(managed);
+  });
 }
 
 std::vector<std::string> isas() {
@@ -90,16 +186,27 @@ PYBIND11_MODULE(_native, m) {
   m.attr("FLOAT32") = int(TUNESMITH_FLOAT32);
   m.attr("FLOAT16") = int(TUNESMITH_FLOAT16);
   m.attr("BFLOAT16") = int(TUNESMITH_BFLOAT16);
+  m.attr("NF4") = int(TUNESMITH_NF4);
+  m.attr("FP4") = int(TUNESMITH_FP4);
 
   using Unlocked = py::call_guard<py::gil_scoped_release>;
-  m.def("quantize_nf4", quantize_nf4, py::arg("weight"), py::arg("dtype"), py::arg("numel"),
-        py::arg("blocksize"), py::arg("packed"), py::arg("absmax"), py::arg("stream"), Unlocked());
+  m.def("quantize_4bit", quantize_4bit, py::arg("weight"), py::arg("dtype"), py::arg("numel"),
+        py::arg("blocksize"), py::arg("type"), py::arg("packed"), py::arg("absmax"), py::arg("stream"), Unlocked());
   m.def("quantize_absmax", quantize_absmax, py::arg("absmax"), py::arg("blocks"),
         py::arg("nested_offset"), py::arg("codes"), py::arg("nested_absmax"), py::arg("stream"),
         Unlocked());
-  m.def("dequantize_nf4", dequantize_nf4, py::arg("packed"), py::arg("absmax"),
+  m.def("dequantize_4bit", dequantize_4bit, py::arg("packed"), py::arg("absmax"),
         py::arg("nested_absmax"), py::arg("nested_offset"), py::arg("numel"), py::arg("blocksize"),
-        py::arg("dtype"), py::arg("out"), py::arg("stream"), Unlocked());
+        py::arg("type"), py::arg("dtype"), py::arg("out"), py::arg("stream"), Unlocked());
+  m.def("linear", linear, LINEAR_ARGUMENTS, py::arg("x"), py::arg("s"), py::arg("y"),
+        py::arg("accumulate"), Unlocked());
+  m.def("linear_backward", linear_backward, LINEAR_ARGUMENTS, py::arg("x"), py::arg("s"),
+        py::arg("grad_y"), py::arg("grad_x"), py::arg("grad_a"), py::arg("grad_b"),
+        py::arg("accumulate"), Unlocked());
+  m.def("linear_small", linear_small, LINEAR_ARGUMENTS, py::arg("x"), py::arg("s"), py::arg("y"),
+        py::arg("stream"), Unlocked());
+  m.def("small_tokens", small_tokens);
+  m.def("empty", empty, py::arg("nbytes"));
 
   m.def("isa", tunesmith_isa);
   m.def("isas", isas);
@@ -111,8 +218,10 @@ PYBIND11_MODULE(_native, m) {
   m.def("float32_to_float16", float_to_float16, py::arg("value"));
   m.def("bfloat16_to_float32", bfloat16_to_float, py::arg("bits"));
   m.def("float32_to_bfloat16", float_to_bfloat16, py::arg("value"));
-  m.def("nf4_encode", [](float scaled) { return encode_nf4(scaled, kNf4); }, py::arg("scaled"));
+  m.def("nf4_encode", [](float scaled) { return encode_4bit(scaled, kNf4); }, py::arg("scaled"));
   m.def("nf4_decode", [](unsigned code) { return kNf4.values[code & 15u]; }, py::arg("code"));
+  m.def("fp4_encode", [](float scaled) { return encode_4bit(scaled, kFp4); }, py::arg("scaled"));
+  m.def("fp4_decode", [](unsigned code) { return kFp4.values[code & 15u]; }, py::arg("code"));
   m.def("dynamic_encode", [](float scaled) { return encode_dynamic(scaled, kDynamic); },
         py::arg("scaled"));
   m.def("dynamic_decode", [](unsigned code) { return kDynamic.values[code & 255u]; },

@@ -1,7 +1,7 @@
-// NF4 one number at a time: tables, code search, conversions. For the host and for CUDA devices.
+// NF4 and FP4 one number at a time: tables, code search, conversions. For the host and for CUDA devices.
 //
-// NF4 and double quantization are those of QLoRA (arXiv:2305.14314), the dynamic 8-bit type that of
-// arXiv:1511.04561. Everything here has internal linkage: each ISA object is compiled with its own
+// NF4 and double quantization are those of QLoRA (arXiv:2305.14314), FP4 is that of bitsandbytes, the
+// dynamic 8-bit type that of arXiv:1511.04561. Everything here has internal linkage: each ISA object is compiled with its own
 // flags, and the linker must not hand one object's copy to another.
 #pragma once
 
@@ -15,32 +15,55 @@
 #endif
 
 namespace tunesmith {
+
+// A 4-bit type. The 16 values are ranked from the lowest to the highest; what lies above the first r
+// midpoints, and not above the next, has rank r.
+struct FourBitTable {
+  float values[16];  // by code
+  float midpoints[15];
+  uint8_t codes[16];  // by rank
+  uint8_t zero;       // the code that stands beside an odd last element
+};
+
 namespace {
 
 constexpr int kNestedBlocksize = 256;
-constexpr unsigned kZeroCode = 7;
 // below this an absmax would have an infinite inverse
 constexpr float kSmallestAbsmax = 1e-38f;
-
-struct Nf4Table {
-  float values[16];
-  float midpoints[15];
-};
 
 struct DynamicTable {
   float values[256];
   float midpoints[255];
 };
 
-constexpr Nf4Table make_nf4_table() {
-  Nf4Table table = {{-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
-                     -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
-                     0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f,
-                     0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f,
-                     0.7229568362236023f, 1.0f},
-                    {}};
+constexpr FourBitTable make_nf4_table() {
+  FourBitTable table = {{-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
+                         -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
+                         0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f,
+                         0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f,
+                         0.7229568362236023f, 1.0f},
+                        {},
+                        {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
+                        7};
   for (int i = 0; i < 15; ++i) {
     table.midpoints[i] = (table.values[i] + table.values[i + 1]) / 2.0f;
+  }
+  return table;
+}
+
+// Sign and magnitude, in twelfths but for the smallest. Code 8 is a second zero: as in bitsandbytes on
+// the CPU, what rounds to zero from above is code 8, from below code 0.
+constexpr FourBitTable make_fp4_table() {
+  const float magnitudes[8] = {0.0f, 0.0052083334885537624f, 0.6666666865348816f, 1.0f,
+                               0.3333333432674408f, 0.5f, 0.1666666716337204f, 0.25f};
+  FourBitTable table = {{}, {}, {11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3}, 0};
+  for (int code = 0; code < 8; ++code) {
+    table.values[code] = magnitudes[code];
+    table.values[code + 8] = 0.0f - magnitudes[code];
+  }
+  for (int i = 0; i < 15; ++i) {
+    const float low = table.values[table.codes[i]], high = table.values[table.codes[i + 1]];
+    table.midpoints[i] = (low + high) / 2.0f;
   }
   return table;
 }
@@ -143,8 +166,8 @@ TUNESMITH_HD unsigned encode(float scaled, const float* midpoints) {
   return code;
 }
 
-TUNESMITH_HD unsigned encode_nf4(float scaled, const Nf4Table& table) {
-  return encode<4>(scaled, table.midpoints);
+TUNESMITH_HD unsigned encode_4bit(float scaled, const FourBitTable& table) {
+  return table.codes[encode<4>(scaled, table.midpoints)];
 }
 
 TUNESMITH_HD unsigned encode_dynamic(float scaled, const DynamicTable& table) {

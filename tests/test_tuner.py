@@ -113,7 +113,7 @@ def test_every_wrong_option_of_a_verb_is_reported_at_once():
 
 def test_an_unknown_plugin_is_answered_with_its_neighbours_and_what_is_installed():
     with pytest.raises(
-        UnknownPluginError, match=r"did you mean 'nf4'.*installed: bitsandbytes, nf4"
+        UnknownPluginError, match=r"did you mean 'nf4'.*installed: bitsandbytes, fp4, nf4"
     ):
         Tuner("m").quantize("nf5")
 

@@ -1,55 +1,17 @@
 // The kernels with AVX2 and F16C: 64 elements at a time. A short last block goes to scalar.cpp.
 //
 // Compiled with its own flags; nothing here may run, nor be linked from elsewhere, on a CPU without.
-#include <immintrin.h>
+#include "avx2.h"
 
 #include "../kernels.h"
 #include "../nf4.h"
 #include "isa.h"
+#include "products.h"
 
 namespace tunesmith {
 namespace {
 
-constexpr Nf4Table kNf4 = make_nf4_table();
 constexpr DynamicTable kDynamic = make_dynamic_table();
-
-__m256i load_bits(const void* at) { return _mm256_loadu_si256(static_cast<const __m256i*>(at)); }
-
-void store_bits(void* at, __m256i bits) { _mm256_storeu_si256(static_cast<__m256i*>(at), bits); }
-
-__m128i load_half_bits(const void* at) {
-  return _mm_loadu_si128(static_cast<const __m128i*>(at));
-}
-
-struct Float32 {
-  using Storage = float;
-  static __m256 load(const float* at) { return _mm256_loadu_ps(at); }
-};
-struct Float16 {
-  using Storage = uint16_t;
-  static __m256 load(const uint16_t* at) { return _mm256_cvtph_ps(load_half_bits(at)); }
-  static float widen(uint16_t value) { return float16_to_float(value); }
-  static __m128i narrow(__m256 values) {
-    return _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  }
-};
-struct BFloat16 {
-  using Storage = uint16_t;
-  static __m256 load(const uint16_t* at) {
-    const __m256i wide = _mm256_cvtepu16_epi32(load_half_bits(at));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
-  }
-  static float widen(uint16_t value) { return bfloat16_to_float(value); }
-  static __m128i narrow(__m256 values) {
-    const __m256i bits = _mm256_castps_si256(values);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i bias = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF));
-    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, bias), 16);
-    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(values, values, _CMP_UNORD_Q));
-    const __m256i words = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7FC0), nan);
-    return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-  }
-};
 
 // As integers magnitudes sort alike, and NaN and Inf above the rest: nothing is lost.
 float absmax_of(const float* weight, int64_t count) {
@@ -94,8 +56,8 @@ float absmax_of_block(const typename T::Storage* weight, int64_t count) {
 struct CodeSearch {
   __m256 half, quarter_low, quarter_high, eighths, sixteenths;
 
-  CodeSearch() {
-    const float* m = kNf4.midpoints;
+  explicit CodeSearch(const FourBitTable& table) {
+    const float* m = table.midpoints;
     half = _mm256_set1_ps(m[7]);
     quarter_low = _mm256_set1_ps(m[3]);
     quarter_high = _mm256_set1_ps(m[11]);
@@ -103,7 +65,7 @@ struct CodeSearch {
     sixteenths = _mm256_setr_ps(m[0], m[14], m[12], m[10], m[8], m[6], m[4], m[2]);
   }
 
-  // Returns the 8 codes as int32, negated.
+  // Returns the 8 ranks as int32, negated.
   __m256i operator()(__m256 scaled) const {
     const __m256 first = _mm256_cmp_ps(scaled, half, _CMP_GT_OQ);
     const __m256 quarter = _mm256_blendv_ps(quarter_low, quarter_high, first);
@@ -118,12 +80,13 @@ struct CodeSearch {
   }
 };
 
-// Packs 32 negated codes to 16 bytes.
-__m128i pack(__m256i a, __m256i b, __m256i c, __m256i d) {
+// Packs the codes of 32 negated ranks to 16 bytes.
+__m128i pack(__m256i a, __m256i b, __m256i c, __m256i d, __m256i codes_by_rank) {
   const __m256i words = _mm256_packs_epi32(a, b);
   const __m256i more = _mm256_packs_epi32(c, d);
   const __m256i negated = _mm256_packs_epi16(words, more);  // fours of a b c d | a b c d
-  const __m256i codes = _mm256_sub_epi8(_mm256_setzero_si256(), negated);
+  const __m256i ranks = _mm256_sub_epi8(_mm256_setzero_si256(), negated);
+  const __m256i codes = _mm256_shuffle_epi8(codes_by_rank, ranks);
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   const __m256i in_order = _mm256_permutevar8x32_epi32(codes, order);
   const __m256i pairs = _mm256_maddubs_epi16(in_order, _mm256_set1_epi16(0x0110));  // 16 x + y
@@ -132,7 +95,8 @@ __m128i pack(__m256i a, __m256i b, __m256i c, __m256i d) {
 
 template <typename T>
 void quantize_blocks(const QuantizeJob& job, int64_t first, int64_t last) {
-  const CodeSearch search;
+  const CodeSearch search(*job.table);
+  const __m256i codes = _mm256_broadcastsi128_si256(load_half_bits(job.table->codes));
   for (int64_t block = first; block < last; ++block) {
     const int64_t begin = block * job.blocksize;
     const auto* weight = static_cast<const typename T::Storage*>(job.weight) + begin;
@@ -145,61 +109,27 @@ void quantize_blocks(const QuantizeJob& job, int64_t first, int64_t last) {
       const __m256i b = search(_mm256_mul_ps(T::load(weight + i + 8), inverse));
       const __m256i c = search(_mm256_mul_ps(T::load(weight + i + 16), inverse));
       const __m256i d = search(_mm256_mul_ps(T::load(weight + i + 24), inverse));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(packed + i / 2), pack(a, b, c, d));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(packed + i / 2), pack(a, b, c, d, codes));
     }
   }
 }
 
-// What the 16 codes of one block stand for, in fp32.
-struct BlockValues {
-  __m256 low, high;
-
-  explicit BlockValues(float scale) {
-    const __m256 scales = _mm256_set1_ps(scale);
-    // adding 0 as in dequantized()
-    const __m256 zero = _mm256_setzero_ps();
-    low = _mm256_add_ps(_mm256_mul_ps(_mm256_loadu_ps(kNf4.values), scales), zero);
-    high = _mm256_add_ps(_mm256_mul_ps(_mm256_loadu_ps(kNf4.values + 8), scales), zero);
-  }
-};
-
-// Splits 32 bytes into 64 codes: `a` holds elements 0-15 and 32-47, `b` 16-31 and 48-63.
-void split(__m256i pairs, __m256i& a, __m256i& b) {
-  const __m256i nibble = _mm256_set1_epi8(0xF);
-  const __m256i even = _mm256_and_si256(_mm256_srli_epi16(pairs, 4), nibble);
-  const __m256i odd = _mm256_and_si256(pairs, nibble);
-  a = _mm256_unpacklo_epi8(even, odd);
-  b = _mm256_unpackhi_epi8(even, odd);
-}
-
-void store_floats(float* out, __m128i codes, const BlockValues& values) {
-  for (int half = 0; half < 2; ++half) {
-    const __m256i index = _mm256_cvtepu8_epi32(codes);
-    const __m256 low = _mm256_permutevar8x32_ps(values.low, index);
-    const __m256 high = _mm256_permutevar8x32_ps(values.high, index);
-    // bit 3 says which, and blendv looks at the sign
-    const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
-    _mm256_storeu_ps(out + 8 * half, _mm256_blendv_ps(low, high, upper));
-    codes = _mm_srli_si128(codes, 8);
-  }
-}
-
-void dequantize_block(const uint8_t* packed, int64_t count, float scale, float* out) {
-  const BlockValues values(scale);
+void dequantize_block(const uint8_t* packed, int64_t count, const BytePlanes& planes, float scale,
+                      float* out) {
+  const __m256 scales = _mm256_set1_ps(scale);
   for (int64_t i = 0; i < count; i += 64) {
-    __m256i a, b;
-    split(load_bits(packed + i / 2), a, b);
-    store_floats(out + i, _mm256_castsi256_si128(a), values);
-    store_floats(out + i + 16, _mm256_castsi256_si128(b), values);
-    store_floats(out + i + 32, _mm256_extracti128_si256(a, 1), values);
-    store_floats(out + i + 48, _mm256_extracti128_si256(b, 1), values);
+    decode64(packed + i / 2, planes, scales, [&](int64_t j, __m256 eight) {
+      // adding 0 as in dequantized()
+      _mm256_storeu_ps(out + i + j, _mm256_add_ps(eight, _mm256_setzero_ps()));
+    });
   }
 }
 
 // 16-bit values are looked up a byte at a time, already rounded.
 template <typename T>
-void dequantize_block(const uint8_t* packed, int64_t count, float scale, uint16_t* out) {
-  const BlockValues values(scale);
+void dequantize_block(const uint8_t* packed, int64_t count, const FourBitTable& table, float scale,
+                      uint16_t* out) {
+  const BlockValues values(table, scale);
   const __m128i first = T::narrow(values.low), second = T::narrow(values.high);
   const __m128i byte = _mm_set1_epi16(0xFF);
   const __m256i low_bytes = _mm256_broadcastsi128_si256(
@@ -238,6 +168,7 @@ void quantize(const QuantizeJob& job, int64_t first, int64_t last) {
 void dequantize(const DequantizeJob& job, int64_t first, int64_t last) {
   const int64_t full = job.numel / job.blocksize;
   const int64_t end = last < full ? last : full;
+  const BytePlanes planes(*job.table);
   for (int64_t block = first; block < end; ++block) {
     const int64_t begin = block * job.blocksize;
     const uint8_t* packed = job.packed + begin / 2;
@@ -245,14 +176,14 @@ void dequantize(const DequantizeJob& job, int64_t first, int64_t last) {
         scale_of(block, job.absmax, job.nested_absmax, job.nested_offset, kDynamic);
     switch (job.dtype) {
       case TUNESMITH_FLOAT32:
-        dequantize_block(packed, job.blocksize, scale, static_cast<float*>(job.out) + begin);
+        dequantize_block(packed, job.blocksize, planes, scale, static_cast<float*>(job.out) + begin);
         break;
       case TUNESMITH_FLOAT16:
-        dequantize_block<Float16>(packed, job.blocksize, scale,
+        dequantize_block<Float16>(packed, job.blocksize, *job.table, scale,
                                   static_cast<uint16_t*>(job.out) + begin);
         break;
       case TUNESMITH_BFLOAT16:
-        dequantize_block<BFloat16>(packed, job.blocksize, scale,
+        dequantize_block<BFloat16>(packed, job.blocksize, *job.table, scale,
                                    static_cast<uint16_t*>(job.out) + begin);
         break;
     }
@@ -262,6 +193,6 @@ void dequantize(const DequantizeJob& job, int64_t first, int64_t last) {
 
 }  // namespace
 
-const Isa avx2_isa = {"avx2", quantize, dequantize};
+const Isa avx2_isa = {"avx2", quantize, dequantize, multiply_avx2};
 
 }  // namespace tunesmith

@@ -5,16 +5,35 @@
 
 #include "../kernels.h"
 #include "../nf4.h"
+#include "dispatch.h"
 #include "isa.h"
 #include "parallel.h"
 
 namespace tunesmith {
 namespace {
 
+constexpr FourBitTable kNf4 = make_nf4_table();
+constexpr FourBitTable kFp4 = make_fp4_table();
+
 // below this many elements a thread is not worth waking
 constexpr int64_t kGrain = 1 << 15;
 
 int64_t divide_up(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+#ifdef TUNESMITH_X86
+#ifdef TUNESMITH_EMULATED_AVX512
+bool has_avx512() { return true; }
+bool has_avx512_bf16() { return true; }
+#else
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+#endif
 
 struct Choice {
   const Isa* isa;
@@ -23,7 +42,9 @@ struct Choice {
 
 // Best first. The questions are asked here, in code that runs on any CPU.
 const Choice kChoices[] = {
-#ifdef TUNESMITH_AVX2
+#ifdef TUNESMITH_X86
+    {&avx512_bf16_isa, has_avx512_bf16},
+    {&avx512_isa, has_avx512},
     {&avx2_isa,
      [] {
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -54,19 +75,59 @@ const Isa* first_choice() {
   return isa == nullptr ? best() : isa;
 }
 
+constexpr int64_t kRowsAtOnce = 512;
+
+void* at_element(const void* data, int type, int64_t element) {
+  const int64_t size = type == TUNESMITH_FLOAT32 ? 4 : 2;
+  return const_cast<char*>(static_cast<const char*>(data) + element * size);
+}
+
+// A plain matrix without its first rows.
+Matrix after_rows(Matrix matrix, int64_t rows) {
+  if (matrix.data == nullptr) return matrix;
+  const int64_t elements = rows * matrix.columns;
+  matrix.data = at_element(matrix.data, matrix.type, elements);
+  if (matrix.keep != nullptr) matrix.keep += elements;
+  return matrix;
+}
+
 std::atomic<const Isa*>& current() {
   static std::atomic<const Isa*> isa{first_choice()};
   return isa;
 }
 
 }  // namespace
+
+// The instruction sets bring the whole of `left` into blocks first. So that this takes little memory
+// beside x itself, the tokens of a long product are multiplied some at a time; a 4-bit factor is
+// decoded anew for each, a small part of the work by then.
+void multiply(Product product) {
+  if (product.columns <= 0) return;
+  const Isa& isa = *current().load();
+  const int64_t most = kRowsAtOnce * divide_up(max_threads(), 8);
+  for (int64_t left = product.rows; left > 0; left -= most) {
+    product.rows = left < most ? left : most;
+    isa.multiply(product);
+    if (left <= most) break;
+    product.left = after_rows(product.left, most);
+    product.left2 = after_rows(product.left2, most);
+    if (product.keep != nullptr) product.keep += most * product.columns;
+    product.out = at_element(product.out, product.out_type, most * product.row_stride);
+  }
+}
+
+const FourBitTable* table_of(int type) {
+  if (type == TUNESMITH_NF4) return &kNf4;
+  return type == TUNESMITH_FP4 ? &kFp4 : nullptr;
+}
+
 }  // namespace tunesmith
 
 using namespace tunesmith;
 
-void tunesmith_quantize_nf4_cpu(const void* weight, int dtype, int64_t numel, int64_t blocksize,
-                                uint8_t* packed, float* absmax) {
-  const QuantizeJob job = {weight, dtype, numel, blocksize, packed, absmax};
+void tunesmith_quantize_4bit_cpu(const void* weight, int dtype, int64_t numel, int64_t blocksize,
+                                 int type, uint8_t* packed, float* absmax) {
+  const QuantizeJob job = {weight, dtype, numel, blocksize, table_of(type), packed, absmax};
   const Isa& isa = *current();
   parallel_for(divide_up(numel, blocksize), divide_up(kGrain, blocksize),
                [&](int64_t first, int64_t last) { isa.quantize(job, first, last); });
@@ -79,11 +140,13 @@ void tunesmith_quantize_absmax_cpu(const float* absmax, int64_t blocks, const fl
                [&](int64_t first, int64_t last) { quantize_absmax(job, first, last); });
 }
 
-void tunesmith_dequantize_nf4_cpu(const uint8_t* packed, const void* absmax,
-                                  const float* nested_absmax, const float* nested_offset,
-                                  int64_t numel, int64_t blocksize, int dtype, void* out) {
+void tunesmith_dequantize_4bit_cpu(const uint8_t* packed, const void* absmax,
+                                   const float* nested_absmax, const float* nested_offset,
+                                   int64_t numel, int64_t blocksize, int type, int dtype,
+                                   void* out) {
   const float offset = nested_offset == nullptr ? 0.0f : *nested_offset;
-  const DequantizeJob job = {packed, absmax, nested_absmax, offset, numel, blocksize, dtype, out};
+  const DequantizeJob job = {packed, absmax,    nested_absmax,  offset, numel,
+                             blocksize, table_of(type), dtype, out};
   const Isa& isa = *current();
   parallel_for(divide_up(numel, blocksize), divide_up(kGrain, blocksize),
                [&](int64_t first, int64_t last) { isa.dequantize(job, first, last); });

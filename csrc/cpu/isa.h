@@ -1,10 +1,12 @@
 // What one instruction set implements, and how dispatch.cpp finds it.
 //
-// A new one is a file of its own (say avx512.cpp), its flags in CMakeLists.txt, a declaration here
-// and a line in dispatch.cpp.
+// A new one is a pair of files (quantize and dequantize, products), its flags in CMakeLists.txt, a
+// declaration here and a line in dispatch.cpp.
 #pragma once
 
 #include <cstdint>
+
+#include "../nf4.h"
 
 namespace tunesmith {
 
@@ -13,6 +15,7 @@ struct QuantizeJob {
   int dtype;
   int64_t numel;
   int64_t blocksize;
+  const FourBitTable* table;
   uint8_t* packed;
   float* absmax;
 };
@@ -24,6 +27,7 @@ struct DequantizeJob {
   float nested_offset;
   int64_t numel;
   int64_t blocksize;
+  const FourBitTable* table;
   int dtype;
   void* out;
 };
@@ -36,19 +40,66 @@ struct AbsmaxJob {
   float* nested_absmax;
 };
 
+// [rows, columns], row-major: plain values, some of which a mask may drop, or 4-bit codes.
+struct Matrix {
+  const void* data;
+  int type;
+  int64_t rows;
+  int64_t columns;
+  // 4-bit only
+  const FourBitTable* table;
+  const void* absmax;
+  const float* nested_absmax;
+  float nested_offset;
+  int64_t blocksize;
+  // plain only; null keeps all
+  const uint8_t* keep;
+  float keep_scale;
+};
+
+// out = alpha left right + bias + alpha2 left2 right2, left [M, P] and left2 [M, R] plain. `right` is
+// [P, N], or [N, P] and used transposed; right2 [R, N] or [N, R] likewise. A factor without data is
+// left out with its product.
+struct Product {
+  Matrix left;
+  Matrix right;
+  bool transposed;
+  float alpha;
+  const void* bias;  // [N], of type out_type
+  Matrix left2;
+  Matrix right2;
+  float alpha2;
+  // drops elements of left2 right2; only where right is not transposed
+  const uint8_t* keep;
+  float keep_scale;
+  // element (m, n) is out[m * row_stride + n * column_stride]
+  void* out;
+  int out_type;
+  int64_t row_stride;
+  int64_t column_stride;
+  int64_t rows;     // M
+  int64_t columns;  // N
+  bool accumulate;
+  bool exact;  // multiply in fp32 even where bf16 would do
+};
+
 // Does the groups of 256 absmax [first, last). One in 64 of the work at most, so every set shares it.
 void quantize_absmax(const AbsmaxJob& job, int64_t first, int64_t last);
 
-// Each function does the blocks [first, last), whose bytes no other call touches.
+// `quantize` and `dequantize` do the blocks [first, last), whose bytes no other call touches;
+// `multiply` does all of a product, on several threads.
 struct Isa {
   const char* name;
   void (*quantize)(const QuantizeJob& job, int64_t first, int64_t last);
   void (*dequantize)(const DequantizeJob& job, int64_t first, int64_t last);
+  void (*multiply)(const Product& product);
 };
 
 extern const Isa scalar_isa;
-#ifdef TUNESMITH_AVX2
+#ifdef TUNESMITH_X86
 extern const Isa avx2_isa;
+extern const Isa avx512_isa;
+extern const Isa avx512_bf16_isa;
 #endif
 
 }  // namespace tunesmith

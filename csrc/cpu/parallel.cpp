@@ -55,13 +55,15 @@ void parallel_ranges(int64_t count, int64_t grain,
                      void (*work)(const void* context, int64_t first, int64_t last),
                      const void* context) {
   if (count <= 0) return;
-  int64_t threads = openmp().loaded() ? openmp().max_threads() : 1;
+  int64_t threads = max_threads();
   const int64_t shares = count / (grain > 0 ? grain : 1);
   if (threads > shares) threads = shares;
   if (threads <= 1) return work(context, 0, count);
   Loop loop = {count, work, context};
   openmp().parallel(run_share, &loop, unsigned(threads), 0);
 }
+
+int64_t max_threads() { return openmp().loaded() ? openmp().max_threads() : 1; }
 
 bool openmp_loaded() { return openmp().loaded(); }
 

@@ -22,6 +22,9 @@ void parallel_for(int64_t count, int64_t grain, const Work& work) {
       &work);
 }
 
+// How many threads such a loop may get.
+int64_t max_threads();
+
 bool openmp_loaded();
 
 }  // namespace tunesmith

@@ -2,11 +2,11 @@
 #include "../kernels.h"
 #include "../nf4.h"
 #include "isa.h"
+#include "products.h"
 
 namespace tunesmith {
 namespace {
 
-constexpr Nf4Table kNf4 = make_nf4_table();
 constexpr DynamicTable kDynamic = make_dynamic_table();
 
 struct Float32 {
@@ -27,6 +27,7 @@ struct BFloat16 {
 
 template <typename T>
 void quantize_blocks(const QuantizeJob& job, int64_t first, int64_t last) {
+  const FourBitTable& table = *job.table;
   const auto* weight = static_cast<const typename T::Storage*>(job.weight);
   for (int64_t block = first; block < last; ++block) {
     const int64_t begin = block * job.blocksize;
@@ -41,9 +42,9 @@ void quantize_blocks(const QuantizeJob& job, int64_t first, int64_t last) {
     const float inverse = inverse_of(absmax);
     job.absmax[block] = absmax;
     for (int64_t i = begin; i < end; i += 2) {
-      const unsigned high = encode_nf4(T::load(weight[i]) * inverse, kNf4);
+      const unsigned high = encode_4bit(T::load(weight[i]) * inverse, table);
       const unsigned low =
-          i + 1 < end ? encode_nf4(T::load(weight[i + 1]) * inverse, kNf4) : kZeroCode;
+          i + 1 < end ? encode_4bit(T::load(weight[i + 1]) * inverse, table) : table.zero;
       job.packed[i / 2] = uint8_t(high << 4 | low);
     }
   }
@@ -59,7 +60,7 @@ void dequantize_blocks(const DequantizeJob& job, int64_t first, int64_t last) {
         scale_of(block, job.absmax, job.nested_absmax, job.nested_offset, kDynamic);
     typename T::Storage values[16];
     for (int code = 0; code < 16; ++code) {
-      values[code] = T::store(dequantized(kNf4.values[code], scale));
+      values[code] = T::store(dequantized(job.table->values[code], scale));
     }
     for (int64_t i = begin; i < end; i += 2) {
       const uint8_t pair = job.packed[i / 2];
@@ -106,6 +107,6 @@ void quantize_absmax(const AbsmaxJob& job, int64_t first, int64_t last) {
   }
 }
 
-const Isa scalar_isa = {"scalar", quantize, dequantize};
+const Isa scalar_isa = {"scalar", quantize, dequantize, multiply_scalar};
 
 }  // namespace tunesmith

@@ -12,6 +12,7 @@ from tunesmith.plugin.options import NoOptions
 from tunesmith_plugins.exporters.merge import MergeConfig
 from tunesmith_plugins.methods.lora import LoraConfig
 from tunesmith_plugins.quantizers.bitsandbytes import BitsAndBytesConfig
+from tunesmith_plugins.quantizers.fp4 import FP4Config
 from tunesmith_plugins.quantizers.nf4 import NF4Config
 from tunesmith_plugins.trainers.dpo import DPOConfig
 from tunesmith_plugins.trainers.sft import SFTConfig
@@ -44,6 +45,7 @@ def tunesmith_quantizers() -> list[Spec]:
     at = f"{_HERE}.quantizers"
     return [
         Spec("nf4", NF4Config, f"{at}.nf4:NF4", summary="4-bit NormalFloat, tunesmith's kernels"),
+        Spec("fp4", FP4Config, f"{at}.fp4:FP4", summary="4-bit floats, for models stored so"),
         Spec(
             "bitsandbytes",
             BitsAndBytesConfig,

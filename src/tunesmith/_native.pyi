@@ -4,15 +4,20 @@ A stream of None means that the pointers are the CPU's; otherwise they belong to
 device, and the work is put on that stream.
 """
 
+from typing import Any
+
 FLOAT32: int
 FLOAT16: int
 BFLOAT16: int
+NF4: int
+FP4: int
 
-def quantize_nf4(
+def quantize_4bit(
     weight: int,
     dtype: int,
     numel: int,
     blocksize: int,
+    type: int,
     packed: int,
     absmax: int,
     stream: int | None,
@@ -29,18 +34,107 @@ def quantize_absmax(
 ) -> None:
     """Write uint8 codes [blocks] and fp32 nested_absmax [ceil(blocks / 256)]."""
 
-def dequantize_nf4(
+def dequantize_4bit(
     packed: int,
     absmax: int,
     nested_absmax: int,
     nested_offset: int,
     numel: int,
     blocksize: int,
+    type: int,
     dtype: int,
     out: int,
     stream: int | None,
 ) -> None:
     """Write out [numel] of that dtype; a nested_absmax of 0 means that absmax is plain fp32."""
+
+# The layer is described as csrc/kernels.h's tunesmith_linear; a pointer of 0 leaves that part out.
+def linear(
+    tokens: int,
+    in_features: int,
+    out_features: int,
+    dtype: int,
+    type: int,
+    weight: int,
+    absmax: int,
+    nested_absmax: int,
+    nested_offset: int,
+    blocksize: int,
+    bias: int,
+    rank: int,
+    adapter_dtype: int,
+    lora_a: int,
+    lora_b: int,
+    scaling: float,
+    keep: int,
+    keep_scale: float,
+    x: int,
+    s: int,
+    y: int,
+    accumulate: bool,
+) -> None:
+    """Write fp32 s [tokens, rank] and y [tokens, out_features], or add to y. On the CPU."""
+
+def linear_backward(
+    tokens: int,
+    in_features: int,
+    out_features: int,
+    dtype: int,
+    type: int,
+    weight: int,
+    absmax: int,
+    nested_absmax: int,
+    nested_offset: int,
+    blocksize: int,
+    bias: int,
+    rank: int,
+    adapter_dtype: int,
+    lora_a: int,
+    lora_b: int,
+    scaling: float,
+    keep: int,
+    keep_scale: float,
+    x: int,
+    s: int,
+    grad_y: int,
+    grad_x: int,
+    grad_a: int,
+    grad_b: int,
+    accumulate: bool,
+) -> None:
+    """Write the gradients whose pointer is not 0, or add to grad_x. On the CPU."""
+
+def linear_small(
+    tokens: int,
+    in_features: int,
+    out_features: int,
+    dtype: int,
+    type: int,
+    weight: int,
+    absmax: int,
+    nested_absmax: int,
+    nested_offset: int,
+    blocksize: int,
+    bias: int,
+    rank: int,
+    adapter_dtype: int,
+    lora_a: int,
+    lora_b: int,
+    scaling: float,
+    keep: int,
+    keep_scale: float,
+    x: int,
+    s: int,
+    y: int,
+    stream: int | None,
+) -> None:
+    """Do what `linear` does on CUDA, for a 4-bit weight, no mask and few tokens."""
+
+def small_tokens() -> int:
+    """Return how many tokens `linear_small` takes at most; 0 where there is no CUDA."""
+
+def empty(nbytes: int) -> Any:
+    """Return uint8 [nbytes] on the CPU as a DLPack capsule; its memory is used again."""
 
 def isa() -> str:
     """Return the instruction set that the CPU kernels use."""
@@ -64,5 +158,7 @@ def bfloat16_to_float32(bits: int) -> float: ...
 def float32_to_bfloat16(value: float) -> int: ...
 def nf4_encode(scaled: float) -> int: ...
 def nf4_decode(code: int) -> float: ...
+def fp4_encode(scaled: float) -> int: ...
+def fp4_decode(code: int) -> float: ...
 def dynamic_encode(scaled: float) -> int: ...
 def dynamic_decode(code: int) -> float: ...

@@ -15,7 +15,7 @@ from tunesmith.ops import native, schema
 weight = torch.arange(-64, 64).float()
 w = quantize_nf4(weight)
 print("STATUS", native_status())
-print("SAME", torch.equal(w.packed, reference.quantize_nf4(weight, 64)[0]))
+print("SAME", torch.equal(w.packed, reference.quantize_4bit(weight, 64, "nf4")[0]))
 print("BACK", (dequantize_nf4(w) - weight).abs().max().item() < 10)
 """
 

@@ -1,4 +1,4 @@
-"""quantize_nf4 and dequantize_nf4 as their users see them, whatever implements them."""
+"""Quantizing and dequantizing as their users see them, whatever implements them."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from tunesmith.errors import OpError, TunesmithError
-from tunesmith.ops import NF4Weight, dequantize_nf4, quantize_nf4, reference
+from tunesmith.ops import (
+    FP4Weight,
+    NF4Weight,
+    dequantize_4bit,
+    dequantize_nf4,
+    quantize_4bit,
+    quantize_fp4,
+    quantize_nf4,
+    reference,
+)
 from tunesmith.ops.schema import DTYPES
 
 
@@ -43,6 +52,38 @@ def test_element_0_is_the_high_nibble_and_element_1_the_low_one() -> None:
     w = quantize_nf4(weight, nested=False)
     assert w.packed[:2].tolist() == [0xF0, 0x07]
     assert torch.equal(dequantize_nf4(w), weight)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fp4_comes_back_with_nearly_the_values(dtype: torch.dtype, nested: bool) -> None:
+    weight = random_weight(48, 100, dtype=dtype)
+    w = quantize_fp4(weight, nested=nested)
+    back = dequantize_4bit(w)
+    assert (back.shape, back.dtype) == (weight.shape, dtype)
+    # half the widest gap, from 2/3 to 1, and the scale's error
+    assert (back.float() - weight.float()).abs().max() < 0.17 * weight.float().abs().max()
+    assert is_plus_zero(dequantize_4bit(quantize_fp4(torch.zeros(5, 77), nested=nested)))
+
+
+def test_fp4_holds_its_own_values_exactly() -> None:
+    twelfths = torch.tensor([0, 1 / 16, 2, 3, 4, 6, 8, 12.0]) / 12
+    weight = torch.cat([twelfths, -twelfths]).repeat(4)
+    w = quantize_fp4(weight, nested=False)
+    assert torch.equal(dequantize_4bit(w), weight)
+    # bit 3 is the sign: the second half's codes are the first's with it set, but for 0
+    assert w.packed[:8].tolist() == [0x01, 0x67, 0x45, 0x23, 0x09, 0xEF, 0xCD, 0xAB]
+
+
+def test_each_kind_is_made_by_its_name() -> None:
+    weight = random_weight(64)
+    assert type(quantize_4bit(weight)) is type(quantize_nf4(weight)) is NF4Weight
+    assert type(quantize_4bit(weight, quant_type="fp4")) is type(quantize_fp4(weight)) is FP4Weight
+    assert not torch.equal(quantize_fp4(weight).packed, quantize_nf4(weight).packed)
+    with pytest.raises(OpError, match="got quant_type 'int4'; allowed are nf4, fp4"):
+        quantize_4bit(weight, quant_type="int4")
+    with pytest.raises(OpError, match="got quant_type ''"):
+        torch.ops.tunesmith.quantize_4bit(weight, 64, "")
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -101,7 +142,7 @@ def test_a_block_of_zeros_among_others_comes_back_as_plus_zero_through_nesting(
         assert (w.packed.view(256, 32)[5] == 0x77).all()
         assert is_plus_zero(dequantize_nf4(w)[5])
         parts = (w.packed, w.absmax, w.nested_absmax, w.nested_offset)
-        assert is_plus_zero(reference.dequantize_nf4(*parts, w.shape, 64, dtype)[5])
+        assert is_plus_zero(reference.dequantize_4bit(*parts, w.shape, 64, "nf4", dtype)[5])
         assert w.nested_absmax is not None
         assert w.nested_offset is not None
         value = reference.DYNAMIC_MAP[int(w.absmax[5])]
@@ -119,15 +160,15 @@ def test_the_weight_is_left_alone_and_needs_no_gradient_afterwards() -> None:
     assert not any(part.requires_grad for part in parts if part is not None)
 
 
-@pytest.mark.parametrize("quantize", [torch.ops.tunesmith.quantize_nf4, reference.quantize_nf4])
+@pytest.mark.parametrize("quantize", [torch.ops.tunesmith.quantize_4bit, reference.quantize_4bit])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_and_inf_are_refused_by_name_and_block(
-    quantize: Callable[[Tensor, int, str], tuple[Tensor, Tensor]], bad: float
+    quantize: Callable[[Tensor, int, str, str], tuple[Tensor, Tensor]], bad: float
 ) -> None:
     weight = random_weight(3, 100)
     weight[2, 99] = bad  # element 299 of block 4, which ends there
     with pytest.raises(OpError, match=r"^layers\.0\.q_proj: block 4 \(elements 256 to 299 of "):
-        quantize(weight, 64, "layers.0.q_proj")
+        quantize(weight, 64, "nf4", "layers.0.q_proj")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.complex64, torch.bool])
@@ -186,8 +227,8 @@ def test_the_ops_themselves_refuse_what_does_not_fit() -> None:
     # kernels get bare pointers: a short buffer must be found before
     w = quantize_nf4(random_weight(10, 64), nested=False)
     with pytest.raises(OpError, match="packed"):
-        torch.ops.tunesmith.dequantize_nf4(
-            w.packed, w.absmax, None, None, [11, 64], 64, torch.float32
+        torch.ops.tunesmith.dequantize_4bit(
+            w.packed, w.absmax, None, None, [11, 64], 64, "nf4", torch.float32
         )
     with pytest.raises(OpError, match="absmax"):
         torch.ops.tunesmith.quantize_absmax(torch.ones(4, dtype=torch.float16))

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tunesmith.ops import quantize_nf4
-from tunesmith.ops.schema import DTYPES
+from tunesmith.ops import quantize_4bit
+from tunesmith.ops.schema import DTYPES, QUANT_TYPES
 
 CHECKS = (
     "test_schema",
@@ -20,8 +20,10 @@ def opcheck(op: object, args: tuple[object, ...]) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("numel", [0, 1, 64, 130])
-def test_quantize_nf4_is_a_sound_op(numel: int, dtype: torch.dtype) -> None:
-    opcheck(torch.ops.tunesmith.quantize_nf4.default, (torch.randn(numel).to(dtype), 64))
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+def test_quantize_4bit_is_a_sound_op(quant_type: str, numel: int, dtype: torch.dtype) -> None:
+    weight = torch.randn(numel).to(dtype)
+    opcheck(torch.ops.tunesmith.quantize_4bit.default, (weight, 64, quant_type))
 
 
 @pytest.mark.parametrize("blocks", [0, 1, 300])
@@ -31,7 +33,8 @@ def test_quantize_absmax_is_a_sound_op(blocks: int) -> None:
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_dequantize_nf4_is_a_sound_op(dtype: torch.dtype, nested: bool) -> None:
-    w = quantize_nf4(torch.randn(7, 33), nested=nested)
-    args = (w.packed, w.absmax, w.nested_absmax, w.nested_offset, [7, 33], 64, dtype)
-    opcheck(torch.ops.tunesmith.dequantize_nf4.default, args)
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+def test_dequantize_4bit_is_a_sound_op(quant_type: str, dtype: torch.dtype, nested: bool) -> None:
+    w = quantize_4bit(torch.randn(7, 33), nested=nested, quant_type=quant_type)
+    args = (w.packed, w.absmax, w.nested_absmax, w.nested_offset, [7, 33], 64, quant_type, dtype)
+    opcheck(torch.ops.tunesmith.dequantize_4bit.default, args)

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tunesmith.ops import reference
+from tunesmith.ops import reference, schema
 from tunesmith.ops.schema import BLOCKSIZES, DTYPES
 
 bnb = pytest.importorskip("bitsandbytes.functional")
+
+quant_types = pytest.mark.parametrize("quant_type", schema.QUANT_TYPES)
 
 
 def random_weight(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -20,15 +22,19 @@ def random_weight(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0
     return torch.randn(*shape, generator=generator).to(dtype)
 
 
-def by_bitsandbytes(weight: Tensor, blocksize: int, nested: bool = False):
+def by_bitsandbytes(weight: Tensor, blocksize: int, quant_type: str, nested: bool = False):
     packed, state = bnb.quantize_4bit(
-        weight, blocksize=blocksize, quant_type="nf4", compress_statistics=nested
+        weight, blocksize=blocksize, quant_type=quant_type, compress_statistics=nested
     )
     return packed.flatten(), state
 
 
-def test_the_16_values_are_the_same() -> None:
-    assert torch.equal(reference.NF4_CODE, bnb.get_4bit_type("nf4", device="cpu"))
+@quant_types
+def test_the_16_values_are_the_same(quant_type: str) -> None:
+    code, order = reference.CODES[quant_type]
+    assert torch.equal(code, bnb.get_4bit_type(quant_type, device="cpu"))
+    assert (code[order.int()].diff() >= 0).all()
+    assert order.sort().values.tolist() == list(range(16))
 
 
 def test_the_dynamic_map_is_the_same() -> None:
@@ -42,67 +48,101 @@ def test_the_dynamic_map_is_the_same() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
-def test_codes_and_absmax_are_the_same(blocksize: int, dtype: torch.dtype) -> None:
+@quant_types
+def test_codes_and_absmax_are_the_same(quant_type: str, blocksize: int, dtype: torch.dtype) -> None:
     weight = random_weight(37, 4096, dtype=dtype)
-    packed, absmax = reference.quantize_nf4(weight, blocksize)
-    theirs, state = by_bitsandbytes(weight, blocksize)
+    packed, absmax = reference.quantize_4bit(weight, blocksize, quant_type)
+    theirs, state = by_bitsandbytes(weight, blocksize, quant_type)
     assert torch.equal(packed, theirs)
     assert torch.equal(absmax, state.absmax)
 
 
 @pytest.mark.parametrize("numel", [1, 2, 3, 63, 65, 127, 130, 513])
-def test_a_short_block_and_the_nibble_beside_an_odd_last_element_are_the_same(numel: int) -> None:
+@quant_types
+def test_a_short_block_and_the_nibble_beside_an_odd_last_element_are_the_same(
+    quant_type: str, numel: int
+) -> None:
     weight = random_weight(numel, seed=numel)
-    packed, absmax = reference.quantize_nf4(weight, 64)
-    theirs, state = by_bitsandbytes(weight, 64)
+    packed, absmax = reference.quantize_4bit(weight, 64, quant_type)
+    theirs, state = by_bitsandbytes(weight, 64, quant_type)
     assert torch.equal(packed, theirs)
     assert torch.equal(absmax, state.absmax)
 
 
-def test_values_on_and_beside_each_midpoint_get_the_same_codes() -> None:
-    code = reference.NF4_CODE
+@quant_types
+def test_values_on_and_beside_each_midpoint_get_the_same_codes(quant_type: str) -> None:
+    code = reference.CODES[quant_type][0].sort().values
     middle = (code[:-1] + code[1:]) / 2
     above, below = torch.nextafter(middle, torch.ones(())), torch.nextafter(middle, -torch.ones(()))
-    weight = torch.cat([middle, above, below, code, torch.zeros(3)])
-    packed, _ = reference.quantize_nf4(weight, 64)
-    assert torch.equal(packed, by_bitsandbytes(weight, 64)[0])
+    weight = torch.cat([middle, above, below, code, torch.tensor([0.0, -0.0, 1e-30])])
+    packed, _ = reference.quantize_4bit(weight, 64, quant_type)
+    assert torch.equal(packed, by_bitsandbytes(weight, 64, quant_type)[0])
 
 
-def test_denormal_blocks_get_the_same_codes() -> None:
+@quant_types
+def test_a_block_of_zeros_gets_the_same_codes(quant_type: str) -> None:
+    for zeros in (torch.zeros(64), -torch.zeros(64)):
+        packed, _ = reference.quantize_4bit(zeros, 64, quant_type)
+        assert torch.equal(packed, by_bitsandbytes(zeros, 64, quant_type)[0])
+        assert (packed == (0x77 if quant_type == "nf4" else 0x00)).all()
+
+
+@quant_types
+def test_denormal_blocks_get_the_same_codes(quant_type: str) -> None:
     scales = torch.tensor([1e-37, 1.2e-38, 1e-38, 5e-39, 2.9e-39, 1e-40, 1e-45, 0.0])
     weight = random_weight(8, 64).clamp(-1, 1) * scales[:, None]
-    packed, absmax = reference.quantize_nf4(weight, 64)
-    theirs, state = by_bitsandbytes(weight, 64)
+    packed, absmax = reference.quantize_4bit(weight, 64, quant_type)
+    theirs, state = by_bitsandbytes(weight, 64, quant_type)
     assert torch.equal(packed, theirs)
     assert torch.equal(absmax, state.absmax)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("blocksize", [64, 256, 4096])
-def test_dequantized_values_are_the_same(blocksize: int, dtype: torch.dtype) -> None:
+@quant_types
+def test_dequantized_values_are_the_same(
+    quant_type: str, blocksize: int, dtype: torch.dtype
+) -> None:
     weight = random_weight(37, 4096, dtype=dtype)
-    packed, state = by_bitsandbytes(weight, blocksize)
-    ours = reference.dequantize_nf4(
-        packed, state.absmax, None, None, weight.shape, blocksize, dtype
+    packed, state = by_bitsandbytes(weight, blocksize, quant_type)
+    ours = reference.dequantize_4bit(
+        packed, state.absmax, None, None, weight.shape, blocksize, quant_type, dtype
     )
     assert torch.equal(ours, bnb.dequantize_4bit(packed.unsqueeze(1), state))
 
 
+@quant_types
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_dequantized_values_are_the_same_when_nested(dtype: torch.dtype) -> None:
+def test_all_16_codes_stand_for_the_same_values(dtype: torch.dtype, quant_type: str) -> None:
+    packed = torch.arange(256, dtype=torch.uint8).repeat(2)
+    absmax = random_weight(16).abs()
+    code = bnb.get_4bit_type(quant_type, device="cpu")
+    for shape in ((32, 32), (31, 33)):  # the second takes bitsandbytes' other implementation
+        numel = shape[0] * shape[1]
+        held = packed[: (numel + 1) // 2]
+        state = bnb.QuantState(absmax, torch.Size(shape), code, 64, quant_type, dtype)
+        ours = reference.dequantize_4bit(
+            held, absmax[: -(-numel // 64)], None, None, shape, 64, quant_type, dtype
+        )
+        assert torch.equal(ours, bnb.dequantize_4bit(held.unsqueeze(1), state))
+
+
+@quant_types
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dequantized_values_are_the_same_when_nested(dtype: torch.dtype, quant_type: str) -> None:
     weight = random_weight(37, 4096, dtype=dtype)
-    packed, state = by_bitsandbytes(weight, 64, nested=True)
-    ours = reference.dequantize_nf4(
-        packed, state.absmax, state.state2.absmax, state.offset, weight.shape, 64, dtype
+    packed, state = by_bitsandbytes(weight, 64, quant_type, nested=True)
+    ours = reference.dequantize_4bit(
+        packed, state.absmax, state.state2.absmax, state.offset, weight.shape, 64, quant_type, dtype
     )
     assert torch.equal(ours, bnb.dequantize_4bit(packed.unsqueeze(1), state))
 
 
 def test_nested_scale_and_offset_are_the_same() -> None:
     weight = random_weight(64 * 1000, dtype=torch.bfloat16)
-    _, absmax = reference.quantize_nf4(weight, 64)
+    _, absmax = reference.quantize_4bit(weight, 64, "nf4")
     _, nested_absmax, offset = reference.quantize_absmax(absmax)
-    _, state = by_bitsandbytes(weight, 64, nested=True)
+    _, state = by_bitsandbytes(weight, 64, "nf4", nested=True)
     assert torch.equal(offset, state.offset)
     assert torch.equal(nested_absmax, state.state2.absmax)
 
@@ -128,19 +168,21 @@ def test_nested_codes_are_the_nearest_where_bitsandbytes_on_cpu_errs_in_a_few() 
     assert (theirs_taken - taken).max() < 1e-4
 
 
-def test_the_size_of_a_chunk_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+@quant_types
+def test_the_size_of_a_chunk_does_not_matter(
+    quant_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weight = random_weight(64 * 300 + 7)
-    packed, absmax = reference.quantize_nf4(weight, 64)
+    packed, absmax = reference.quantize_4bit(weight, 64, quant_type)
     nested = reference.quantize_absmax(absmax)
-    values = reference.dequantize_nf4(packed, *nested, weight.shape, 64, torch.float32)
+    args = (weight.shape, 64, quant_type, torch.float32)
+    values = reference.dequantize_4bit(packed, *nested, *args)
     monkeypatch.setattr(reference, "_CHUNK", 4096)
-    again, absmax_again = reference.quantize_nf4(weight, 64)
+    again, absmax_again = reference.quantize_4bit(weight, 64, quant_type)
     assert torch.equal(packed, again)
     assert torch.equal(absmax, absmax_again)
     monkeypatch.setattr(reference, "_CHUNK", 256)
     for part, part_again in zip(nested, reference.quantize_absmax(absmax), strict=True):
         assert torch.equal(part, part_again)
     # 4 blocks a chunk: chunks begin inside a group of 256 scales
-    assert torch.equal(
-        values, reference.dequantize_nf4(packed, *nested, weight.shape, 64, torch.float32)
-    )
+    assert torch.equal(values, reference.dequantize_4bit(packed, *nested, *args))

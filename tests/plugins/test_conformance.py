@@ -76,6 +76,12 @@ class TestNF4WithoutNesting(QuantizerConformance):
     options = {"nested": False, "blocksize": 128}
 
 
+class TestFP4(QuantizerConformance):
+    plugin = BUILTINS
+    name = "fp4"
+    tolerance = 0.15  # its sixteen values fit a normal distribution less well than NF4's
+
+
 class TestBitsAndBytes(QuantizerConformance):
     plugin = BUILTINS
     name = "bitsandbytes"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import attrs
@@ -38,21 +39,34 @@ class LoraConfig:
 
 
 class Lora(Method[LoraConfig]):
-    """y = W x + (alpha / r) B A x, with A and B trained and W frozen."""
+    """y = W x + (alpha / r) B A x, with A and B trained and W frozen.
+
+    Linear layers become `tunesmith.nn.lora_linear.LoraLinear`, which does both in one pass.
+    """
 
     def peft_config(self, model: PreTrainedModel) -> peft.PeftConfig:
         """Return PEFT's LoraConfig; the model's own modules decide what "all-linear" means."""
         import peft
 
+        from tunesmith.nn import lora_linear
+
         config = self.config
         targets = config.targets
-        return peft.LoraConfig(
-            r=config.r,
-            lora_alpha=2 * config.r if config.alpha is None else config.alpha,
-            lora_dropout=config.dropout,
-            target_modules=targets if isinstance(targets, str) else list(targets),
-            bias=config.bias,
-            use_rslora=config.rslora,
-            use_dora=config.dora,
-            task_type="CAUSAL_LM",
+        return lora_linear.register(
+            peft.LoraConfig(
+                r=config.r,
+                lora_alpha=2 * config.r if config.alpha is None else config.alpha,
+                lora_dropout=config.dropout,
+                target_modules=targets if isinstance(targets, str) else list(targets),
+                bias=config.bias,
+                use_rslora=config.rslora,
+                use_dora=config.dora,
+                task_type="CAUSAL_LM",
+            )
         )
+
+    def load(self, model: PreTrainedModel, directory: Path) -> peft.PeftModel:
+        """Return the model with the adapter saved in `directory`, ready to be trained on."""
+        from tunesmith.nn import lora_linear
+
+        return lora_linear.load(model, directory)

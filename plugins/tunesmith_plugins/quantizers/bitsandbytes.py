@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from tunesmith.errors import ModelError
 from tunesmith.plugin.options import one_of
-from tunesmith.plugin.quantizers import Quantizer
+from tunesmith.plugin.quantizers import Quantizer, stored_method
 
 if TYPE_CHECKING:
     import torch
@@ -23,25 +25,41 @@ class BitsAndBytesConfig:
 
     bits: int = attrs.field(default=4, validator=one_of(4, 8))
     """4 holds NF4 or FP4; 8 is LLM.int8() (arXiv:2208.07339)."""
-    quant_type: str = attrs.field(default="nf4", validator=one_of("nf4", "fp4"))
-    """4-bit table; nf4 as QLoRA."""
-    nested: bool = True
-    """Quantize the scales as well (double quantization)."""
+    quant_type: str | None = attrs.field(
+        default=None, validator=attrs.validators.optional(one_of("nf4", "fp4"))
+    )
+    """4-bit table: nf4, as QLoRA, unless the model is stored in 4 bits already."""
+    nested: bool | None = None
+    """Quantize the scales as well (double quantization): yes, unless the model is stored in 4 bits
+    already."""
 
 
 class BitsAndBytes(Quantizer[BitsAndBytesConfig]):
     """Loads by `transformers.BitsAndBytesConfig`, with every base weight frozen."""
 
+    def __init__(self, config: BitsAndBytesConfig) -> None:
+        super().__init__(config)
+        self.quant_type = config.quant_type or "nf4"
+        self.nested = config.nested is not False
+
     def load(self, directory: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
         """Return the model with bitsandbytes' linear layers."""
         import transformers
 
+        from tunesmith.nn.checkpoint import stored_quantization
+
+        stored = stored_quantization(directory)
+        if stored is not None:
+            self.check_stored(stored, directory)
+            model = self.from_pretrained(directory, dtype=dtype, device=device)
+            model.requires_grad_(False)
+            return model
         four = self.config.bits == 4
         config = transformers.BitsAndBytesConfig(
             load_in_4bit=four,
             load_in_8bit=not four,
-            bnb_4bit_quant_type=self.config.quant_type,
-            bnb_4bit_use_double_quant=self.config.nested,
+            bnb_4bit_quant_type=self.quant_type,
+            bnb_4bit_use_double_quant=self.nested,
             bnb_4bit_compute_dtype=dtype,
         )
         model = self.from_pretrained(
@@ -49,6 +67,29 @@ class BitsAndBytes(Quantizer[BitsAndBytesConfig]):
         )
         model.requires_grad_(False)
         return model
+
+    def check_stored(self, stored: Mapping[str, Any], directory: Path | None) -> str:
+        """Leave to the library what it has stored, if it is what the options ask for."""
+        method = stored_method(stored)
+        if not method.startswith("bitsandbytes"):
+            raise ModelError(
+                f"got a model that is stored quantized with {method}; bitsandbytes takes one in 16 "
+                "or 32 bits, or one of its own; start from the unquantized checkpoint"
+            )
+        kept: dict[str, Any] = {"bits": 8 if method.endswith("8-bit") else 4}
+        if kept["bits"] == 4:
+            kept["quant_type"] = stored.get("bnb_4bit_quant_type", "fp4")
+            kept["nested"] = bool(stored.get("bnb_4bit_use_double_quant", False))
+        for option, got in kept.items():
+            asked = getattr(self.config, option)
+            if asked is not None and asked != got:
+                raise ModelError(
+                    f"got {option}={asked!r}, and the model is stored with {option}={got!r}; it is "
+                    f"not quantized again: pass {option}={got!r}, or start from the unquantized "
+                    "checkpoint"
+                )
+        self.nested = kept.get("nested", self.nested)
+        return f"{method}: taken as it is, not quantized again"
 
     def dense_weight(self, module: torch.nn.Module) -> torch.Tensor:
         """Return the weight [out_features, in_features] in fp32, dequantized by the library."""
@@ -75,6 +116,4 @@ class BitsAndBytes(Quantizer[BitsAndBytesConfig]):
         if self.config.bits == 8:
             return count + 4 * shape[0]
         blocks = -(-count // 64)
-        return -(-count // 2) + (
-            blocks + 4 * -(-blocks // 256) if self.config.nested else 4 * blocks
-        )
+        return -(-count // 2) + (blocks + 4 * -(-blocks // 256) if self.nested else 4 * blocks)

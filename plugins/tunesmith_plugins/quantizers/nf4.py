@@ -2,45 +2,124 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
 
+from tunesmith.errors import ModelError
 from tunesmith.plugin.options import one_of
-from tunesmith.plugin.quantizers import Quantizer
+from tunesmith.plugin.quantizers import Quantizer, stored_method
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+    from tunesmith.nn.interchange import Format
 
 __all__ = ["NF4", "NF4Config"]
 
 
 @attrs.frozen(kw_only=True)
 class NF4Config:
-    """Options of `.quantize("nf4")`."""
+    """Options of `.quantize("nf4")`.
 
-    blocksize: int = attrs.field(default=64, validator=one_of(64, 128, 256, 512, 1024, 2048, 4096))
-    """Weights that share one scale; 64 as QLoRA."""
-    nested: bool = True
-    """Quantize the scales to 8 bits as well (QLoRA's double quantization, blocks of 256)."""
+    A model that is stored in 4 bits is taken as it is, so what is left out is as it is stored.
+    """
+
+    blocksize: int | None = attrs.field(
+        default=None,
+        validator=attrs.validators.optional(one_of(64, 128, 256, 512, 1024, 2048, 4096)),
+    )
+    """Weights that share one scale; 64, as QLoRA, unless the model is stored in 4 bits already."""
+    nested: bool | None = None
+    """Quantize the scales to 8 bits as well (QLoRA's double quantization, blocks of 256): yes,
+    unless the model is stored in 4 bits already."""
     skip: tuple[str, ...] = ()
     """Names of modules to leave in the compute dtype, besides the head and the embeddings."""
 
 
 class NF4(Quantizer[NF4Config]):
-    """Holds every linear layer but the head as a `tunesmith.nn.nf4_linear.NF4Linear`."""
+    """Holds every linear layer but the head as a `tunesmith.nn.nf4_linear.NF4Linear`.
+
+    A model that bitsandbytes, or `save_pretrained` after this, has stored in 4 bits is not
+    quantized again: its weights are taken byte for byte.
+    """
+
+    quant_type: ClassVar[str] = "nf4"
+
+    def __init__(self, config: NF4Config) -> None:
+        super().__init__(config)
+        self.blocksize = config.blocksize or 64
+        self.nested = config.nested is not False
 
     def load(self, directory: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
         """Quantize while loading: one tensor at a time is read, quantized and let go."""
-        from tunesmith.nn.loading import NF4LoadConfig
+        from tunesmith.nn.checkpoint import stored_quantization
+        from tunesmith.nn.loading import NF4LoadConfig, own_errors
 
+        options: dict[str, Any] = {}
+        stored = stored_quantization(directory)
+        if stored is not None:
+            self.check_stored(stored, directory)
+            options["config"] = _config_without_quantization(directory)
         config = NF4LoadConfig(
-            blocksize=self.config.blocksize, nested=self.config.nested, skip=self.config.skip
+            blocksize=self.blocksize,
+            nested=self.nested,
+            skip=self.config.skip,
+            quant_type=self.quant_type,
+            stored=stored is not None,
         )
-        return self.from_pretrained(
-            directory, dtype=dtype, device=device, quantization_config=config
+        with own_errors(config):
+            return self.from_pretrained(
+                directory, dtype=dtype, device=device, quantization_config=config, **options
+            )
+
+    def check_stored(self, stored: Mapping[str, Any], directory: Path | None) -> str:
+        """Take bitsandbytes' 4-bit weights, if they are what the options ask for."""
+        method = stored_method(stored)
+        if method != "bitsandbytes 4-bit":
+            raise ModelError(
+                f"got a model that is stored quantized with {method}; {self.quant_type} takes one "
+                "in 16 or 32 bits, or one that bitsandbytes stored in 4 bits; start from the "
+                "unquantized checkpoint"
+            )
+        layers = _formats(directory) if directory is not None else {}
+        if not layers:  # not here yet: what config.json tells has to do
+            quant_type = str(stored.get("bnb_4bit_quant_type", "fp4"))
+            self._check("quant_type", quant_type, self.quant_type)
+            scales = bool(stored.get("bnb_4bit_use_double_quant", False))
+            self._check("nested", scales, self.config.nested)
+            self.nested = scales
+            return f"{quant_type} by bitsandbytes: taken as it is, not quantized again"
+        for name, layer in layers.items():
+            self._check("quant_type", layer.quant_type, self.quant_type, name)
+            self._check("blocksize", layer.blocksize, self.config.blocksize, name)
+            self._check("nested", layer.nested, self.config.nested, name)
+            for skipped in self.config.skip:
+                if f".{skipped}." in f".{name}.":
+                    raise ModelError(
+                        f"got skip={skipped!r}, and {name} is stored in 4 bits; such weights are "
+                        "taken as they are: leave it out, or start from the unquantized checkpoint"
+                    )
+        # a model's layers are all of one kind in practice; the prediction of memory goes by it
+        some = next(iter(layers.values()))
+        self.blocksize, self.nested = some.blocksize, some.nested
+        kinds = " and ".join(sorted({str(layer) for layer in layers.values()}))
+        return f"{kinds}: {len(layers)} layers taken as they are, not quantized again"
+
+    def _check(self, option: str, got: Any, asked: Any, name: str = "the model") -> None:
+        """Refuse what is stored otherwise than it was asked for; None asks for nothing."""
+        if asked is None or asked == got:
+            return
+        if option == "quant_type":
+            step = f'use .quantize("{got}")'
+        else:
+            step = f"pass {option}={got!r} or leave it out"
+        raise ModelError(
+            f"got {option}={asked!r}, and {name} is stored in 4 bits with {option}={got!r}; such "
+            f"weights are taken as they are: {step}, or start from the unquantized checkpoint"
         )
 
     def nbytes(self, shape: tuple[int, ...], itemsize: int) -> int:
@@ -48,6 +127,23 @@ class NF4(Quantizer[NF4Config]):
         count = 1
         for size in shape:
             count *= size
-        blocks = -(-count // self.config.blocksize)
-        scales = blocks + 4 * -(-blocks // 256) + 4 if self.config.nested else 4 * blocks
+        blocks = -(-count // self.blocksize)
+        scales = blocks + 4 * -(-blocks // 256) + 4 if self.nested else 4 * blocks
         return -(-count // 2) + scales
+
+
+def _formats(directory: Path) -> Mapping[str, Format]:
+    from tunesmith.nn.checkpoint import stored_formats, weight_files
+
+    return stored_formats(weight_files(directory))
+
+
+def _config_without_quantization(directory: Path) -> Any:
+    """Return a model's config as it was before it was quantized: transformers goes by that."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    return config

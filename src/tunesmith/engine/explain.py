@@ -27,6 +27,8 @@ def plan_text(plan: Any) -> str:
             + (f" by {key}" if key else "")
             + (f"  {options}" if options else "")
         )
+        if step.stored:
+            lines.append(f"    stored   {step.stored}")
         if step.data is not None:
             lines.append(
                 f"    data     {step.data.description}: {len(step.data.examples)} rows, "

@@ -24,6 +24,7 @@ __all__ = [
     "find_model",
     "load_config",
     "local_directory",
+    "stored_quantization",
 ]
 
 HUB_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "tokenizer*")
@@ -126,6 +127,27 @@ def load_config(source: ModelSource) -> Any:
             f"model {source.name}: its config cannot be read: {reason}; check the name, and that "
             "this transformers knows the architecture"
         ) from error
+
+
+def stored_quantization(source: ModelSource) -> dict[str, Any] | None:
+    """Return the `quantization_config` of a model that is stored quantized; None for any other.
+
+    None as well where the config cannot be had: that is for `load_config` to say.
+    """
+    if source.kind == "gguf":
+        return None  # it is dequantized when it is converted
+    if source.path is not None:
+        from tunesmith.nn import checkpoint
+
+        return checkpoint.stored_quantization(source.path)
+    try:
+        config = load_config(source)
+    except ModelError:
+        return None
+    for part in (config, config.get_text_config()):
+        if found := getattr(part, "quantization_config", None):
+            return dict(found)
+    return None
 
 
 def content_hash(directory: Path) -> str:

@@ -15,10 +15,18 @@ import attrs
 from tunesmith.engine.dataset import LoadedData, load_data
 from tunesmith.engine.device import Device, find_device
 from tunesmith.engine.estimate import Estimate, Shapes, estimate_step, model_shapes
-from tunesmith.engine.models import ModelSource, find_model
+from tunesmith.engine.models import ModelSource, find_model, stored_quantization
 from tunesmith.engine.quiet import quiet_libraries
 from tunesmith.engine.store import problem_with
-from tunesmith.errors import DataError, ModelError, OptionError, PlanError, PluginError
+from tunesmith.errors import (
+    DataError,
+    ModelError,
+    OptionError,
+    PlanError,
+    PluginError,
+    TunesmithError,
+)
+from tunesmith.plugin.quantizers import Quantizer
 from tunesmith.plugin.registry import Registered, Registry
 from tunesmith.recipe import Recipe, Step
 
@@ -38,6 +46,8 @@ class PlannedStep:
     data: LoadedData | None = None
     eval_data: LoadedData | None = None
     estimate: Estimate | None = None
+    stored: str = ""
+    """A quantize step: how a model that is stored quantized is taken; empty for any other."""
 
     @property
     def name(self) -> str:
@@ -101,6 +111,9 @@ def make_plan(
     steps = tuple(
         _planned(number, step, registry, problems) for number, step in enumerate(recipe.steps, 1)
     )
+    quantizer = _quantizer(steps)
+    if model is not None:
+        steps = _with_stored(steps, model, quantizer, problems)
     if directory is not None and (problem := problem_with(directory)):
         problems.append(problem)
     shapes = None
@@ -114,7 +127,7 @@ def make_plan(
             notes.append(f"memory and time are not predicted: {type(error).__name__}: {error}")
         if shapes is not None:
             with quiet_libraries():
-                steps = _with_estimates(steps, shapes, device, notes)
+                steps = _with_estimates(steps, shapes, device, quantizer, notes)
     plan = Plan(recipe, model, device, steps, tuple(problems), tuple(notes), shapes)
     for distribution, answer in registry.each_hook("tunesmith_check_plan", plan=plan):
         if isinstance(answer, Exception):
@@ -244,10 +257,47 @@ def _missing_packages(plugin: Registered, config: Any) -> list[str]:
     ]
 
 
-def _with_estimates(
-    steps: tuple[PlannedStep, ...], shapes: Shapes, device: Device, notes: list[str]
+def _quantizer(steps: tuple[PlannedStep, ...]) -> Quantizer[Any] | None:
+    """Return the quantizer; None if there is no such step, or it has a problem of its own."""
+    step = next((step for step in steps if step.step.verb == "quantize"), None)
+    if step is None or step.plugin is None or step.config is None:
+        return None
+    try:
+        quantizer: Quantizer[Any] = step.plugin.load()(step.config)
+    except (PluginError, ImportError):
+        return None
+    return quantizer
+
+
+def _with_stored(
+    steps: tuple[PlannedStep, ...],
+    model: ModelSource,
+    quantizer: Quantizer[Any] | None,
+    problems: list[str],
 ) -> tuple[PlannedStep, ...]:
-    quantizer = _built(steps, "quantize")
+    """Add how a model that is stored quantized is taken, or why it cannot be."""
+    stored = stored_quantization(model)
+    if stored is None:
+        return steps
+    step = next((step for step in steps if step.step.verb == "quantize"), None)
+    if step is not None and quantizer is None:
+        return steps  # the step has a problem of its own
+    here = f"model {model.name}" if step is None else f"step {step.number} ({step.step.label})"
+    try:
+        text = (quantizer or Quantizer(None)).check_stored(stored, model.path)
+    except TunesmithError as error:
+        problems.append(f"{here}: {error}")
+        return steps
+    return tuple(attrs.evolve(each, stored=text) if each is step else each for each in steps)
+
+
+def _with_estimates(
+    steps: tuple[PlannedStep, ...],
+    shapes: Shapes,
+    device: Device,
+    quantizer: Quantizer[Any] | None,
+    notes: list[str],
+) -> tuple[PlannedStep, ...]:
     method = _built(steps, "peft")
     done: list[PlannedStep] = []
     for step in steps:

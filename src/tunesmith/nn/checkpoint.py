@@ -1,14 +1,23 @@
-"""Writing a Hugging Face checkpoint tensor by tensor, with one shard in memory at a time."""
+"""Hugging Face checkpoints: writing one tensor by tensor, and saying how one is quantized.
+
+Writing holds one shard in memory at a time; the questions read config.json, the headers of the
+safetensors files and no weight.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
-__all__ = ["ShardWriter"]
+from tunesmith.nn.interchange import Format, format_key, read_format
+
+__all__ = ["ShardWriter", "stored_formats", "stored_quantization", "weight_files"]
 
 SHARD_BYTES = 2 * 1024**3
 
@@ -61,3 +70,43 @@ class ShardWriter:
         self._shards.append((path, list(self._pending)))
         self._pending = {}
         self._pending_bytes = 0
+
+
+def stored_quantization(directory: Path) -> dict[str, Any] | None:
+    """Return the `quantization_config` of a model directory's config.json; None if it has none."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # transformers says better what is wrong with it
+    for part in (config, config.get("text_config") or {}):
+        found: dict[str, Any] | None = part.get("quantization_config")
+        if found:
+            return found
+    return None
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """Return the safetensors files that transformers would load from a directory."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return [directory / name for name in sorted(set(names))]
+    whole = directory / "model.safetensors"
+    return [whole] if whole.is_file() else []
+
+
+def stored_formats(files: Iterable[Path]) -> dict[str, Format]:
+    """Return how each 4-bit weight in safetensors files is stored, by the name of its layer.
+
+    Only the headers and the few bytes of each `quant_state` are read. Errors: `OpError` for a
+    weight of a kind that tunesmith does not know.
+    """
+    found: dict[str, Format] = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118  # no mapping
+                weight = key.partition(".quant_state.")[0]
+                if weight != key and format_key([key], weight) is not None:
+                    state = file.get_tensor(key)
+                    found[weight.removesuffix(".weight")] = read_format(state, weight)
+    return found

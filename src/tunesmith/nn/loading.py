@@ -1,40 +1,94 @@
-"""Quantizing to NF4 while transformers loads: its reader, its renames, its tied weights.
+"""4-bit layers while transformers loads: its reader, its renames, its tied weights.
 
 `from_pretrained(..., quantization_config=NF4LoadConfig())` reads one tensor at a time; the moment
 a linear layer's weight arrives it is quantized and the 16-bit tensor is let go, so the whole model
 is never held in 16 bits. See docs/adr/0003-quantized-loading-through-transformers.md.
+
+With `NF4LoadConfig(stored=True)` the checkpoint is one that holds 4-bit weights already, from
+bitsandbytes or from `save_pretrained` of a model that was loaded here. They are taken as they are.
+See docs/adr/0004-bitsandbytes-layout.md.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers.core_model_loading import ConversionOps
+from transformers import BitsAndBytesConfig
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from tunesmith.errors import ModelError
+from tunesmith.errors import ModelError, TunesmithError
+from tunesmith.nn.checkpoint import stored_formats
+from tunesmith.nn.interchange import SUFFIXES, from_tensors
 from tunesmith.nn.nf4_linear import NF4Linear
 
-__all__ = ["NF4LoadConfig"]
+__all__ = ["NF4LoadConfig", "bitsandbytes_config", "own_errors"]
 
 METHOD = "tunesmith_nf4"
 
 
 @register_quantization_config(METHOD)
 class NF4LoadConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """How `from_pretrained` shall quantize; block size in weights, `skip` names modules."""
+    """How `from_pretrained` shall quantize; block size in weights, `skip` names modules.
+
+    `stored` says that the checkpoint holds 4-bit weights; then the other settings are not used.
+    """
 
     def __init__(
-        self, blocksize: int = 64, nested: bool = True, skip: tuple[str, ...] = (), **_: Any
+        self,
+        blocksize: int = 64,
+        nested: bool = True,
+        skip: tuple[str, ...] = (),
+        quant_type: str = "nf4",
+        stored: bool = False,
+        **_: Any,
     ) -> None:
         self.quant_method = METHOD
         self.blocksize = blocksize
         self.nested = nested
         self.skip = tuple(skip)
+        self.quant_type = quant_type
+        self.stored = stored
+        self.first_error: TunesmithError | None = None
+
+
+@contextlib.contextmanager
+def own_errors(config: NF4LoadConfig) -> Iterator[None]:
+    """Raise what went wrong with a weight as it was raised, not as transformers sums it up."""
+    try:
+        yield
+    except RuntimeError as error:
+        if config.first_error is None:
+            raise
+        raise config.first_error from error
+
+
+def bitsandbytes_config(model: nn.Module) -> BitsAndBytesConfig:
+    """Return the `quantization_config` by which stock transformers opens a model's state dict.
+
+    It is that of bitsandbytes' own 4-bit layers; every linear layer that is not one of ours is
+    named as skipped, since a list that is given takes the place of transformers' defaults.
+    """
+    layers = [module for module in model.modules() if isinstance(module, NF4Linear)]
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=layers[0].quant_type,
+        bnb_4bit_use_double_quant=layers[0].nf4.nested,
+        bnb_4bit_compute_dtype=layers[0].compute_dtype,
+        llm_int8_skip_modules=[
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, NF4Linear)
+        ],
+    )
 
 
 @register_quantizer(METHOD)
@@ -42,22 +96,38 @@ class _NF4Loader(HfQuantizer):  # type: ignore[misc]
     """Tells transformers' loader which weights to hand over, and puts NF4Linear in their place."""
 
     requires_calibration = False
+    # what the loader sets aside on a GPU before it loads: without it, room for 16 bits a weight
+    quantized_element_size = 0.5
+    serialized_names: ClassVar[dict[str, list[str]]] = {
+        "weight": ["weight", *(f"weight{suffix}" for suffix in SUFFIXES)]
+    }
 
     def __init__(self, quantization_config: NF4LoadConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.pre_quantized = False
+        # decides whether the loader quantizes what it reads or puts it together
+        self.pre_quantized = quantization_config.stored
         self.targets: dict[str, str] = {}
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
-        kept = [*get_keys_to_not_convert(model), *self.quantization_config.skip]
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        if self.pre_quantized:
+            files = [Path(file) for file in checkpoint_files or ()]
+            stored = stored_formats(file for file in files if file.suffix == ".safetensors")
+            if not stored:
+                raise ModelError(
+                    "config.json says that this model is stored in 4 bits, and no weight in its "
+                    "safetensors files is; remove quantization_config from it, or take the model "
+                    "from its source again"
+                )
+            self.targets = {f"{name}.weight": name for name in stored}
+            return
+        skip = self.quantization_config.skip
+        kept = [*get_keys_to_not_convert(model), *skip, *(model._keep_in_fp32_modules or ())]
         linears = {
             name: module for name, module in model.named_modules() if type(module) is nn.Linear
         }
-        unknown = [
-            name
-            for name in self.quantization_config.skip
-            if not any(_within(n, name) for n in linears)
-        ]
+        unknown = [name for name in skip if not any(within(n, name) for n in linears)]
         if unknown:
             endings = sorted({name.rpartition(".")[2] for name in linears})
             raise ModelError(
@@ -67,7 +137,7 @@ class _NF4Loader(HfQuantizer):  # type: ignore[misc]
         self.targets = {
             f"{name}.weight": name
             for name in linears
-            if not any(_within(name, keep) for keep in kept)
+            if not any(within(name, keep) for keep in kept)
         }
         if not self.targets:
             raise ModelError(
@@ -81,77 +151,180 @@ class _NF4Loader(HfQuantizer):  # type: ignore[misc]
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(self.quantization_config)
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        missing = [
-            name for name in self.targets.values() if type(model.get_submodule(name)) is nn.Linear
-        ]
-        if missing:
+    def get_load_operations(self) -> dict[str, type[ConversionOps]]:
+        return {"deserialize": _TakeStored}
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype) -> torch.dtype | None:
+        for op in getattr(converter, "operations", ()):
+            if isinstance(op, _TakeStored):
+                # which tensors make up a 4-bit weight is known once they are all there: until then
+                # nothing may be cast
+                op.plain_dtype = dtype
+                return None
+        cast: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
+        return cast
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        made = [name for name, module in model.named_modules() if isinstance(module, NF4Linear)]
+        if len(made) < len(self.targets):
+            left = [name for name in self.targets.values() if name not in made]
+            more = f" and {len(left) - 1} more layers" if len(left) > 1 else ""
+            if self.pre_quantized:
+                raise ModelError(
+                    f"the checkpoint holds 4-bit weights for {left[0]}{more}, and "
+                    f"{type(model).__name__} has no such linear layer; it is of another model, or "
+                    "this transformers holds those weights in another form: start from the "
+                    "unquantized checkpoint"
+                )
             raise ModelError(
-                f"the checkpoint holds no weight for {missing[0]}"
-                + (f" and {len(missing) - 1} more layers" if len(missing) > 1 else "")
-                + "; it is incomplete or of another model"
+                f"the checkpoint holds no weight for {left[0]}{more}; it is incomplete or of "
+                "another model"
             )
         # an NF4Linear is a plain frozen module to everyone: nothing downstream shall treat the
         # model as transformers treats the quantization formats it knows by name
         for attribute in ("quantization_method", "hf_quantizer", "is_quantized"):
             if attribute in model.__dict__:
                 delattr(model, attribute)
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
+        # what is left is for save_pretrained: the config that fits the layers' state dict
+        model.config.quantization_config = bitsandbytes_config(model)
+        model._weight_conversions = [
+            conversion
+            for conversion in getattr(model, "_weight_conversions", None) or ()
+            if not _touches(conversion, made)
+        ]
         return model
 
-    def postprocess_model(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
         return self._process_model_after_weight_loading(model, **kwargs)
 
     def is_serializable(self) -> bool:
-        return False
+        return True
 
     @property
     def is_trainable(self) -> bool:
         return True
 
 
-class _Quantize(ConversionOps):  # type: ignore[misc]
-    """Takes a weight as it arrives and leaves an NF4Linear in its module's place."""
+class _PutInPlace(ConversionOps):  # type: ignore[misc]
+    """Leaves an NF4Linear in a module's place, and keeps the first error in the config."""
+
+    config: NF4LoadConfig
+
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, torch.Tensor]:
+        tensors = {
+            key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()
+        }
+        try:
+            return self._convert(tensors, **kwargs)
+        except TunesmithError as error:
+            self.config.first_error = self.config.first_error or error
+            raise
+
+    def _convert(self, tensors: dict[str, torch.Tensor], **_: Any) -> dict[str, torch.Tensor]:
+        raise NotImplementedError
+
+    def _put(self, model: nn.Module, key: str, layer: Any, missing_keys: set[str] | None) -> None:
+        name = key.removesuffix(".weight")
+        linear: Any = model.get_submodule(name)
+        # the bias may still be on the meta device; the loader fills it when it comes to it
+        layer.register_parameter("bias", linear.bias)
+        layer._is_hf_initialized = True
+        model.set_submodule(name, layer)
+        if missing_keys is not None:
+            missing_keys.discard(key)
+
+
+class _Quantize(_PutInPlace):
+    """Quantizes a weight as it arrives."""
 
     def __init__(self, config: NF4LoadConfig) -> None:
         self.config = config
 
-    def convert(
+    def _convert(
         self,
-        input_dict: dict[str, Any],
+        tensors: dict[str, torch.Tensor],
         *,
-        model: nn.Module,
+        model: nn.Module | None = None,
         missing_keys: set[str] | None = None,
-        loading_info: Any = None,
         **_: Any,
     ) -> dict[str, torch.Tensor]:
-        for key, value in input_dict.items():
-            weight = value[0] if isinstance(value, list) else value
-            name = key.removesuffix(".weight")
-            linear: Any = model.get_submodule(name)
-            if weight.shape != linear.weight.shape:
-                raise ModelError(
-                    f"{key}: the checkpoint's shape is {list(weight.shape)}, the model's "
-                    f"{list(linear.weight.shape)}; it belongs to another config"
-                )
+        assert model is not None
+        for key, weight in tensors.items():
+            linear = _linear(model, key, weight.shape)
             layer = NF4Linear.from_weight(
                 weight,
                 blocksize=self.config.blocksize,
                 nested=self.config.nested,
                 dtype=linear.weight.dtype,
                 name=key,
+                quant_type=self.config.quant_type,
             )
-            # the bias may still be on the meta device; the loader fills it when it comes to it
-            layer.register_parameter("bias", linear.bias)
-            layer._is_hf_initialized = True
-            model.set_submodule(name, layer)
-            for missing in (missing_keys, getattr(loading_info, "missing_keys", None)):
-                if missing is not None:
-                    missing.discard(key)
+            self._put(model, key, layer, missing_keys)
         return {}
 
 
-def _within(name: str, keep: str) -> bool:
+class _TakeStored(_PutInPlace):
+    """Puts the tensors of a stored 4-bit weight together; a plain weight passes through."""
+
+    plain_dtype: torch.dtype | None = None
+
+    def __init__(self, hf_quantizer: _NF4Loader) -> None:
+        self.hf_quantizer = hf_quantizer
+        self.config = hf_quantizer.quantization_config
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _TakeStored:
+        # the loader copies an operation for every weight; they report to one quantizer
+        return type(self)(self.hf_quantizer)
+
+    def _convert(
+        self,
+        tensors: dict[str, torch.Tensor],
+        *,
+        model: nn.Module | None = None,
+        full_layer_name: str = "",
+        missing_keys: set[str] | None = None,
+        **_: Any,
+    ) -> dict[str, torch.Tensor]:
+        assert model is not None
+        plain = tensors.get("weight")
+        if len(tensors) == 1 and plain is not None and plain.is_floating_point():
+            return {"weight": plain.to(self.plain_dtype)}
+        w = from_tensors(tensors, name=full_layer_name)
+        linear = _linear(model, full_layer_name, w.shape)
+        layer = NF4Linear(w, dtype=linear.weight.dtype)
+        self._put(model, full_layer_name, layer, missing_keys)
+        return {}
+
+
+def _linear(model: nn.Module, key: str, shape: torch.Size) -> nn.Linear:
+    """Return the linear layer that a weight of this name and shape is for."""
+    linear = model.get_submodule(key.removesuffix(".weight"))
+    if type(linear) is not nn.Linear:
+        raise ModelError(
+            f"{key}: is stored in 4 bits, and the model has a {type(linear).__name__} there; only "
+            "linear layers can be held so: start from the unquantized checkpoint"
+        )
+    if shape != linear.weight.shape:
+        raise ModelError(
+            f"{key}: the checkpoint's shape is {list(shape)}, the model's "
+            f"{list(linear.weight.shape)}; it belongs to another config"
+        )
+    return linear
+
+
+def _touches(conversion: Any, layers: list[str]) -> bool:
+    """Whether undoing a conversion on saving would rearrange 4-bit weights, which it cannot."""
+    if not isinstance(conversion, WeightConverter):
+        return False  # a renaming holds for every tensor of a weight
+    if any(isinstance(op, _TakeStored) for op in conversion.operations):
+        return True
+    try:
+        undone = conversion.reverse_transform()
+    except NotImplementedError:
+        return False  # transformers will say so, should someone save the model
+    return any(undone.rename_source_key(f"{name}.weight")[1] is not None for name in layers)
+
+
+def within(name: str, keep: str) -> bool:
     """Whether a module is, or lies in, a module that is called `keep`."""
     return f".{keep}." in f".{name}."

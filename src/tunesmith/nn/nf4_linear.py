@@ -7,23 +7,30 @@ dropped again. Gradients flow through to the input and the bias, never into the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunesmith.errors import OpError
-from tunesmith.ops import NF4Weight, dequantize_nf4, quantize_nf4
+from tunesmith.nn import interchange
+from tunesmith.ops import (
+    FP4Weight,
+    NF4Weight,
+    Weight4Bit,
+    dequantize_4bit,
+    frozen_linear,
+    quantize_4bit,
+)
 from tunesmith.ops.schema import DTYPES
 
-__all__ = ["NF4Linear"]
+__all__ = ["NF4Linear", "autocast"]
 
 _PARTS = ("packed", "absmax", "nested_absmax", "nested_offset")
 
 
 class NF4Linear(nn.Linear):
-    """A linear layer y = x Wᵀ + b whose frozen weight W is kept in NF4.
+    """A linear layer y = x Wᵀ + b whose frozen weight W is kept in NF4, or in FP4.
 
     Built by `from_linear` or `from_weight`. `in_features`, `out_features` and `bias` are those of
     an nn.Linear. `weight` is dequantized at every access, a new tensor each time: reading it is
@@ -40,7 +47,7 @@ class NF4Linear(nn.Linear):
     nested_offset: Tensor | None
 
     def __init__(
-        self, nf4: NF4Weight, bias: Tensor | None = None, *, dtype: torch.dtype | None = None
+        self, nf4: Weight4Bit, bias: Tensor | None = None, *, dtype: torch.dtype | None = None
     ) -> None:
         # not nn.Linear's own, which would allocate a dense weight
         nn.Module.__init__(self)
@@ -51,6 +58,7 @@ class NF4Linear(nn.Linear):
             )
         self.out_features, self.in_features = nf4.shape
         self.blocksize = nf4.blocksize
+        self.quant_type = nf4.quant_type
         self.compute_dtype = _checked(dtype or nf4.dtype)
         for name in _PARTS:
             self.register_buffer(name, getattr(nf4, name))
@@ -71,14 +79,20 @@ class NF4Linear(nn.Linear):
         blocksize: int = 64,
         nested: bool = True,
         dtype: torch.dtype | None = None,
+        quant_type: str = "nf4",
     ) -> Self:
         """Quantize a linear layer; the bias is copied and frozen, the original left as it is.
 
-        `dtype` is the compute dtype, by default that of the layer's weight. Raises OpError for a
-        weight that cannot be quantized.
+        `dtype` is the compute dtype, by default that of the layer's weight; `quant_type` is "nf4"
+        or "fp4". Raises OpError for a weight that cannot be quantized.
         """
         layer = cls.from_weight(
-            linear.weight, linear.bias, blocksize=blocksize, nested=nested, dtype=dtype
+            linear.weight,
+            linear.bias,
+            blocksize=blocksize,
+            nested=nested,
+            dtype=dtype,
+            quant_type=quant_type,
         )
         return layer.train(linear.training)
 
@@ -92,19 +106,21 @@ class NF4Linear(nn.Linear):
         nested: bool = True,
         dtype: torch.dtype | None = None,
         name: str | None = None,
+        quant_type: str = "nf4",
     ) -> Self:
         """Quantize a weight [out_features, in_features] in bf16, fp16 or fp32 into a layer.
 
         `dtype` is the compute dtype, by default that of `weight`; `name` is what errors call the
-        weight. Raises OpError for a weight or settings that `ops.quantize_nf4` refuses.
+        weight. Raises OpError for a weight or settings that `ops.quantize_4bit` refuses.
         """
-        nf4 = quantize_nf4(weight, blocksize, nested, name=name or "weight")
-        return cls(nf4, bias, dtype=dtype)
+        w = quantize_4bit(weight, blocksize, nested, quant_type=quant_type, name=name or "weight")
+        return cls(w, bias, dtype=dtype)
 
     @property
-    def nf4(self) -> NF4Weight:
-        """The weight as it is kept; its dtype is the compute dtype."""
-        return NF4Weight(
+    def nf4(self) -> Weight4Bit:
+        """The weight as it is kept, NF4 or FP4; its dtype is the compute dtype."""
+        kind = FP4Weight if self.quant_type == "fp4" else NF4Weight
+        return kind(
             packed=self.packed,
             absmax=self.absmax,
             nested_absmax=self.nested_absmax,
@@ -117,7 +133,7 @@ class NF4Linear(nn.Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]  # nn.Linear's can be written
         """The weight [out_features, in_features], dequantized anew into the compute dtype."""
-        return dequantize_nf4(self.nf4)
+        return dequantize_4bit(self.nf4)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute, but refuse `weight`, whose new value would be lost."""
@@ -135,7 +151,7 @@ class NF4Linear(nn.Linear):
         gradient; what is done to it does not reach this layer.
         """
         dtype = dtype or self.compute_dtype
-        weight = dequantize_nf4(self.nf4, dtype)
+        weight = dequantize_4bit(self.nf4, dtype)
         linear = nn.Linear(
             self.in_features, self.out_features, bias=self.bias is not None, device="meta"
         )
@@ -147,16 +163,14 @@ class NF4Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return x Wᵀ + b for x [..., in_features], in x's dtype or autocast's."""
-        x = _autocast(input)
-        bias: Tensor | None = self.bias
-        if bias is not None and bias.dtype != x.dtype:
-            bias = bias.to(x.dtype)
-        parts = (self.packed, self.absmax, self.nested_absmax, self.nested_offset)
-        shape = (self.out_features, self.in_features)
-        product = _Product.apply(  # type: ignore[no-untyped-call]  # torch's own
-            x, bias, *parts, shape, self.blocksize
+        return frozen_linear(
+            autocast(input),
+            (self.packed, self.absmax, self.nested_absmax, self.nested_offset),
+            (self.out_features, self.in_features),
+            self.blocksize,
+            self.quant_type,
+            self.bias,
         )
-        return cast(Tensor, product)
 
     def reset_parameters(self) -> None:
         """Refuse: there is no weight to initialize."""
@@ -169,7 +183,10 @@ class NF4Linear(nn.Linear):
         """Return what print(model) shows of this layer."""
         scales = "nested" if self.nested_absmax is not None else "not nested"
         dtype = str(self.compute_dtype).removeprefix("torch.")
-        return f"{super().extra_repr()}, 4-bit NF4, blocksize={self.blocksize}, {scales}, {dtype}"
+        kind = self.quant_type.upper()
+        return (
+            f"{super().extra_repr()}, 4-bit {kind}, blocksize={self.blocksize}, {scales}, {dtype}"
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # this is what .to(), .half(), .cuda() and their like go through
@@ -188,6 +205,15 @@ class NF4Linear(nn.Linear):
         self.compute_dtype = dtype
         return self
 
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        # in bitsandbytes' layout, which stock transformers opens: see nn/interchange.py
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in _PARTS:
+            destination.pop(prefix + name, None)
+        destination.update(interchange.as_tensors(self.nf4, f"{prefix}weight"))
+
     def _load_from_state_dict(
         self,
         state_dict: Mapping[str, Any],
@@ -198,51 +224,40 @@ class NF4Linear(nn.Linear):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        for name in _PARTS:
-            ours, theirs = getattr(self, name), state_dict.get(prefix + name)
-            if ours is not None and theirs is not None and theirs.dtype != ours.dtype:
-                error_msgs.append(
-                    f"{prefix}{name}: got {theirs.dtype}; this part of an NF4 weight is "
-                    f"{ours.dtype}; load a state dict that was not cast"
-                )
+        key = f"{prefix}weight"
+        incoming = dict(state_dict)
+        if key in state_dict:
+            try:
+                w = interchange.from_tensors(state_dict, key)
+                self._check_same_kind(w, key)
+            except OpError as error:
+                error_msgs.append(str(error))
+                return
+            for each in (key, *(key + suffix for suffix in interchange.SUFFIXES)):
+                incoming.pop(each, None)
+            for name in _PARTS:
+                if (part := getattr(w, name)) is not None:
+                    incoming[prefix + name] = part
+        missing: list[str] = []
         super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            incoming, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
         )
+        own = {prefix + name for name in _PARTS}
+        if not own.isdisjoint(missing):  # all of them are, or none is
+            missing_keys.append(key)
+        missing_keys.extend(each for each in missing if each not in own)
+
+    def _check_same_kind(self, w: Weight4Bit, name: str) -> None:
+        """Refuse another weight than this layer can take over by copying."""
+        theirs, ours = interchange.Format.of(w), interchange.Format.of(self.nf4)
+        if (w.shape, theirs) != (self.nf4.shape, ours):
+            raise OpError(
+                f"{name}: got {list(w.shape)} {theirs}; this layer holds {list(self.nf4.shape)} "
+                f"{ours}; build one with NF4Linear(interchange.from_tensors(state_dict))"
+            )
 
 
-class _Product(torch.autograd.Function):
-    """y = x Wᵀ + b, W dequantized for each direction and kept for neither."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        bias: Tensor | None,
-        packed: Tensor,
-        absmax: Tensor,
-        nested_absmax: Tensor | None,
-        nested_offset: Tensor | None,
-        shape: tuple[int, int],
-        blocksize: int,
-    ) -> Tensor:
-        parts = (packed, absmax, nested_absmax, nested_offset)
-        ctx.save_for_backward(*parts)
-        ctx.shape, ctx.blocksize = shape, blocksize
-        return F.linear(x, _dequantized(parts, shape, blocksize, x.dtype), bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        (grad,) = grads  # [..., out_features]
-        grad_x = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            weight = _dequantized(ctx.saved_tensors, ctx.shape, ctx.blocksize, grad.dtype)
-            grad_x = grad @ weight  # [..., in_features]
-        if ctx.needs_input_grad[1]:
-            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)  # [out_features]
-        return grad_x, grad_bias, None, None, None, None, None, None
-
-
-def _autocast(x: Tensor) -> Tensor:
+def autocast(x: Tensor) -> Tensor:
     """Return x in the dtype that an nn.Linear would compute in."""
     device_type = x.device.type
     if (
@@ -252,15 +267,6 @@ def _autocast(x: Tensor) -> Tensor:
     ):
         return x.to(torch.get_autocast_dtype(device_type))
     return x
-
-
-def _dequantized(
-    parts: tuple[Tensor | None, ...], shape: tuple[int, int], blocksize: int, dtype: torch.dtype
-) -> Tensor:
-    # fp64 has no kernel, and no need of one: fp32 holds every value exactly
-    kernel_dtype = dtype if dtype in DTYPES else torch.float32
-    weight: Tensor = torch.ops.tunesmith.dequantize_nf4(*parts, shape, blocksize, kernel_dtype)
-    return weight.to(dtype)
 
 
 def _checked(dtype: torch.dtype) -> torch.dtype:

@@ -7,6 +7,7 @@ stay with their PyTorch implementation, and one log line says so.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -14,10 +15,13 @@ from collections.abc import Iterator, Sequence
 
 import attrs
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
-from tunesmith.ops import schema
-from tunesmith.ops.reference import mean_absmax
+from tunesmith.ops import reference, schema
+from tunesmith.ops.machine import cpu_flags, cpu_multiplies_bf16
+from tunesmith.ops.reference import mean_absmax, no_autocast
 from tunesmith.ops.schema import NESTED_BLOCKSIZE, count_blocks
 
 __all__ = ["NativeStatus", "native_status"]
@@ -31,6 +35,18 @@ else:
         from tunesmith import _native
     except ImportError as error:
         _why_not = f"not built: {error}"
+
+
+# the numbers by which the kernels know dtypes and 4-bit types
+_CODES: dict[torch.dtype | str, int] = {}
+if not _why_not:
+    _CODES = {
+        torch.float32: _native.FLOAT32,
+        torch.float16: _native.FLOAT16,
+        torch.bfloat16: _native.BFLOAT16,
+        "nf4": _native.NF4,
+        "fp4": _native.FP4,
+    }
 
 
 @attrs.frozen
@@ -70,23 +86,56 @@ def native_status() -> NativeStatus:
     )
 
 
-def _quantize_nf4(weight: Tensor, blocksize: int, name: str = "weight") -> tuple[Tensor, Tensor]:
-    schema.check_weight(weight, blocksize, name)
+# up to this many rows of x, our own product beats dequantizing for the library's: it reads 4 bits a
+# weight where that writes and reads 16 or 32
+_OWN_TOKENS = 128
+
+# CPU outputs of this many bytes and more come from the pool: smaller ones malloc recycles itself
+_POOLED_NBYTES = 1 << 20
+
+_FP16_FLAGS = frozenset({"avx512_fp16", "amx_fp16", "asimdhp"})
+
+
+def _own_product(tokens: int, dtype: torch.dtype) -> bool:
+    """Return whether the CPU does x Wᵀ in one call of ours, or dequantizes W for the library."""
+    return tokens <= _OWN_TOKENS or not _multiplies(dtype)
+
+
+def _in_one_call(tokens: int, dtype: torch.dtype, weight: Tensor, quant_type: str) -> bool:
+    """Return `_own_product`'s answer for this weight, or False where ours would gain nothing."""
+    if quant_type == "" and weight.dtype == dtype and _multiplies(dtype):
+        return False  # there is nothing to dequantize
+    return weight.is_contiguous() and _own_product(tokens, dtype)
+
+
+@functools.cache
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Return whether the CPU multiplies that dtype in hardware, as the library then does."""
+    if dtype == torch.bfloat16:
+        return cpu_multiplies_bf16()
+    return dtype == torch.float32 or bool(cpu_flags() & _FP16_FLAGS)
+
+
+def _quantize_4bit(
+    weight: Tensor, blocksize: int, quant_type: str, name: str = "weight"
+) -> tuple[Tensor, Tensor]:
+    schema.check_weight(weight, blocksize, quant_type, name)
     weight = weight.detach().contiguous()
     numel = weight.numel()
     packed = weight.new_empty((numel + 1) // 2, dtype=torch.uint8)
     absmax = weight.new_empty(count_blocks(numel, blocksize), dtype=torch.float32)
     with _stream_of(weight) as stream:
-        _native.quantize_nf4(
+        _native.quantize_4bit(
             weight.data_ptr(),
-            _dtype_code(weight.dtype),
+            _CODES[weight.dtype],
             numel,
             blocksize,
+            _CODES[quant_type],
             packed.data_ptr(),
             absmax.data_ptr(),
             stream,
         )
-    schema.check_finite(absmax, numel, blocksize, name)
+    schema.check_finite(absmax, numel, blocksize, quant_type, name)
     return packed, absmax
 
 
@@ -109,40 +158,334 @@ def _quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return codes, nested_absmax, offset
 
 
-def _dequantize_nf4(
+def _dequantize_4bit(
     packed: Tensor,
     absmax: Tensor,
     nested_absmax: Tensor | None,
     nested_offset: Tensor | None,
     shape: Sequence[int],
     blocksize: int,
+    quant_type: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    schema.check_packed(packed, absmax, nested_absmax, nested_offset, shape, blocksize, dtype)
+    schema.check_packed(
+        packed, absmax, nested_absmax, nested_offset, shape, blocksize, quant_type, dtype
+    )
     packed, absmax = packed.contiguous(), absmax.contiguous()
     if nested_absmax is not None:
         nested_absmax = nested_absmax.contiguous()
-    out = packed.new_empty(tuple(shape), dtype=dtype)
+    out = _empty(tuple(shape), dtype, packed.device)
     with _stream_of(packed) as stream:
-        _native.dequantize_nf4(
+        _native.dequantize_4bit(
             packed.data_ptr(),
             absmax.data_ptr(),
-            0 if nested_absmax is None else nested_absmax.data_ptr(),
-            0 if nested_offset is None else nested_offset.data_ptr(),
+            _pointer(nested_absmax),
+            _pointer(nested_offset),
             math.prod(shape),
             blocksize,
-            _dtype_code(dtype),
+            _CODES[quant_type],
+            _CODES[dtype],
             out.data_ptr(),
             stream,
         )
     return out
 
 
-def _dtype_code(dtype: torch.dtype) -> int:
-    """Return the number by which the kernels know a dtype."""
-    if dtype == torch.float32:
-        return _native.FLOAT32
-    return _native.FLOAT16 if dtype == torch.float16 else _native.BFLOAT16
+def _linear_cpu(
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    out_features: int,
+    blocksize: int,
+    quant_type: str,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float,
+    keep: Tensor | None,
+    keep_scale: float,
+) -> tuple[Tensor, Tensor]:
+    schema.check_linear(
+        x, weight, absmax, nested_absmax, nested_offset, out_features, blocksize, quant_type,
+        bias, lora_a, lora_b, keep,
+    )  # fmt: skip
+    *leading, in_features = x.shape
+    tokens = math.prod(leading)
+    if x.dtype == torch.float64 or tokens * in_features * out_features == 0:
+        return reference.linear(
+            x, weight, absmax, nested_absmax, nested_offset, out_features, blocksize, quant_type,
+            bias, lora_a, lora_b, scaling, keep, keep_scale,
+        )  # fmt: skip
+    shape = (tokens, in_features, out_features)
+    x = x.reshape(tokens, in_features).contiguous()
+    adapter = (_compact(lora_a), _compact(lora_b), scaling, _compact(keep), keep_scale)
+    rank = 0 if lora_a is None else lora_a.shape[0]
+    s = x.new_empty((tokens, rank), dtype=torch.float32)
+    if _in_one_call(tokens, x.dtype, weight, quant_type):
+        parts = (weight, _compact(absmax), _compact(nested_absmax), nested_offset)
+        bias = _compact(bias)
+        y = x.new_empty((tokens, out_features))
+        layer = _layer(shape, x.dtype, parts, blocksize, quant_type, bias, adapter)
+        _native.linear(*layer, x.data_ptr(), s.data_ptr(), y.data_ptr(), False)
+    else:
+        dense = _dense(
+            weight, absmax, nested_absmax, nested_offset, (out_features, in_features), blocksize,
+            quant_type, x.dtype,
+        )  # fmt: skip
+        with no_autocast(x.device):
+            y = F.linear(x, dense, bias)
+        if rank:
+            layer = _layer(shape, x.dtype, None, 0, "", None, adapter)
+            _native.linear(*layer, x.data_ptr(), s.data_ptr(), y.data_ptr(), True)
+    return y.view(*leading, out_features), s
+
+
+def _linear_backward_cpu(
+    grad_y: Tensor,
+    x: Tensor | None,
+    s: Tensor | None,
+    weight: Tensor,
+    absmax: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    in_features: int,
+    blocksize: int,
+    quant_type: str,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float,
+    keep: Tensor | None,
+    keep_scale: float,
+    need_x: bool,
+    need_a: bool,
+    need_b: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    schema.check_linear_backward(
+        grad_y, x, s, weight, absmax, nested_absmax, nested_offset, in_features, blocksize,
+        quant_type, lora_a, lora_b, keep, need_a, need_b,
+    )  # fmt: skip
+    *leading, out_features = grad_y.shape
+    tokens = math.prod(leading)
+    if grad_y.dtype == torch.float64 or tokens * in_features * out_features == 0:
+        return reference.linear_backward(
+            grad_y, x, s, weight, absmax, nested_absmax, nested_offset, in_features, blocksize,
+            quant_type, lora_a, lora_b, scaling, keep, keep_scale, need_x, need_a, need_b,
+        )  # fmt: skip
+    shape = (tokens, in_features, out_features)
+    dtype = grad_y.dtype
+    grad_y = grad_y.reshape(tokens, out_features).contiguous()
+    adapter = (_compact(lora_a), _compact(lora_b), scaling, _compact(keep), keep_scale)
+    grad_x, grad_a, grad_b = (grad_y.new_empty(0) for _ in range(3))
+    if need_a and lora_a is not None and x is not None:
+        x = x.reshape(tokens, in_features).contiguous()
+        grad_a = torch.empty_like(lora_a, memory_format=torch.contiguous_format)
+    if need_b and lora_b is not None and s is not None:
+        s = s.contiguous()
+        grad_b = torch.empty_like(lora_b, memory_format=torch.contiguous_format)
+    own = need_x and _in_one_call(tokens, dtype, weight, quant_type)
+    if own:
+        parts = (weight, _compact(absmax), _compact(nested_absmax), nested_offset)
+        grad_x = grad_y.new_empty((tokens, in_features))
+        layer = _layer(shape, dtype, parts, blocksize, quant_type, None, adapter)
+    else:
+        if need_x:
+            dense = _dense(
+                weight, absmax, nested_absmax, nested_offset, (out_features, in_features),
+                blocksize, quant_type, dtype,
+            )  # fmt: skip
+            with no_autocast(grad_y.device):
+                grad_x = grad_y @ dense
+        layer = _layer(shape, dtype, None, 0, "", None, adapter)
+    if own or (lora_a is not None and (need_x or need_a or need_b)):
+        _native.linear_backward(
+            *layer,
+            _pointer(x) if need_a else 0,
+            _pointer(s) if need_b else 0,
+            grad_y.data_ptr(),
+            grad_x.data_ptr() if need_x else 0,
+            grad_a.data_ptr() if need_a else 0,
+            grad_b.data_ptr() if need_b else 0,
+            not own,
+        )
+    return (grad_x.view(*leading, in_features) if need_x else grad_x), grad_a, grad_b
+
+
+def _linear_cuda(
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    out_features: int,
+    blocksize: int,
+    quant_type: str,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float,
+    keep: Tensor | None,
+    keep_scale: float,
+) -> tuple[Tensor, Tensor]:
+    schema.check_linear(
+        x, weight, absmax, nested_absmax, nested_offset, out_features, blocksize, quant_type,
+        bias, lora_a, lora_b, keep,
+    )  # fmt: skip
+    *leading, in_features = x.shape
+    tokens = math.prod(leading)
+    small = (
+        quant_type != ""
+        and keep is None
+        and x.dtype != torch.float64
+        and tokens <= _native.small_tokens()
+        and tokens * in_features * out_features > 0
+    )
+    if not small:
+        dense = _dense(
+            weight, absmax, nested_absmax, nested_offset, (out_features, in_features), blocksize,
+            quant_type, x.dtype,
+        )  # fmt: skip
+        # the adapter's products in x's dtype: a tensor core sums them in fp32
+        with no_autocast(x.device):
+            return reference.dense_linear(
+                x, dense, bias, lora_a, lora_b, scaling, keep, keep_scale, x.dtype
+            )
+    x = x.reshape(tokens, in_features).contiguous()
+    parts = (weight.contiguous(), _compact(absmax), _compact(nested_absmax), nested_offset)
+    bias = _compact(bias)
+    adapter = (_compact(lora_a), _compact(lora_b), scaling, None, keep_scale)
+    rank = 0 if lora_a is None else lora_a.shape[0]
+    s = x.new_empty((tokens, rank), dtype=torch.float32)
+    y = x.new_empty((tokens, out_features))
+    layer = _layer(
+        (tokens, in_features, out_features), x.dtype, parts, blocksize, quant_type, bias, adapter
+    )
+    with _stream_of(x) as stream:
+        _native.linear_small(*layer, x.data_ptr(), s.data_ptr(), y.data_ptr(), stream)
+    return y.view(*leading, out_features), s
+
+
+def _linear_backward_cuda(
+    grad_y: Tensor,
+    x: Tensor | None,
+    s: Tensor | None,
+    weight: Tensor,
+    absmax: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    in_features: int,
+    blocksize: int,
+    quant_type: str,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float,
+    keep: Tensor | None,
+    keep_scale: float,
+    need_x: bool,
+    need_a: bool,
+    need_b: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    schema.check_linear_backward(
+        grad_y, x, s, weight, absmax, nested_absmax, nested_offset, in_features, blocksize,
+        quant_type, lora_a, lora_b, keep, need_a, need_b,
+    )  # fmt: skip
+    dense = None
+    if need_x:
+        dense = _dense(
+            weight, absmax, nested_absmax, nested_offset, (grad_y.shape[-1], in_features),
+            blocksize, quant_type, grad_y.dtype,
+        )  # fmt: skip
+    with no_autocast(grad_y.device):
+        return reference.dense_linear_backward(
+            grad_y, x, s, dense, lora_a, lora_b, scaling, keep, keep_scale, need_a, need_b,
+            grad_y.dtype,
+        )  # fmt: skip
+
+
+_Parts = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+_Adapter = tuple[Tensor | None, Tensor | None, float, Tensor | None, float]
+_Layer = tuple[
+    int, int, int, int, int, int, int, int, int, int, int, int, int, int, int, float, int, float
+]
+
+
+def _layer(
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    parts: _Parts | None,
+    blocksize: int,
+    quant_type: str,
+    bias: Tensor | None,
+    adapter: _Adapter,
+) -> _Layer:
+    """Return the fields of csrc/kernels.h's tunesmith_linear, in its order.
+
+    The tensors are without gaps, and held by the caller until the call is over. Without `parts` the
+    weight is left out of the product.
+    """
+    weight, absmax, nested_absmax, nested_offset = parts or (None, None, None, None)
+    lora_a, lora_b, scaling, keep, keep_scale = adapter
+    code = _CODES[dtype]
+    if quant_type:
+        weight_code = _CODES[quant_type]
+    else:
+        weight_code = code if weight is None else _CODES[weight.dtype]
+    return (
+        *shape,
+        code,
+        weight_code,
+        _pointer(weight),
+        _pointer(absmax),
+        _pointer(nested_absmax),
+        _pointer(nested_offset),
+        blocksize,
+        _pointer(bias),
+        0 if lora_a is None else lora_a.shape[0],
+        code if lora_a is None else _CODES[lora_a.dtype],
+        _pointer(lora_a),
+        _pointer(lora_b),
+        scaling,
+        _pointer(keep),
+        keep_scale,
+    )
+
+
+def _dense(
+    weight: Tensor,
+    absmax: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    shape: tuple[int, int],
+    blocksize: int,
+    quant_type: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return a weight of either kind as a plain one [out_features, in_features]."""
+    if absmax is None:
+        return weight.to(dtype)
+    held = dtype if dtype in schema.DTYPES else torch.float32
+    dense = _dequantize_4bit(
+        weight, absmax, nested_absmax, nested_offset, shape, blocksize, quant_type, held
+    )
+    return dense.to(dtype)
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a new tensor; if it is large and on the CPU, in memory that was used before."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or nbytes < _POOLED_NBYTES:
+        return torch.empty(shape, dtype=dtype, device=device)
+    return from_dlpack(_native.empty(nbytes)).view(dtype).view(shape)
+
+
+def _compact(tensor: Tensor | None) -> Tensor | None:
+    """Return the tensor in row-major order without gaps."""
+    return None if tensor is None else tensor.contiguous()
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 @contextlib.contextmanager
@@ -156,14 +499,18 @@ def _stream_of(tensor: Tensor) -> Iterator[int | None]:
 
 
 def _bind(device: str) -> None:
-    torch.library.impl("tunesmith::quantize_nf4", device, _quantize_nf4)
+    torch.library.impl("tunesmith::quantize_4bit", device, _quantize_4bit)
     torch.library.impl("tunesmith::quantize_absmax", device, _quantize_absmax)
-    torch.library.impl("tunesmith::dequantize_nf4", device, _dequantize_nf4)
+    torch.library.impl("tunesmith::dequantize_4bit", device, _dequantize_4bit)
 
 
 if _why_not:
     logging.getLogger("tunesmith").warning("%s", native_status())
 else:
     _bind("cpu")
+    torch.library.impl("tunesmith::linear", "cpu", _linear_cpu)
+    torch.library.impl("tunesmith::linear_backward", "cpu", _linear_backward_cpu)
     if _native.has_cuda():
         _bind("cuda")
+        torch.library.impl("tunesmith::linear", "cuda", _linear_cuda)
+        torch.library.impl("tunesmith::linear_backward", "cuda", _linear_backward_cuda)

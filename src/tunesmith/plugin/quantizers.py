@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from tunesmith.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-__all__ = ["Quantizer"]
+__all__ = ["Quantizer", "stored_method"]
 
 C = TypeVar("C")
 
@@ -27,6 +30,24 @@ class Quantizer(Generic[C]):
     def load(self, directory: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
         """Return the causal LM in a Hugging Face directory, computing in `dtype` on `device`."""
         return self.from_pretrained(directory, dtype=dtype, device=device)
+
+    def check_stored(self, stored: Mapping[str, Any], directory: Path | None) -> str:
+        """Say in a few words how a model that is stored quantized will be taken.
+
+        A plan asks for it, and only for such a model: `stored` is the `quantization_config` of its
+        config.json, `directory` where it lies, or None if it is not here yet. Raises `ModelError`
+        for one that cannot be used. Unless overridden, that is one of bitsandbytes, whose weights
+        `dense_weight` does not read; others are left to transformers.
+        """
+        method = stored_method(stored)
+        if method.startswith("bitsandbytes"):
+            # a plan names the step that this is the answer to, which may be none
+            reader = "bitsandbytes" if method.endswith("8-bit") else "nf4"
+            raise ModelError(
+                f"got a model that is stored quantized with {method}; its weights are read by "
+                f'.quantize("{reader}"): put that at the start'
+            )
+        return ""
 
     def dense_weight(self, module: torch.nn.Module) -> torch.Tensor:
         """Return a linear module's weight [out_features, in_features] in fp32, dequantized."""
@@ -55,3 +76,11 @@ class Quantizer(Generic[C]):
             directory, dtype=dtype, device_map={"": device}, local_files_only=True, **options
         )
         return model
+
+
+def stored_method(stored: Mapping[str, Any]) -> str:
+    """Return what a `quantization_config` is called: "gptq", "bitsandbytes 4-bit", ..."""
+    method = str(stored.get("quant_method") or "bitsandbytes")
+    if method != "bitsandbytes":
+        return method
+    return f"{method} 8-bit" if stored.get("load_in_8bit") else f"{method} 4-bit"

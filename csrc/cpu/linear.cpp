@@ -1,0 +1,156 @@
+// The linear layer of kernels.h, forward and backward, as a few products.
+#include "../kernels.h"
+#include "../nf4.h"
+#include "dispatch.h"
+#include "isa.h"
+#include "pool.h"
+
+namespace tunesmith {
+namespace {
+
+Matrix plain(const void* data, int type, int64_t rows, int64_t columns) {
+  Matrix matrix = {};
+  matrix.data = data;
+  matrix.type = type;
+  matrix.rows = rows;
+  matrix.columns = columns;
+  return matrix;
+}
+
+// What the layer is made of, as the products take it.
+struct Parts {
+  const tunesmith_linear& linear;
+
+  int64_t tokens() const { return linear.tokens; }
+  int64_t in() const { return linear.in_features; }
+  int64_t out() const { return linear.out_features; }
+  int64_t rank() const { return linear.rank; }
+
+  // [out, in]
+  Matrix weight() const {
+    Matrix matrix = plain(linear.weight, linear.type, out(), in());
+    matrix.table = table_of(linear.type);
+    matrix.absmax = linear.absmax;
+    matrix.nested_absmax = linear.nested_absmax;
+    matrix.nested_offset = linear.nested_offset == nullptr ? 0.0f : *linear.nested_offset;
+    matrix.blocksize = linear.blocksize;
+    return matrix;
+  }
+
+  // [tokens, in], as the adapter sees it
+  Matrix dropped(const void* x) const {
+    Matrix matrix = plain(x, linear.dtype, tokens(), in());
+    matrix.keep = linear.keep;
+    matrix.keep_scale = linear.keep_scale;
+    return matrix;
+  }
+
+  Matrix lora_a() const { return plain(linear.lora_a, linear.adapter_dtype, rank(), in()); }
+  Matrix lora_b() const { return plain(linear.lora_b, linear.adapter_dtype, out(), rank()); }
+};
+
+Product product_of(Matrix left, Matrix right, void* out, int out_type, int64_t rows,
+                   int64_t columns) {
+  Product product = {};
+  product.left = left;
+  product.right = right;
+  product.alpha = 1.0f;
+  product.alpha2 = 1.0f;
+  product.out = out;
+  product.out_type = out_type;
+  product.rows = rows;
+  product.columns = columns;
+  product.row_stride = columns;
+  product.column_stride = 1;
+  return product;
+}
+
+// [rows, columns] fp32 to [columns, rows].
+void transpose(const float* from, int64_t rows, int64_t columns, float* to) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < columns; ++c) to[c * rows + r] = from[r * columns + c];
+  }
+}
+
+}  // namespace
+}  // namespace tunesmith
+
+using namespace tunesmith;
+
+void tunesmith_linear_cpu(const tunesmith_linear* linear, const void* x, float* s, void* y,
+                          bool accumulate) {
+  const Parts parts = {*linear};
+  const int64_t tokens = parts.tokens(), rank = parts.rank();
+  if (rank > 0) {
+    Product product =
+        product_of(parts.dropped(x), parts.lora_a(), s, TUNESMITH_FLOAT32, tokens, rank);
+    product.transposed = true;
+    product.exact = true;
+    multiply(product);
+  }
+  Matrix input = plain(x, linear->dtype, tokens, parts.in());
+  Matrix weight = parts.weight();
+  if (linear->weight == nullptr) input.columns = weight.columns = 0;
+  Product product = product_of(input, weight, y, linear->dtype, tokens, parts.out());
+  product.transposed = true;
+  product.bias = linear->bias;
+  product.accumulate = accumulate;
+  if (rank > 0) {
+    product.left2 = plain(s, TUNESMITH_FLOAT32, tokens, rank);
+    product.right2 = parts.lora_b();
+    product.alpha2 = linear->scaling;
+  }
+  multiply(product);
+}
+
+void tunesmith_linear_backward_cpu(const tunesmith_linear* linear, const void* x, const float* s,
+                                   const void* grad_y, void* grad_x, void* grad_a, void* grad_b,
+                                   bool accumulate) {
+  const Parts parts = {*linear};
+  const int64_t tokens = parts.tokens(), rank = parts.rank();
+  Matrix grad_out = plain(grad_y, linear->dtype, tokens, parts.out());
+  // what flows into s, worked out once for both grad_x and grad_a
+  Scratch grad_s(sizeof(float) * tokens * rank);
+  if (rank > 0 && (grad_x != nullptr || grad_a != nullptr)) {
+    Product product = product_of(grad_out, parts.lora_b(), grad_s.as<float>(), TUNESMITH_FLOAT32,
+                                 tokens, rank);
+    product.alpha = linear->scaling;
+    product.exact = true;
+    multiply(product);
+  }
+  if (grad_x != nullptr) {
+    Matrix weight = parts.weight();
+    if (linear->weight == nullptr) grad_out.columns = weight.rows = 0;
+    Product product =
+        product_of(grad_out, weight, grad_x, linear->dtype, tokens, parts.in());
+    product.accumulate = accumulate;
+    if (rank > 0) {
+      product.left2 = plain(grad_s.as<float>(), TUNESMITH_FLOAT32, tokens, rank);
+      product.right2 = parts.lora_a();
+      product.keep = linear->keep;
+      product.keep_scale = linear->keep_scale;
+    }
+    multiply(product);
+  }
+  if (rank == 0) return;
+  Scratch transposed(sizeof(float) * tokens * rank);
+  const Matrix left = plain(transposed.as<float>(), TUNESMITH_FLOAT32, rank, tokens);
+  if (grad_a != nullptr) {
+    transpose(grad_s.as<float>(), tokens, rank, transposed.as<float>());
+    Product product =
+        product_of(left, parts.dropped(x), grad_a, linear->adapter_dtype, rank, parts.in());
+    product.exact = true;
+    multiply(product);
+  }
+  if (grad_b != nullptr) {
+    transpose(s, tokens, rank, transposed.as<float>());
+    // rank rows are few: it is the transpose of grad_b that comes out, and is written as grad_b
+    Product product = product_of(left, plain(grad_y, linear->dtype, tokens, parts.out()), grad_b,
+                                 linear->adapter_dtype, rank, parts.out());
+    product.row_stride = 1;
+    product.column_stride = rank;
+    product.alpha = linear->scaling;
+    product.exact = true;
+    multiply(product);
+  }
+}

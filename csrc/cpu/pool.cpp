@@ -1,0 +1,139 @@
+// A fresh page costs a fault and a fill with zeros: more, for a dequantized weight, than the
+// arithmetic. So blocks that were given back wait here, huge pages where the system grants them.
+#include "pool.h"
+
+#include <pthread.h>
+#include <sys/mman.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+
+namespace tunesmith {
+namespace {
+
+constexpr size_t kHugePage = size_t(1) << 21;
+constexpr size_t kPage = size_t(1) << 12;
+// what waits may be this large in all; TUNESMITH_POOL_MB sets another limit
+constexpr size_t kDefaultLimit = size_t(256) << 20;
+
+// In front of every block.
+struct alignas(64) Header {
+  size_t nbytes;  // with the header
+  Header* next;   // while it waits
+};
+
+class Pool {
+ public:
+  Pool() {
+    const char* megabytes = std::getenv("TUNESMITH_POOL_MB");
+    if (megabytes != nullptr && *megabytes != '\0') {
+      limit_ = size_t(std::strtoull(megabytes, nullptr, 10)) << 20;
+    }
+  }
+
+  void* take(size_t nbytes) {
+    if (nbytes > SIZE_MAX - sizeof(Header) - kHugePage) return nullptr;
+    const size_t total = rounded(nbytes + sizeof(Header));
+    Header* block = find(total);
+    if (block == nullptr) block = map(total);
+    return block == nullptr ? nullptr : block + 1;
+  }
+
+  void give_back(void* memory) {
+    Header* block = static_cast<Header*>(memory) - 1;
+    Header* drop = nullptr;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      block->next = waiting_;
+      waiting_ = block;
+      held_ += block->nbytes;
+      // those that have waited longest go
+      while (held_ > limit_) {
+        Header** last = &waiting_;
+        while ((*last)->next != nullptr) last = &(*last)->next;
+        held_ -= (*last)->nbytes;
+        (*last)->next = drop;
+        drop = *last;
+        *last = nullptr;
+      }
+    }
+    while (drop != nullptr) {
+      Header* next = drop->next;
+      munmap(drop, drop->nbytes);
+      drop = next;
+    }
+  }
+
+  void lock() { mutex_.lock(); }
+  void unlock() { mutex_.unlock(); }
+
+ private:
+  static size_t rounded(size_t nbytes) {
+    const size_t unit = nbytes >= kHugePage ? kHugePage : kPage;
+    return (nbytes + unit - 1) / unit * unit;
+  }
+
+  // The smallest that is large enough, but not one that would mostly lie idle.
+  Header* find(size_t total) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    Header** best = nullptr;
+    for (Header** at = &waiting_; *at != nullptr; at = &(*at)->next) {
+      const size_t size = (*at)->nbytes;
+      if (size < total || size / 2 > total) continue;
+      if (best == nullptr || size < (*best)->nbytes) best = at;
+    }
+    if (best == nullptr) return nullptr;
+    Header* block = *best;
+    *best = block->next;
+    held_ -= block->nbytes;
+    return block;
+  }
+
+  static Header* map(size_t total) {
+    const bool huge = total >= kHugePage;
+    const size_t spare = huge ? kHugePage : 0;
+    void* memory =
+        mmap(nullptr, total + spare, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) return nullptr;
+    if (huge) {
+      // keep what is aligned to a huge page
+      const uintptr_t begin = reinterpret_cast<uintptr_t>(memory);
+      const uintptr_t aligned = (begin + kHugePage - 1) / kHugePage * kHugePage;
+      if (aligned > begin) munmap(memory, aligned - begin);
+      const uintptr_t end = begin + total + spare;
+      if (end > aligned + total) munmap(reinterpret_cast<void*>(aligned + total), end - aligned - total);
+      memory = reinterpret_cast<void*>(aligned);
+#ifdef MADV_HUGEPAGE
+      madvise(memory, total, MADV_HUGEPAGE);  // a wish; without it pages are small
+#endif
+    }
+    return new (memory) Header{total, nullptr};
+  }
+
+  std::mutex mutex_;
+  Header* waiting_ = nullptr;
+  size_t held_ = 0;
+  size_t limit_ = kDefaultLimit;
+};
+
+// Never destroyed: tensors may be freed after static destructors have run.
+Pool& pool() {
+  static Pool* const the_pool = [] {
+    static Pool* made = new Pool;
+    // a fork must not find the lock held by a thread that it has not got
+    pthread_atfork([] { made->lock(); }, [] { made->unlock(); }, [] { made->unlock(); });
+    return made;
+  }();
+  return *the_pool;
+}
+
+}  // namespace
+}  // namespace tunesmith
+
+void* tunesmith_take(size_t nbytes) { return tunesmith::pool().take(nbytes); }
+
+void tunesmith_give_back(void* memory) {
+  if (memory != nullptr) tunesmith::pool().give_back(memory);
+}

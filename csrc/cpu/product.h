@@ -1,0 +1,618 @@
+// Matrix products with a 4-bit factor, written once for every instruction set.
+//
+// A file that includes this supplies `Arithmetic`: how numbers are held, loaded and multiplied. The
+// scheme is that of Goto and van de Geijn (doi:10.1145/1356052.1356053): both factors are brought into
+// blocks that fit the caches, and a tile of sums stays in registers while the depth runs. What a 4-bit
+// factor adds is that "brought into" means decoding: each code is decoded once per call (or once per
+// kTokens rows of `left`), into a block that no one sees but the core that multiplies it.
+//
+//   transposed    sums[n][m] += right[n][p] * left[m][p]   right gives the rows, left the panels
+//   otherwise     sums[m][n] += left[m][p] * right[p][n]   left gives the rows, right the panels
+//
+// Rows are [row][kRowStride] with p running; a panel is [p][width] with the lanes running. An
+// arithmetic that multiplies pairs (kPair = 2) has two p side by side in each place.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../kernels.h"
+#include "../nf4.h"
+#include "isa.h"
+#include "parallel.h"
+#include "pool.h"
+
+namespace tunesmith {
+namespace {
+
+constexpr DynamicTable kScales = make_dynamic_table();
+
+inline bool is_4bit(int type) { return type == TUNESMITH_NF4 || type == TUNESMITH_FP4; }
+
+inline int64_t divide_up(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+inline int64_t round_up(int64_t count, int64_t size) { return divide_up(count, size) * size; }
+
+inline float load_as_float(const void* data, int type, int64_t at) {
+  switch (type) {
+    case TUNESMITH_FLOAT16: return float16_to_float(static_cast<const uint16_t*>(data)[at]);
+    case TUNESMITH_BFLOAT16: return bfloat16_to_float(static_cast<const uint16_t*>(data)[at]);
+    default: return static_cast<const float*>(data)[at];
+  }
+}
+
+inline void store_float(void* data, int type, int64_t at, float value) {
+  switch (type) {
+    case TUNESMITH_FLOAT16: static_cast<uint16_t*>(data)[at] = float_to_float16(value); break;
+    case TUNESMITH_BFLOAT16: static_cast<uint16_t*>(data)[at] = float_to_bfloat16(value); break;
+    default: static_cast<float*>(data)[at] = value;
+  }
+}
+
+inline float scale_of(const Matrix& matrix, int64_t block) {
+  return scale_of(block, matrix.absmax, matrix.nested_absmax, matrix.nested_offset, kScales);
+}
+
+// Where element i of a row goes.
+struct InOrder {
+  int64_t operator()(int64_t i) const { return i; }
+};
+template <int64_t kWidth>
+struct InPanels {
+  int64_t stride;
+  int64_t operator()(int64_t i) const { return i / kWidth * stride + i % kWidth; }
+};
+
+// A matrix, ready to be read as fp32.
+template <typename Simd>
+class Source {
+ public:
+  explicit Source(const Matrix& matrix)
+      : matrix_(matrix),
+        codes_(matrix.table == nullptr ? kNoTable : *matrix.table),
+        shift_(is_4bit(matrix.type) ? __builtin_ctzll(uint64_t(matrix.blocksize)) : 0) {}
+
+  int64_t columns() const { return matrix_.columns; }
+
+  // Fetches elements [column, column + count) of one row.
+  template <typename Place>
+  void fetch(int64_t row, int64_t column, int64_t count, float* out, Place place) const {
+    const int64_t begin = row * matrix_.columns + column;
+    if (is_4bit(matrix_.type)) {
+      decode(begin, count, out, place);
+    } else {
+      convert(begin, count, out, place);
+    }
+  }
+
+ private:
+  template <typename Place>
+  void convert(int64_t begin, int64_t count, float* out, Place place) const {
+    int64_t i = 0;
+    for (; i + Simd::kLanes <= count; i += Simd::kLanes) {
+      auto values = Simd::load(matrix_.data, matrix_.type, begin + i);
+      if (matrix_.keep != nullptr) {
+        values = Simd::kept(values, matrix_.keep + begin + i, matrix_.keep_scale);
+      }
+      Simd::store(out + place(i), values);
+    }
+    for (; i < count; ++i) {
+      float value = load_as_float(matrix_.data, matrix_.type, begin + i);
+      if (matrix_.keep != nullptr) {
+        value = matrix_.keep[begin + i] ? value * matrix_.keep_scale : 0.0f;
+      }
+      out[place(i)] = value;
+    }
+  }
+
+  template <typename Place>
+  void decode(int64_t begin, int64_t count, float* out, Place place) const {
+    const auto* packed = static_cast<const uint8_t*>(matrix_.data);
+    for (int64_t i = 0; i < count;) {
+      const int64_t block = (begin + i) >> shift_;
+      const int64_t end = std::min(count, ((block + 1) << shift_) - begin);
+      const float scale = scale_of(matrix_, block);
+      while (i < end) {
+        const int64_t at = begin + i;
+        if (at % 2 == 0 && i + 64 <= end && i % Simd::kLanes == 0) {
+          Simd::decode64(packed + at / 2, codes_, scale,
+                         [&](int64_t j) { return out + place(i + j); });
+          i += 64;
+          continue;
+        }
+        const uint8_t pair = packed[at / 2];
+        const unsigned code = at % 2 == 0 ? pair >> 4 : pair & 0xF;
+        out[place(i)] = matrix_.table->values[code] * scale;
+        ++i;
+      }
+    }
+  }
+
+  static constexpr FourBitTable kNoTable = {};
+
+  const Matrix& matrix_;
+  typename Simd::Codes codes_;
+  int shift_;  // a block size is a power of two
+};
+
+// Multiplies in fp32, with the vectors of Simd.
+template <typename Simd>
+struct Fp32Arithmetic {
+  using Element = float;
+  using Vectors = Simd;
+  using From = Source<Simd>;
+  static constexpr int kPair = 1;
+  static constexpr int kLanes = Simd::kLanes;
+  static constexpr int kTileRows = Simd::kTileRows;
+  static constexpr int kDepth = Simd::kDepth;
+  // not a power of two, so that rows do not fall on the same cache sets
+  static constexpr int kRowStride = kDepth + 16;
+
+  static void agree(From&, From&) {}
+
+  static void rows(const From& source, int64_t row, int64_t rows, int64_t p, int64_t depth,
+                   float* out) {
+    for (int64_t r = 0; r < rows; ++r) {
+      source.fetch(row + r, p, depth, out + r * kRowStride, InOrder());
+    }
+  }
+
+  // Columns [column, column + columns) to panels two vectors wide, each `stride` from the last.
+  static void panels(const From& source, int64_t p, int64_t depth, int64_t column, int64_t columns,
+                     int64_t stride, float* out) {
+    constexpr int64_t kWidth = 2 * kLanes;
+    for (int64_t d = 0; d < depth; ++d) {
+      float* row = out + d * kWidth;
+      source.fetch(p + d, column, columns, row, InPanels<kWidth>{stride});
+      if (columns % kWidth != 0) {
+        float* last = row + columns / kWidth * stride;
+        std::fill(last + columns % kWidth, last + kWidth, 0.0f);
+      }
+    }
+  }
+
+  // Rows [row, row + rows) to one panel in which they are the lanes.
+  static void panel_of_rows(const From& source, int64_t row, int64_t rows, int64_t width,
+                            float* out) {
+    constexpr int64_t kChunk = 64;
+    alignas(64) float values[2 * kLanes][kChunk];
+    for (int64_t r = rows; r < width; ++r) std::fill(values[r], values[r] + kChunk, 0.0f);
+    for (int64_t p = 0; p < source.columns(); p += kChunk) {
+      const int64_t count = std::min(kChunk, source.columns() - p);
+      for (int64_t r = 0; r < rows; ++r) {
+        source.fetch(row + r, p, count, values[r], InOrder());
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        float* to = out + (p + i) * width;
+        for (int64_t r = 0; r < width; ++r) to[r] = values[r][i];
+      }
+    }
+  }
+
+  // Adds R rows times `Vectors` vectors of a panel, over `depth`, to sums [R][width].
+  template <int R, int Count>
+  static void tile(int64_t depth, const float* rows, const float* panel, float* sums) {
+    using V = typename Simd::V;
+    V total[R][Count];
+    // unrolled in full, or the sums would live in memory
+#pragma GCC unroll 32
+    for (int r = 0; r < R; ++r) {
+      for (int v = 0; v < Count; ++v) total[r][v] = Simd::load(sums + (r * Count + v) * kLanes);
+    }
+    for (int64_t p = 0; p < depth; ++p) {
+      V lanes[Count];
+      for (int v = 0; v < Count; ++v) lanes[v] = Simd::load(panel + (p * Count + v) * kLanes);
+#pragma GCC unroll 32
+      for (int r = 0; r < R; ++r) {
+        const V value = Simd::broadcast(rows + r * kRowStride + p);
+        for (int v = 0; v < Count; ++v) total[r][v] = Simd::fma(value, lanes[v], total[r][v]);
+      }
+    }
+#pragma GCC unroll 32
+    for (int r = 0; r < R; ++r) {
+      for (int v = 0; v < Count; ++v) Simd::store(sums + (r * Count + v) * kLanes, total[r][v]);
+    }
+  }
+};
+
+// Adds `rows` rows times one panel of Count vectors to sums [rows][width].
+template <typename A, int Count, int R>
+void add_tiles(int64_t rows, int64_t depth, const typename A::Element* left,
+               const typename A::Element* panel, float* sums) {
+  constexpr int64_t kWidth = int64_t(Count) * A::kLanes;
+  while (rows >= R) {
+    A::template tile<R, Count>(depth, left, panel, sums);
+    rows -= R;
+    left += int64_t(R) * A::kRowStride;
+    sums += R * kWidth;
+  }
+  if constexpr (R > 1) {
+    if (rows > 0) add_tiles<A, Count, (R > 4 ? R / 2 : R - 1)>(rows, depth, left, panel, sums);
+  }
+}
+
+template <typename A>
+void add_panel(int64_t rows, int64_t depth, int64_t width, const typename A::Element* left,
+               const typename A::Element* panel, float* sums) {
+  // as many sums in registers either way
+  if (width == A::kLanes) {
+    add_tiles<A, 1, 2 * A::kTileRows>(rows, depth, left, panel, sums);
+  } else {
+    add_tiles<A, 2, A::kTileRows>(rows, depth, left, panel, sums);
+  }
+}
+
+// How rows or columns that become lanes fall into panels: two vectors wide, and the last one vector
+// if that holds what is left.
+template <typename A>
+struct Panels {
+  static constexpr int64_t kWidth = 2 * A::kLanes;
+  int64_t count;
+
+  int64_t panels() const { return divide_up(count, kWidth); }
+  int64_t used(int64_t panel) const { return std::min(kWidth, count - panel * kWidth); }
+  int64_t width(int64_t panel) const { return used(panel) <= A::kLanes ? A::kLanes : kWidth; }
+};
+
+// Once `count` rows of `left` have been multiplied, a block of `right` is decoded anew: by then
+// decoding is a small part, and the sums still fit the cache.
+constexpr int64_t kTokens = 512;
+// right's rows (transposed) or columns that one core decodes and multiplies at a time
+constexpr int64_t kBlockRows = 96;
+constexpr int64_t kBlockColumns = 64;
+// fewer multiplications than this are not worth a second thread
+constexpr int64_t kGrain = int64_t(1) << 16;
+
+// How a product is cut into blocks that threads share.
+struct Grid {
+  int64_t tokens, columns;         // of one block
+  int64_t token_blocks, column_blocks;
+
+  int64_t count() const { return token_blocks * column_blocks; }
+};
+
+inline Grid make_grid(int64_t tokens, int64_t columns, int64_t depth, int64_t token_unit,
+                      int64_t column_unit, int64_t column_block) {
+  Grid grid = {std::min(kTokens, round_up(tokens, token_unit)), column_block, 0, 0};
+  const int64_t threads = std::max<int64_t>(1, std::min(max_threads(), tokens * columns * depth / kGrain));
+  const auto cut = [&] {
+    grid.token_blocks = divide_up(tokens, grid.tokens);
+    grid.column_blocks = divide_up(columns, grid.columns);
+  };
+  cut();
+  // every thread should have something to do
+  if (grid.count() < 2 * threads && threads > 1) {
+    grid.columns = std::min(column_block, round_up(divide_up(columns, 2 * threads), column_unit));
+    cut();
+  }
+  if (grid.count() < threads) {
+    const int64_t parts = divide_up(threads, grid.column_blocks);
+    grid.tokens = std::min(grid.tokens, round_up(divide_up(tokens, parts), token_unit));
+    cut();
+  }
+  return grid;
+}
+
+inline int64_t grid_grain(const Grid& grid, int64_t depth) {
+  const int64_t work = grid.tokens * grid.columns * std::max<int64_t>(depth, 1);
+  return divide_up(kGrain, work);
+}
+
+// Writes one finished sum.
+struct Output {
+  const Product& product;
+
+  void operator()(int64_t m, int64_t n, float sum) const {
+    const int64_t at = m * product.row_stride + n * product.column_stride;
+    if (product.bias != nullptr) sum += load_as_float(product.bias, product.out_type, n);
+    if (product.accumulate) sum += load_as_float(product.out, product.out_type, at);
+    store_float(product.out, product.out_type, at, sum);
+  }
+
+  // The same for columns [n, n + count) of one row.
+  template <typename Simd>
+  void row(int64_t m, int64_t n, int64_t count, const float* sums) const {
+    int64_t i = 0;
+    if (product.column_stride == 1) {
+      const int64_t at = m * product.row_stride + n;
+      for (; i + Simd::kLanes <= count; i += Simd::kLanes) {
+        auto values = Simd::load(sums + i);
+        if (product.bias != nullptr) {
+          values = Simd::add(values, Simd::load(product.bias, product.out_type, n + i));
+        }
+        if (product.accumulate) {
+          values = Simd::add(values, Simd::load(product.out, product.out_type, at + i));
+        }
+        Simd::store(product.out, product.out_type, at + i, values);
+      }
+    }
+    for (; i < count; ++i) (*this)(m, n + i, sums[i]);
+  }
+};
+
+template <typename Simd>
+void scale_sums(float* sums, int64_t count, float factor) {
+  if (factor == 1.0f) return;
+  for (int64_t i = 0; i < count; i += Simd::kLanes) {
+    Simd::store(sums + i, Simd::mul(Simd::load(sums + i), Simd::set(factor)));
+  }
+}
+
+// right is [N, P]: it gives the rows, left the panels.
+template <typename A>
+void multiply_transposed(const Product& product) {
+  using Element = typename A::Element;
+  using Simd = typename A::Vectors;
+  using Exact = Fp32Arithmetic<Simd>;
+  constexpr int64_t kWidth = Panels<A>::kWidth;
+  const int64_t depth = product.left.columns;
+  const int64_t rank = product.left2.columns;
+  const Panels<A> tokens = {product.rows};
+  typename A::From from_left(product.left), from_right(product.right);
+  A::agree(from_left, from_right);
+  const Source<Simd> from_left2(product.left2), from_right2(product.right2);
+  const int64_t padded_depth = round_up(depth, A::kPair);
+  Scratch left(sizeof(Element) * tokens.panels() * kWidth * padded_depth);
+  Scratch left2(sizeof(float) * tokens.panels() * kWidth * rank);
+  parallel_for(tokens.panels(), divide_up(kGrain / 4, kWidth * std::max<int64_t>(depth, 1)),
+               [&](int64_t first, int64_t last) {
+                 for (int64_t i = first; i < last; ++i) {
+                   const int64_t m = i * kWidth, used = tokens.used(i), width = tokens.width(i);
+                   A::panel_of_rows(from_left, m, used, width,
+                                    left.as<Element>() + m * padded_depth);
+                   if (rank > 0) {
+                     float* low_rank = left2.as<float>() + m * rank;
+                     Exact::panel_of_rows(from_left2, m, used, width, low_rank);
+                     scale_sums<Simd>(low_rank, width * rank, product.alpha2);
+                   }
+                 }
+               });
+
+  const Grid grid = make_grid(product.rows, product.columns, depth + rank, kWidth, A::kTileRows,
+                              round_up(kBlockRows, 2 * A::kTileRows));
+  parallel_for(grid.count(), grid_grain(grid, depth + rank), [&](int64_t first, int64_t last) {
+    Scratch block(grid.columns *
+                  std::max(sizeof(Element) * A::kRowStride, sizeof(float) * Exact::kRowStride));
+    Scratch sums_of_block(sizeof(float) * grid.columns * round_up(grid.tokens, kWidth));
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t n = task / grid.token_blocks * grid.columns;
+      const int64_t rows = std::min(grid.columns, product.columns - n);
+      const int64_t token = task % grid.token_blocks * grid.tokens;
+      const int64_t first_panel = token / kWidth;
+      const int64_t last_panel = divide_up(std::min(token + grid.tokens, product.rows), kWidth);
+      const auto sums_at = [&](int64_t i) {
+        return sums_of_block.as<float>() + (i - first_panel) * kWidth * grid.columns;
+      };
+      std::fill(sums_at(first_panel), sums_at(last_panel), 0.0f);
+      for (int64_t p = 0; p < depth; p += A::kDepth) {
+        const int64_t count = std::min<int64_t>(A::kDepth, depth - p);
+        A::rows(from_right, n, rows, p, count, block.as<Element>());
+        for (int64_t i = first_panel; i < last_panel; ++i) {
+          const int64_t width = tokens.width(i);
+          add_panel<A>(rows, divide_up(count, A::kPair), width, block.as<Element>(),
+                       left.as<Element>() + i * kWidth * padded_depth + p * width, sums_at(i));
+        }
+      }
+      for (int64_t i = first_panel; i < last_panel; ++i) {
+        scale_sums<Simd>(sums_at(i), rows * tokens.width(i), product.alpha);
+      }
+      for (int64_t p = 0; p < rank; p += Exact::kDepth) {
+        const int64_t count = std::min<int64_t>(Exact::kDepth, rank - p);
+        Exact::rows(from_right2, n, rows, p, count, block.as<float>());
+        for (int64_t i = first_panel; i < last_panel; ++i) {
+          const int64_t width = tokens.width(i);
+          add_panel<Exact>(rows, count, width, block.as<float>(),
+                           left2.as<float>() + i * kWidth * rank + p * width, sums_at(i));
+        }
+      }
+      const Output output = {product};
+      alignas(64) float row[kBlockRows + 2 * A::kTileRows];
+      for (int64_t i = first_panel; i < last_panel; ++i) {
+        const int64_t width = tokens.width(i);
+        for (int64_t lane = 0; lane < tokens.used(i); ++lane) {
+          const float* sums = sums_at(i) + lane;
+          for (int64_t r = 0; r < rows; ++r) row[r] = sums[r * width];
+          output.template row<Simd>(i * kWidth + lane, n, rows, row);
+        }
+      }
+    }
+  });
+}
+
+// right is [P, N]: it gives the panels, left the rows.
+template <typename A>
+void multiply_plain(const Product& product) {
+  using Element = typename A::Element;
+  using Simd = typename A::Vectors;
+  using Exact = Fp32Arithmetic<Simd>;
+  constexpr int64_t kWidth = Panels<A>::kWidth;
+  const int64_t tokens = product.rows;
+  const typename A::From from_left(product.left), from_right(product.right);
+  const Source<Simd> from_left2(product.left2), from_right2(product.right2);
+  const int64_t depth = product.left.columns;
+  const int64_t rank = product.left2.columns;
+  const int64_t blocks = divide_up(depth, A::kDepth);
+  const int64_t blocks2 = divide_up(rank, Exact::kDepth);
+  // [block of the depth][token][kRowStride]
+  Scratch left(sizeof(Element) * blocks * tokens * A::kRowStride);
+  Scratch left2(sizeof(float) * blocks2 * tokens * Exact::kRowStride);
+  parallel_for(tokens, divide_up(kGrain / 4, std::max<int64_t>(depth, 1)),
+               [&](int64_t first, int64_t last) {
+                 for (int64_t b = 0; b < blocks; ++b) {
+                   const int64_t p = b * A::kDepth;
+                   A::rows(from_left, first, last - first, p,
+                           std::min<int64_t>(A::kDepth, depth - p),
+                           left.as<Element>() + (b * tokens + first) * A::kRowStride);
+                 }
+                 for (int64_t b = 0; b < blocks2; ++b) {
+                   const int64_t p = b * Exact::kDepth;
+                   float* low_rank = left2.as<float>() + (b * tokens + first) * Exact::kRowStride;
+                   Exact::rows(from_left2, first, last - first, p,
+                               std::min<int64_t>(Exact::kDepth, rank - p), low_rank);
+                   scale_sums<Simd>(low_rank, (last - first) * Exact::kRowStride, product.alpha2);
+                 }
+               });
+
+  const Grid grid = make_grid(tokens, product.columns, depth + rank, A::kTileRows, kWidth,
+                              round_up(kBlockColumns, kWidth));
+  constexpr int64_t panel_stride = kWidth * A::kDepth;  // kDepth is a multiple of kPair
+  parallel_for(grid.count(), grid_grain(grid, depth + rank), [&](int64_t first, int64_t last) {
+    Scratch block(grid.columns *
+                  std::max(sizeof(Element) * A::kDepth, sizeof(float) * Exact::kDepth));
+    Scratch sums_of_block(sizeof(float) * grid.columns * grid.tokens);
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t n = task / grid.token_blocks * grid.columns;
+      const int64_t columns = std::min(grid.columns, product.columns - n);
+      const int64_t panels = divide_up(columns, kWidth);
+      const int64_t token = task % grid.token_blocks * grid.tokens;
+      const int64_t rows = std::min(grid.tokens, tokens - token);
+      const auto sums_at = [&](int64_t panel) {
+        return sums_of_block.as<float>() + panel * kWidth * rows;
+      };
+      std::fill(sums_at(0), sums_at(panels), 0.0f);
+      // first, for only this part is masked
+      for (int64_t b = 0; b < blocks2; ++b) {
+        const int64_t p = b * Exact::kDepth;
+        const int64_t count = std::min<int64_t>(Exact::kDepth, rank - p);
+        Exact::panels(from_right2, p, count, n, columns, kWidth * Exact::kDepth,
+                      block.as<float>());
+        for (int64_t panel = 0; panel < panels; ++panel) {
+          add_panel<Exact>(rows, count, kWidth,
+                           left2.as<float>() + (b * tokens + token) * Exact::kRowStride,
+                           block.as<float>() + panel * kWidth * Exact::kDepth, sums_at(panel));
+        }
+      }
+      if (rank > 0 && product.keep != nullptr) {
+        for (int64_t m = 0; m < rows; ++m) {
+          const uint8_t* keep = product.keep + (token + m) * product.columns + n;
+          for (int64_t i = 0; i < columns; ++i) {
+            float& sum = sums_at(i / kWidth)[m * kWidth + i % kWidth];
+            sum = keep[i] ? sum * product.keep_scale : 0.0f;
+          }
+        }
+      }
+      for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t p = b * A::kDepth;
+        const int64_t count = std::min<int64_t>(A::kDepth, depth - p);
+        A::panels(from_right, p, count, n, columns, panel_stride, block.as<Element>());
+        for (int64_t panel = 0; panel < panels; ++panel) {
+          add_panel<A>(rows, divide_up(count, A::kPair), kWidth,
+                       left.as<Element>() + (b * tokens + token) * A::kRowStride,
+                       block.as<Element>() + panel * panel_stride, sums_at(panel));
+        }
+      }
+      if (rank == 0) scale_sums<Simd>(sums_at(0), panels * kWidth * rows, product.alpha);
+      const Output output = {product};
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        const int64_t used = std::min(kWidth, columns - panel * kWidth);
+        for (int64_t m = 0; m < rows; ++m) {
+          output.template row<Simd>(token + m, n + panel * kWidth, used,
+                                    sums_at(panel) + m * kWidth);
+        }
+      }
+    }
+  });
+}
+
+// At most this many rows of `left` are multiplied without a block: decoding is then most of the work,
+// and each value is used as it leaves the register, by up to 4 rows.
+constexpr int64_t kFewTokens = 8;
+
+inline bool has_few_tokens(const Product& product) {
+  return product.transposed && product.rows <= kFewTokens && is_4bit(product.right.type) &&
+         product.left.columns > 0 && product.left.columns % 64 == 0;
+}
+
+template <typename Simd>
+float dot(const float* a, const float* b, int64_t count) {
+  auto total = Simd::set(0.0f);
+  int64_t i = 0;
+  for (; i + Simd::kLanes <= count; i += Simd::kLanes) {
+    total = Simd::fma(Simd::load(a + i), Simd::load(b + i), total);
+  }
+  float sum = Simd::sum(total);
+  for (; i < count; ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+// Rows [row, row + kRows) of the product. Simd decodes a group of codes at a time, in an order that
+// suits it; left is brought into the same order.
+template <typename Simd, int kRows>
+void multiply_few_rows(const Product& product, int64_t row) {
+  constexpr int64_t kLanes = Simd::kLanes, kGroup = Simd::kGroup, kBlocks = kGroup / 64;
+  const Matrix& right = product.right;
+  const int64_t depth = product.left.columns, groups = divide_up(depth, kGroup);
+  const int64_t rank = product.left2.columns;
+  const Source<Simd> from_left(product.left), from_left2(product.left2);
+  const Source<Simd> from_right2(product.right2);
+  Scratch in_order(sizeof(float) * depth);
+  Scratch left(sizeof(float) * kRows * groups * kGroup);
+  Scratch left2(sizeof(float) * kRows * rank);
+  for (int64_t m = 0; m < kRows; ++m) {
+    from_left.fetch(row + m, 0, depth, in_order.as<float>(), InOrder());
+    float* to = left.as<float>() + m * groups * kGroup;
+    for (int64_t begin = 0; begin < depth; begin += kGroup) {
+      for (int64_t at = 0; at < kGroup; ++at) {
+        const int64_t from = begin + Simd::source(at);
+        to[begin + at] = from < depth ? in_order.as<float>()[from] : 0.0f;
+      }
+    }
+    if (rank > 0) {
+      from_left2.fetch(row + m, 0, rank, left2.as<float>() + m * rank, InOrder());
+    }
+  }
+  const int shift = __builtin_ctzll(uint64_t(right.blocksize));
+  const auto* packed = static_cast<const uint8_t*>(right.data);
+  const typename Simd::Codes codes(*right.table);
+  const Output output = {product};
+  parallel_for(product.columns, divide_up(kGrain, depth), [&](int64_t first, int64_t last) {
+    Scratch row2(sizeof(float) * rank);
+    for (int64_t n = first; n < last; ++n) {
+      typename Simd::V total[kRows];
+      for (int m = 0; m < kRows; ++m) total[m] = Simd::set(0.0f);
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t begin = n * depth + g * kGroup;
+        const int64_t blocks = std::min(kGroup, depth - g * kGroup) / 64;
+        float scales[kBlocks] = {};
+        for (int64_t b = 0; b < blocks; ++b) scales[b] = scale_of(right, (begin + 64 * b) >> shift);
+        const float* values = left.as<float>() + g * kGroup;
+        // two sums a row, so that one need not wait for the other
+        typename Simd::V sums[kRows][2];
+        for (int m = 0; m < kRows; ++m) sums[m][0] = sums[m][1] = Simd::set(0.0f);
+        Simd::decode_group(packed + begin / 2, blocks, codes, [&](int i, typename Simd::V decoded) {
+          for (int m = 0; m < kRows; ++m) {
+            const auto lanes = Simd::load(values + m * groups * kGroup + i * kLanes);
+            sums[m][i % 2] = Simd::fma(decoded, lanes, sums[m][i % 2]);
+          }
+        });
+        const auto scale = Simd::spread(scales);
+        for (int m = 0; m < kRows; ++m) {
+          total[m] = Simd::fma(Simd::add(sums[m][0], sums[m][1]), scale, total[m]);
+        }
+      }
+      if (rank > 0) from_right2.fetch(n, 0, rank, row2.as<float>(), InOrder());
+      for (int64_t m = 0; m < kRows; ++m) {
+        float sum = product.alpha * Simd::sum(total[m]);
+        if (rank > 0) {
+          sum += product.alpha2 * dot<Simd>(left2.as<float>() + m * rank, row2.as<float>(), rank);
+        }
+        output(row + m, n, sum);
+      }
+    }
+  });
+}
+
+template <typename Simd>
+void multiply_few(const Product& product) {
+  for (int64_t row = 0; row < product.rows; row += 4) {
+    switch (product.rows - row) {
+      case 1: multiply_few_rows<Simd, 1>(product, row); break;
+      case 2: multiply_few_rows<Simd, 2>(product, row); break;
+      case 3: multiply_few_rows<Simd, 3>(product, row); break;
+      default: multiply_few_rows<Simd, 4>(product, row);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace tunesmith

@@ -1,0 +1,14 @@
+// Products with AVX-512: 16 fp32 at a time.
+#include "product_avx512.h"
+
+#include "products.h"
+
+namespace tunesmith {
+
+void multiply_avx512(const Product& product) {
+  if (has_few_tokens(product)) return multiply_few<Avx512>(product);
+  if (product.transposed) return multiply_transposed<Fp32Arithmetic<Avx512>>(product);
+  multiply_plain<Fp32Arithmetic<Avx512>>(product);
+}
+
+}  // namespace tunesmith

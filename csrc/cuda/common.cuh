@@ -1,0 +1,178 @@
+// What the CUDA kernels share: tables, element types, vectors of elements, reductions.
+//
+// Compiled for CUDA, but run in emulation only (tests/native/emulation), NOT YET on a device.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "../kernels.h"
+#include "../nf4.h"
+#include "launch.cuh"
+
+namespace tunesmith {
+
+// All the shared memory of a thread block, as large as its launch asked for.
+extern __shared__ uint4 shared_memory[];
+
+namespace {
+
+// In global memory, where lanes may look up different codes at once; in constant memory they would
+// wait for each other.
+__device__ const FourBitTable kNf4 = make_nf4_table();
+__device__ const FourBitTable kFp4 = make_fp4_table();
+__device__ const DynamicTable kDynamic = make_dynamic_table();
+
+__device__ inline const FourBitTable& table_of(int type) {
+  return type == TUNESMITH_FP4 ? kFp4 : kNf4;
+}
+
+// Code number `element` of the eight in a little-endian word: the high nibble of a byte is first.
+__device__ inline unsigned code_at(unsigned word, int element) {
+  return word >> ((4 * element) ^ 4) & 0xFu;
+}
+
+__device__ inline unsigned code_at(const uint8_t* packed, int64_t element) {
+  const unsigned pair = packed[element / 2];
+  return element % 2 == 0 ? pair >> 4 : pair & 0xFu;
+}
+
+// An element in memory is a Storage, and 32 bits of memory are a word of one element or two.
+struct Float32 {
+  using Storage = float;
+  static constexpr int kPerWord = 1;
+  static __device__ float load(float value) { return value; }
+  static __device__ float store(float value) { return value; }
+  static __device__ void unpack(unsigned word, float* to) { *to = float_of(word); }
+  static __device__ unsigned pack(const float* from) { return bits_of(*from); }
+};
+
+struct Float16 {
+  using Storage = uint16_t;
+  static constexpr int kPerWord = 2;
+  static __device__ float load(uint16_t value) { return __half2float(__ushort_as_half(value)); }
+  static __device__ uint16_t store(float value) { return __half_as_ushort(__float2half_rn(value)); }
+  static __device__ void unpack(unsigned word, float* to) {
+    to[0] = load(uint16_t(word));
+    to[1] = load(uint16_t(word >> 16));
+  }
+  static __device__ unsigned pack(const float* from) {
+    const __half2 pair = __floats2half2_rn(from[0], from[1]);
+    unsigned word;
+    memcpy(&word, &pair, sizeof word);
+    return word;
+  }
+};
+
+struct BFloat16 {
+  using Storage = uint16_t;
+  static constexpr int kPerWord = 2;
+  static __device__ float load(uint16_t value) { return bfloat16_to_float(value); }
+  static __device__ uint16_t store(float value) {
+    return __bfloat16_as_ushort(__float2bfloat16_rn(value));
+  }
+  static __device__ void unpack(unsigned word, float* to) {
+    to[0] = float_of(word << 16);
+    to[1] = float_of(word & 0xFFFF0000u);
+  }
+  static __device__ unsigned pack(const float* from) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(from[0], from[1]);
+    unsigned word;
+    memcpy(&word, &pair, sizeof word);
+    return word;
+  }
+};
+
+inline bool is_four_bit(int type) { return type == TUNESMITH_NF4 || type == TUNESMITH_FP4; }
+
+// Returns what `act` does for the type of that dtype. For the host.
+template <typename Act>
+const char* for_dtype(int dtype, Act act) {
+  switch (dtype) {
+    case TUNESMITH_FLOAT32: return act(Float32{});
+    case TUNESMITH_FLOAT16: return act(Float16{});
+    case TUNESMITH_BFLOAT16: return act(BFloat16{});
+  }
+  return not_supported();
+}
+
+// Eight elements as they lie in memory, at a multiple of 16 bytes.
+template <typename T>
+struct Eight {
+  uint4 bits[2 / T::kPerWord];
+
+  __device__ void unpack(float* to) const {
+#pragma unroll
+    for (int i = 0; i < 2 / T::kPerWord; ++i) {
+      const unsigned words[4] = {bits[i].x, bits[i].y, bits[i].z, bits[i].w};
+#pragma unroll
+      for (int w = 0; w < 4; ++w) T::unpack(words[w], to + (4 * i + w) * T::kPerWord);
+    }
+  }
+};
+
+template <typename T>
+__device__ Eight<T> load_eight(const typename T::Storage* from) {
+  Eight<T> eight;
+#pragma unroll
+  for (int i = 0; i < 2 / T::kPerWord; ++i) {
+    eight.bits[i] = reinterpret_cast<const uint4*>(from)[i];
+  }
+  return eight;
+}
+
+// For decoding, in shared memory.
+struct Tables {
+  float values[16];  // of the codes; in 16 banks, so that lanes never wait for each other
+  float dynamic[256];
+};
+
+// Every thread takes part; a barrier must follow.
+__device__ inline void fill(Tables& tables, int type) {
+  if (threadIdx.x < 16) tables.values[threadIdx.x] = table_of(type).values[threadIdx.x];
+  for (unsigned i = threadIdx.x; i < 256; i += blockDim.x) tables.dynamic[i] = kDynamic.values[i];
+}
+
+// The scale of a block as it lies in memory. It is loaded early and decoded late: decoding a nested
+// one waits for what was loaded.
+struct LoadedScale {
+  unsigned absmax;  // its bits, or the code of a nested one
+  float nested_absmax;
+};
+
+__device__ inline LoadedScale load_scale(uint64_t block, const void* __restrict__ absmax,
+                                         const float* __restrict__ nested_absmax) {
+  if (nested_absmax == nullptr) return {static_cast<const unsigned*>(absmax)[block], 0.0f};
+  return {static_cast<const uint8_t*>(absmax)[block], nested_absmax[block / kNestedBlocksize]};
+}
+
+__device__ inline float decode(const LoadedScale& scale, bool nested, float offset,
+                               const Tables& tables) {
+  if (!nested) return float_of(scale.absmax);
+  return __fadd_rn(__fmul_rn(tables.dynamic[scale.absmax], scale.nested_absmax), offset);
+}
+
+__device__ inline unsigned warp_max(unsigned value, int lanes) {
+  for (int offset = lanes / 2; offset > 0; offset /= 2) {
+    value = max(value, __shfl_xor_sync(0xFFFFFFFFu, value, offset));
+  }
+  return value;
+}
+
+__device__ inline float warp_sum(float value) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    value += __shfl_xor_sync(0xFFFFFFFFu, value, offset);
+  }
+  return value;
+}
+
+__device__ inline int64_t thread_index() {
+  return int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+}
+
+__device__ inline int64_t thread_count() { return int64_t(gridDim.x) * blockDim.x; }
+
+}  // namespace
+}  // namespace tunesmith

@@ -1,0 +1,105 @@
+// Dequantizing on CUDA: the bits of the CPU kernels, nested scales decoded on the way.
+//
+// Compiled for CUDA, but run in emulation only (tests/native/emulation), NOT YET on a device.
+#include <type_traits>
+
+#include "common.cuh"
+
+namespace tunesmith {
+namespace {
+
+constexpr int kVectorsAtOnce = 4;  // loads a thread has under way
+
+struct Packed {
+  const uint8_t* codes;
+  const void* absmax;
+  const float* nested_absmax;
+  const float* nested_offset;
+  int64_t numel;
+  int64_t blocksize;
+  int blocksize_log2;  // for the vectors
+  int type;
+};
+
+// First the elements of that many vectors of 16 bytes of `out`, then one by one what is left.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    dequantize_kernel(Packed weight, int64_t vectors, typename T::Storage* __restrict__ out) {
+  constexpr int kElements = 4 * T::kPerWord;
+  using Codes = std::conditional_t<kElements == 8, uint32_t, uint16_t>;
+
+  Tables& tables = *reinterpret_cast<Tables*>(shared_memory);
+  fill(tables, weight.type);
+  __syncthreads();
+  const bool nested = weight.nested_absmax != nullptr;
+  const float offset = nested ? *weight.nested_offset : 0.0f;
+
+  const Codes* __restrict__ codes = reinterpret_cast<const Codes*>(weight.codes);
+  uint4* __restrict__ out_vectors = reinterpret_cast<uint4*>(out);
+  const int64_t tile = int64_t(blockDim.x) * kVectorsAtOnce;
+  for (int64_t start = blockIdx.x * tile; start < vectors; start += gridDim.x * tile) {
+    unsigned loaded[kVectorsAtOnce];
+    LoadedScale scales[kVectorsAtOnce];
+#pragma unroll
+    for (int i = 0; i < kVectorsAtOnce; ++i) {
+      const int64_t vector = start + i * int64_t(blockDim.x) + threadIdx.x;
+      if (vector >= vectors) continue;
+      loaded[i] = codes[vector];
+      const auto block = uint64_t(vector) * kElements >> weight.blocksize_log2;
+      scales[i] = load_scale(block, weight.absmax, weight.nested_absmax);
+    }
+#pragma unroll
+    for (int i = 0; i < kVectorsAtOnce; ++i) {
+      const int64_t vector = start + i * int64_t(blockDim.x) + threadIdx.x;
+      if (vector >= vectors) continue;
+      const float scale = decode(scales[i], nested, offset, tables);
+      float elements[kElements];
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) {
+        elements[e] = dequantized(tables.values[code_at(loaded[i], e)], scale);
+      }
+      uint4 bits;
+      bits.x = T::pack(elements);
+      bits.y = T::pack(elements + T::kPerWord);
+      bits.z = T::pack(elements + 2 * T::kPerWord);
+      bits.w = T::pack(elements + 3 * T::kPerWord);
+      out_vectors[vector] = bits;
+    }
+  }
+
+  for (int64_t i = vectors * kElements + thread_index(); i < weight.numel; i += thread_count()) {
+    const float scale = scale_of(i / weight.blocksize, weight.absmax, weight.nested_absmax, offset,
+                                 kDynamic);
+    out[i] = T::store(dequantized(tables.values[code_at(weight.codes, i)], scale));
+  }
+}
+
+template <typename T>
+const char* dequantize(const Packed& weight, void* out, void* stream) {
+  constexpr int kElements = 4 * T::kPerWord;
+  const bool by_vectors = is_aligned(out, 16) && is_aligned(weight.codes, kElements / 2) &&
+                          fits_vectors(weight.blocksize);
+  const int64_t vectors = by_vectors ? weight.numel / kElements : 0;
+  const unsigned grid = by_vectors ? grid_for(vectors + 1, kThreads * kVectorsAtOnce)
+                                   : grid_for(weight.numel, kThreads);
+  return launch(dequantize_kernel<T>, grid, kThreads, sizeof(Tables), stream, weight, vectors,
+                static_cast<typename T::Storage*>(out));
+}
+
+}  // namespace
+}  // namespace tunesmith
+
+using namespace tunesmith;
+
+const char* tunesmith_dequantize_4bit_cuda(const uint8_t* packed, const void* absmax,
+                                           const float* nested_absmax, const float* nested_offset,
+                                           int64_t numel, int64_t blocksize, int type, int dtype,
+                                           void* out, void* stream) {
+  if (!is_four_bit(type)) return not_supported();
+  if (numel == 0) return nullptr;  // CUDA refuses an empty grid
+  const Packed weight = {packed, absmax,    nested_absmax,      nested_offset,
+                         numel,  blocksize, log2_of(blocksize), type};
+  return for_dtype(dtype, [&](auto element) {
+    return dequantize<decltype(element)>(weight, out, stream);
+  });
+}

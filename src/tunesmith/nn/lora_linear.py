@@ -1,0 +1,246 @@
+"""LoraLinear: PEFT's LoRA layer with base product and adapter in one pass.
+
+y = x Wᵀ + b + scaling dropout(x) Aᵀ Bᵀ (LoRA, arXiv:2106.09685) over a frozen W, in 4 bits or
+plain. This is the one place where an adapter and a 4-bit base meet; importing it imports PEFT.
+
+The parameters, their names and their files are PEFT's: an adapter goes back and forth between this
+layer and PEFT's own.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from tunesmith.errors import ModelError, OpError
+from tunesmith.nn.nf4_linear import NF4Linear, autocast
+from tunesmith.ops import frozen_linear, quantize_4bit
+from tunesmith.ops.schema import DTYPES
+
+__all__ = ["LoraLinear", "load", "register"]
+
+# PEFT's initializations that put another weight into the base layer
+_REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def register(config: LoraConfig) -> LoraConfig:
+    """Make PEFT build a LoraLinear wherever this config adapts a linear layer; returns the config.
+
+    Layers of other kinds, and those of quantization libraries, stay with PEFT's own classes. The
+    config is saved as before.
+    """
+    # a key is matched by isinstance; the function behind it declines what is not ours
+    config._register_custom_module({nn.Linear: _build})
+    return config
+
+
+def load(model: nn.Module, directory: Path) -> PeftModel:
+    """Return the model with the LoRA adapter saved in `directory`, ready to be trained on."""
+    return PeftModel.from_pretrained(
+        model,
+        directory,
+        is_trainable=True,
+        config=register(LoraConfig.from_pretrained(directory, local_files_only=True)),
+        local_files_only=True,
+    )
+
+
+class LoraLinear(lora.Linear):  # type: ignore[misc]
+    """A LoRA layer over an `NF4Linear` or an nn.Linear.
+
+    Forward and backward are one pass each while exactly one plain adapter is active and the base is
+    frozen; in all other cases (DoRA and other variants, several adapters at once, merged ones,
+    hooks on the inner layers, ...) they are PEFT's own, with the same result.
+
+    Merging into an `NF4Linear` quantizes the sum again, and warns that this rounds. Raises OpError
+    if the merged weight is not finite; nothing is merged then.
+    """
+
+    base_layer: Any
+
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter; refuse an initialization that would change a 4-bit base weight."""
+        config = kwargs.get("config")
+        init = getattr(config, "init_lora_weights", None)
+        if isinstance(self.get_base_layer(), NF4Linear) and (
+            (isinstance(init, str) and init.lower().startswith(_REWRITES_BASE))
+            or getattr(config, "kasa_config", None) is not None
+        ):
+            what = repr(init) if isinstance(init, str) else "KaSA"
+            raise ModelError(
+                f"got the initialization {what}, which rewrites the base weight; a base in 4 bits "
+                f"stays as it is; use init_lora_weights=True, or leave the base unquantized"
+            )
+        super().update_layer(adapter_name, *args, **kwargs)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the base layer's output plus the active adapters', [..., out_features]."""
+        if not args and not kwargs:
+            name = self._single_adapter()
+            if name is not None:
+                cast = autocast(x)
+                if self._fits(name, x, cast):
+                    return self._fused(name, cast)
+        result: Tensor = super().forward(x, *args, **kwargs)
+        return result
+
+    def _single_adapter(self) -> str | None:
+        """Return the name of the active adapter, if it is only one and a plain LoRA."""
+        if self.disable_adapters or self.merged_adapters or self.fan_in_fan_out:
+            return None
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if len(names) != 1:
+            return None
+        name: str = names[0]
+        plain = name not in self.lora_variant and not self.lora_bias[name]
+        return name if plain else None
+
+    def _fits(self, name: str, x: Tensor, cast: Tensor) -> bool:
+        """Whether the fused pass can do what PEFT would do with x, `cast` being its autocast."""
+        a, b = self.lora_A[name], self.lora_B[name]
+        dropout, base = self.lora_dropout[name], self.base_layer
+        if type(base) is NF4Linear:
+            held, frozen = base.packed, True
+        elif type(base) is nn.Linear:
+            held = base.weight
+            # without autocast, x in another dtype is an error, and torch's to raise
+            frozen = (
+                type(held) is nn.Parameter
+                and not held.requires_grad
+                and held.dtype in DTYPES
+                and (held.dtype == x.dtype or torch.is_autocast_enabled(x.device.type))
+            )
+        else:
+            return False
+        return (
+            frozen
+            and type(x) in (Tensor, nn.Parameter)
+            and x.layout == torch.strided
+            and cast.dtype in DTYPES
+            and type(a) is type(b) is nn.Linear
+            and type(dropout) in (nn.Identity, nn.Dropout)
+            and type(a.weight) is type(b.weight) is nn.Parameter
+            and a.weight.dtype == b.weight.dtype
+            and a.weight.dtype in DTYPES
+            and x.device == held.device == a.weight.device == b.weight.device
+            and getattr(self, "cast_input_dtype_enabled", True)
+            and not any(_intercepted(module) for module in (base, a, b, dropout))
+        )
+
+    def _fused(self, name: str, x: Tensor) -> Tensor:
+        base, dropout = self.base_layer, self.lora_dropout[name]
+        adapter = (self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
+        parts: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+        if isinstance(base, NF4Linear):
+            parts = (base.packed, base.absmax, base.nested_absmax, base.nested_offset)
+            blocksize, quant_type = base.blocksize, base.quant_type
+        else:
+            parts, blocksize, quant_type = (base.weight, None, None, None), 0, ""
+        return frozen_linear(
+            x,
+            parts,
+            (base.out_features, base.in_features),
+            blocksize,
+            quant_type,
+            base.bias,
+            adapter,
+            dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0,
+        )
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the named adapters (by default the active ones) into the base weight.
+
+        Into a 4-bit weight they are added in fp32, and the sum is quantized again.
+        """
+        names = self.active_adapters if adapter_names is None else adapter_names
+        pending = any(name in self.lora_A and name not in self.merged_adapters for name in names)
+        if pending and isinstance(self.get_base_layer(), NF4Linear):
+            # into a copy, which is looked at before it is taken: safe as it is
+            with self._dense_base("merging into"):
+                super().merge(safe_merge=False, adapter_names=adapter_names)
+        else:
+            super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+
+    def unmerge(self) -> None:
+        """Take all merged adapters out of the base weight; a 4-bit one is rounded once more."""
+        pending = any(name in self.lora_A for name in self.merged_adapters)
+        if pending and isinstance(self.get_base_layer(), NF4Linear):
+            with self._dense_base("unmerging from"):
+                super().unmerge()
+        else:
+            super().unmerge()
+
+    @contextmanager
+    def _dense_base(self, doing: str) -> Iterator[None]:
+        """Put a dense fp32 layer in a 4-bit base's place, and quantize what becomes of it."""
+        original, base = self.base_layer, self.get_base_layer()
+        warnings.warn(
+            f"{doing} a 4-bit weight rounds it to 4 bits again, so outputs change a little; the "
+            "Tuner's .merge() merges in 16 or 32 bits",
+            stacklevel=4,
+        )
+        merged = list(self.merged_adapters)
+        dense = base.dense(torch.float32)
+        self.base_layer = dense
+        try:
+            yield
+            _requantize(base, dense)
+        except BaseException:
+            self.merged_adapters[:] = merged
+            raise
+        finally:
+            self.base_layer = original
+
+
+def _build(target: nn.Module, adapter_name: str, **kwargs: Any) -> LoraLinear | None:
+    """Return a LoraLinear around `target`, or None to leave it to PEFT."""
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    config = kwargs.get("config")
+    ours = type(base) is NF4Linear or (
+        # a quantization library may keep a tensor of its own class in a plain nn.Linear
+        type(base) is nn.Linear and type(base.weight) is nn.Parameter
+    )
+    if (
+        not ours
+        or kwargs.get("parameter_name") is not None
+        or getattr(config, "fan_in_fan_out", False)
+    ):
+        return None
+    return LoraLinear(target, adapter_name, **kwargs)
+
+
+def _intercepted(module: nn.Module) -> bool:
+    """Whether something relies on this module being called."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _requantize(base: NF4Linear, dense: nn.Linear) -> None:
+    """Put a dense layer's weight and bias into a 4-bit one."""
+    for name, part in dense.named_parameters():
+        if not part.isfinite().all():
+            raise OpError(
+                f"the merged {name} holds NaN or Inf; merging needs finite numbers; check the "
+                f"adapter: its training seems to have diverged"
+            )
+    w = quantize_4bit(
+        dense.weight, base.blocksize, base.nested_absmax is not None, quant_type=base.quant_type
+    )
+    base.packed, base.absmax = w.packed, w.absmax
+    base.nested_absmax, base.nested_offset = w.nested_absmax, w.nested_offset
+    if base.bias is not None:
+        base.bias.data = dense.bias.detach().to(base.bias.dtype)
