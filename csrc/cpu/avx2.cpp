@@ -114,19 +114,38 @@ void quantize_blocks(const QuantizeJob& job, int64_t first, int64_t last) {
   }
 }
 
+// Stores a vector, with kPast past the caches: `at` is then aligned.
+template <bool kPast>
+void put(float* at, __m256 values) {
+  if (kPast) {
+    _mm256_stream_ps(at, values);
+  } else {
+    _mm256_storeu_ps(at, values);
+  }
+}
+template <bool kPast>
+void put(uint16_t* at, __m256i values) {
+  if (kPast) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(at), values);
+  } else {
+    store_bits(at, values);
+  }
+}
+
+template <bool kPast>
 void dequantize_block(const uint8_t* packed, int64_t count, const BytePlanes& planes, float scale,
                       float* out) {
   const __m256 scales = _mm256_set1_ps(scale);
   for (int64_t i = 0; i < count; i += 64) {
     decode64(packed + i / 2, planes, scales, [&](int64_t j, __m256 eight) {
       // adding 0 as in dequantized()
-      _mm256_storeu_ps(out + i + j, _mm256_add_ps(eight, _mm256_setzero_ps()));
+      put<kPast>(out + i + j, _mm256_add_ps(eight, _mm256_setzero_ps()));
     });
   }
 }
 
 // 16-bit values are looked up a byte at a time, already rounded.
-template <typename T>
+template <typename T, bool kPast>
 void dequantize_block(const uint8_t* packed, int64_t count, const FourBitTable& table, float scale,
                       uint16_t* out) {
   const BlockValues values(table, scale);
@@ -147,10 +166,10 @@ void dequantize_block(const uint8_t* packed, int64_t count, const FourBitTable& 
     const __m256i a1 = _mm256_unpackhi_epi8(a_low, a_high);  // 8-15, 40-47
     const __m256i b0 = _mm256_unpacklo_epi8(b_low, b_high);  // 16-23, 48-55
     const __m256i b1 = _mm256_unpackhi_epi8(b_low, b_high);  // 24-31, 56-63
-    store_bits(out + i, _mm256_permute2x128_si256(a0, a1, 0x20));
-    store_bits(out + i + 16, _mm256_permute2x128_si256(b0, b1, 0x20));
-    store_bits(out + i + 32, _mm256_permute2x128_si256(a0, a1, 0x31));
-    store_bits(out + i + 48, _mm256_permute2x128_si256(b0, b1, 0x31));
+    put<kPast>(out + i, _mm256_permute2x128_si256(a0, a1, 0x20));
+    put<kPast>(out + i + 16, _mm256_permute2x128_si256(b0, b1, 0x20));
+    put<kPast>(out + i + 32, _mm256_permute2x128_si256(a0, a1, 0x31));
+    put<kPast>(out + i + 48, _mm256_permute2x128_si256(b0, b1, 0x31));
   }
 }
 
@@ -165,28 +184,38 @@ void quantize(const QuantizeJob& job, int64_t first, int64_t last) {
   if (end < last) scalar_isa.quantize(job, end, last);
 }
 
-void dequantize(const DequantizeJob& job, int64_t first, int64_t last) {
-  const int64_t full = job.numel / job.blocksize;
-  const int64_t end = last < full ? last : full;
+template <bool kPast>
+void dequantize_blocks(const DequantizeJob& job, int64_t first, int64_t last) {
   const BytePlanes planes(*job.table);
-  for (int64_t block = first; block < end; ++block) {
+  for (int64_t block = first; block < last; ++block) {
     const int64_t begin = block * job.blocksize;
     const uint8_t* packed = job.packed + begin / 2;
     const float scale =
         scale_of(block, job.absmax, job.nested_absmax, job.nested_offset, kDynamic);
     switch (job.dtype) {
       case TUNESMITH_FLOAT32:
-        dequantize_block(packed, job.blocksize, planes, scale, static_cast<float*>(job.out) + begin);
+        dequantize_block<kPast>(packed, job.blocksize, planes, scale, static_cast<float*>(job.out) + begin);
         break;
       case TUNESMITH_FLOAT16:
-        dequantize_block<Float16>(packed, job.blocksize, *job.table, scale,
+        dequantize_block<Float16, kPast>(packed, job.blocksize, *job.table, scale,
                                   static_cast<uint16_t*>(job.out) + begin);
         break;
       case TUNESMITH_BFLOAT16:
-        dequantize_block<BFloat16>(packed, job.blocksize, *job.table, scale,
+        dequantize_block<BFloat16, kPast>(packed, job.blocksize, *job.table, scale,
                                    static_cast<uint16_t*>(job.out) + begin);
         break;
     }
+  }
+  if (kPast) _mm_sfence();
+}
+
+void dequantize(const DequantizeJob& job, int64_t first, int64_t last) {
+  const int64_t full = job.numel / job.blocksize;
+  const int64_t end = last < full ? last : full;
+  if (goes_past_caches(job, sizeof(__m256))) {
+    dequantize_blocks<true>(job, first, end);
+  } else {
+    dequantize_blocks<false>(job, first, end);
   }
   if (end < last) scalar_isa.dequantize(job, end, last);
 }

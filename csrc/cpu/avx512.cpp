@@ -87,20 +87,39 @@ __m512 block_values(const FourBitTable& table, float scale) {
   return _mm512_add_ps(scaled_values(table, scale), _mm512_setzero_ps());
 }
 
+// Stores a vector, with kPast past the caches: `at` is then aligned.
+template <bool kPast>
+void put(float* at, __m512 values) {
+  if (kPast) {
+    _mm512_stream_ps(at, values);
+  } else {
+    _mm512_storeu_ps(at, values);
+  }
+}
+template <bool kPast>
+void put(uint16_t* at, __m512i values) {
+  if (kPast) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(at), values);
+  } else {
+    store_bits(at, values);
+  }
+}
+
+template <bool kPast>
 void dequantize_block(const uint8_t* packed, int64_t count, const FourBitTable& table, float scale,
                       float* out) {
   const __m512 values = block_values(table, scale);
   for (int64_t i = 0; i < count; i += 16) {
-    _mm512_storeu_ps(out + i, _mm512_permutexvar_ps(codes_of(packed + i / 2), values));
+    put<kPast>(out + i, _mm512_permutexvar_ps(codes_of(packed + i / 2), values));
   }
 }
 
-template <typename T>
+template <typename T, bool kPast>
 void dequantize_block(const uint8_t* packed, int64_t count, const FourBitTable& table, float scale,
                       uint16_t* out) {
   const __m512i values = twice(T::narrow(block_values(table, scale)));
   for (int64_t i = 0; i < count; i += 32) {
-    store_bits(out + i, _mm512_permutexvar_epi16(short_codes_of(packed + i / 2), values));
+    put<kPast>(out + i, _mm512_permutexvar_epi16(short_codes_of(packed + i / 2), values));
   }
 }
 
@@ -115,28 +134,38 @@ void quantize(const QuantizeJob& job, int64_t first, int64_t last) {
   if (end < last) scalar_isa.quantize(job, end, last);
 }
 
-void dequantize(const DequantizeJob& job, int64_t first, int64_t last) {
-  const int64_t full = job.numel / job.blocksize;
-  const int64_t end = last < full ? last : full;
-  for (int64_t block = first; block < end; ++block) {
+template <bool kPast>
+void dequantize_blocks(const DequantizeJob& job, int64_t first, int64_t last) {
+  for (int64_t block = first; block < last; ++block) {
     const int64_t begin = block * job.blocksize;
     const uint8_t* packed = job.packed + begin / 2;
     const float scale =
         scale_of(block, job.absmax, job.nested_absmax, job.nested_offset, kDynamic);
     switch (job.dtype) {
       case TUNESMITH_FLOAT32:
-        dequantize_block(packed, job.blocksize, *job.table, scale,
+        dequantize_block<kPast>(packed, job.blocksize, *job.table, scale,
                          static_cast<float*>(job.out) + begin);
         break;
       case TUNESMITH_FLOAT16:
-        dequantize_block<Float16>(packed, job.blocksize, *job.table, scale,
+        dequantize_block<Float16, kPast>(packed, job.blocksize, *job.table, scale,
                                   static_cast<uint16_t*>(job.out) + begin);
         break;
       case TUNESMITH_BFLOAT16:
-        dequantize_block<BFloat16>(packed, job.blocksize, *job.table, scale,
+        dequantize_block<BFloat16, kPast>(packed, job.blocksize, *job.table, scale,
                                    static_cast<uint16_t*>(job.out) + begin);
         break;
     }
+  }
+  if (kPast) _mm_sfence();
+}
+
+void dequantize(const DequantizeJob& job, int64_t first, int64_t last) {
+  const int64_t full = job.numel / job.blocksize;
+  const int64_t end = last < full ? last : full;
+  if (goes_past_caches(job, sizeof(__m512))) {
+    dequantize_blocks<true>(job, first, end);
+  } else {
+    dequantize_blocks<false>(job, first, end);
   }
   if (end < last) scalar_isa.dequantize(job, end, last);
 }

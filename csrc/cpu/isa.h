@@ -4,8 +4,10 @@
 // declaration here and a line in dispatch.cpp.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
+#include "../kernels.h"
 #include "../nf4.h"
 
 namespace tunesmith {
@@ -31,6 +33,14 @@ struct DequantizeJob {
   int dtype;
   void* out;
 };
+
+// Whether the output is so large that it would only push everything else out of the caches, and lies
+// at a multiple of `alignment` bytes. To store past them saves reading it first.
+inline bool goes_past_caches(const DequantizeJob& job, size_t alignment) {
+  constexpr int64_t kLarge = int64_t(1) << 24;
+  const int64_t size = job.dtype == TUNESMITH_FLOAT32 ? 4 : 2;
+  return job.numel * size >= kLarge && reinterpret_cast<uintptr_t>(job.out) % alignment == 0;
+}
 
 struct AbsmaxJob {
   const float* absmax;

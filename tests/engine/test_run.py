@@ -301,7 +301,7 @@ def test_evaluation_during_training_and_early_stopping(tiny_model, alpaca_file, 
     tuner = Tuner(tiny_model).lora(r=2)
     # a rate so high that an evaluation soon comes out worse than the one before it
     tuner = tuner.sft(
-        alpaca_file, epochs=10, eval_split=3, early_stopping=1, learning_rate=2.0, **QUICK
+        alpaca_file, epochs=10, eval_split=3, early_stopping=1, learning_rate=0.1, **QUICK
     )
     result, _ = recorded(tuner, tmp_path / "run")
     rows = [

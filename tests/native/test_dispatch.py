@@ -57,8 +57,9 @@ weight = (ctypes.c_float * n)(*[(i % 101 - 50) / 50 for i in range(n)])
 packed, absmax = (ctypes.c_ubyte * (n // 2))(), (ctypes.c_float * 4096)()
 out = (ctypes.c_float * n)()
 at = ctypes.addressof
-_native.quantize_nf4(at(weight), _native.FLOAT32, n, 64, at(packed), at(absmax), None)
-_native.dequantize_nf4(at(packed), at(absmax), 0, 0, n, 64, _native.FLOAT32, at(out), None)
+fp32, nf4 = _native.FLOAT32, _native.NF4
+_native.quantize_4bit(at(weight), fp32, n, 64, nf4, at(packed), at(absmax), None)
+_native.dequantize_4bit(at(packed), at(absmax), 0, 0, n, 64, nf4, fp32, at(out), None)
 print(_native.has_openmp(), max(abs(a - b) for a, b in zip(weight, out)) < 0.16)
 """
     assert run_python(code) == "False True"
@@ -91,4 +92,4 @@ def test_a_stream_without_cuda_kernels_is_an_error_rather_than_a_crash(native: M
     if native.has_cuda():
         pytest.skip("this build has CUDA kernels")
     with pytest.raises(RuntimeError, match="no CUDA kernels"):
-        native.quantize_nf4(0, native.FLOAT32, 0, 64, 0, 0, 7)
+        native.quantize_4bit(0, native.FLOAT32, 0, 64, native.NF4, 0, 0, 7)

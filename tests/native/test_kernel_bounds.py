@@ -1,46 +1,40 @@
-"""The kernels write what is theirs and not one byte beside it."""
+"""Quantizing and dequantizing write what is theirs and not one byte beside it."""
 
 from types import ModuleType
 
 import pytest
 import torch
+from guards import Guarded
+from layers import CODES
 
-GUARD = 64
-PATTERN = 0xA5
-SIZES = [*range(1, 140), 511, 512, 513, 64 * 300 + 1]
+from tunesmith.ops import reference
+from tunesmith.ops.schema import DTYPES, QUANT_TYPES
 
+SIZES = [*range(1, 514), 64 * 300 + 1]
 
-class Guarded:
-    """`size` bytes between two guards."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.bytes = torch.full((size + 2 * GUARD,), PATTERN, dtype=torch.uint8)
-
-    @property
-    def pointer(self) -> int:
-        return self.bytes.data_ptr() + GUARD
-
-    def as_dtype(self, dtype: torch.dtype) -> torch.Tensor:
-        return self.bytes[GUARD : GUARD + self.size].clone().view(dtype)
-
-    def intact(self) -> bool:
-        guards = torch.cat([self.bytes[:GUARD], self.bytes[GUARD + self.size :]])
-        return bool((guards == PATTERN).all())
+# the code of 1.0 in both nibbles
+ONES = {"nf4": 0xFF, "fp4": 0x33}
 
 
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
 @pytest.mark.parametrize("blocksize", [64, 256])
-@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_quantizing_writes_inside_its_buffers(
-    native: ModuleType, isa: str, blocksize: int, half: bool
+    native: ModuleType, isa: str, dtype: torch.dtype, blocksize: int, quant_type: str
 ) -> None:
     for numel in SIZES:
-        weight = torch.randn(numel).to(torch.float16 if half else torch.float32)
+        weight = torch.randn(numel).to(dtype)
         blocks = -(-numel // blocksize)
         packed, absmax = Guarded((numel + 1) // 2), Guarded(4 * blocks)
-        dtype = native.FLOAT16 if half else native.FLOAT32
-        native.quantize_nf4(
-            weight.data_ptr(), dtype, numel, blocksize, packed.pointer, absmax.pointer, None
+        native.quantize_4bit(
+            weight.data_ptr(),
+            CODES[dtype],
+            numel,
+            blocksize,
+            CODES[quant_type],
+            packed.pointer,
+            absmax.pointer,
+            None,
         )
         assert packed.intact()
         assert absmax.intact()
@@ -48,7 +42,7 @@ def test_quantizing_writes_inside_its_buffers(
 
 
 def test_double_quantizing_writes_inside_its_buffers(native: ModuleType) -> None:
-    for blocks in (1, 2, 255, 256, 257, 600):
+    for blocks in range(1, 514):
         absmax, offset = torch.rand(blocks), torch.tensor(0.5)
         codes, nested = Guarded(blocks), Guarded(4 * -(-blocks // 256))
         native.quantize_absmax(
@@ -59,33 +53,62 @@ def test_double_quantizing_writes_inside_its_buffers(native: ModuleType) -> None
         assert nested.as_dtype(torch.float32).max() == (absmax - offset).abs().max()
 
 
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
 @pytest.mark.parametrize("blocksize", [64, 256])
-@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dequantizing_writes_inside_its_buffer(
-    native: ModuleType, isa: str, blocksize: int, half: bool
+    native: ModuleType, isa: str, dtype: torch.dtype, blocksize: int, quant_type: str
 ) -> None:
     for numel in SIZES:
-        packed = torch.full(((numel + 1) // 2,), 0xFF, dtype=torch.uint8)
+        packed = torch.full(((numel + 1) // 2,), ONES[quant_type], dtype=torch.uint8)
         absmax = torch.full((-(-numel // blocksize),), 2.0)
-        out = Guarded(numel * (2 if half else 4))
-        native.dequantize_nf4(
+        out = Guarded(numel * dtype.itemsize)
+        native.dequantize_4bit(
             packed.data_ptr(),
             absmax.data_ptr(),
             0,
             0,
             numel,
             blocksize,
-            native.BFLOAT16 if half else native.FLOAT32,
+            CODES[quant_type],
+            CODES[dtype],
             out.pointer,
             None,
         )
         assert out.intact()
-        assert (out.as_dtype(torch.bfloat16 if half else torch.float32) == 2.0).all()
+        assert (out.as_dtype(dtype) == 2.0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_output_too_large_for_the_caches_is_written_inside_its_buffer(
+    native: ModuleType, isa: str, dtype: torch.dtype
+) -> None:
+    numel = (1 << 24) // dtype.itemsize + 101
+    generator = torch.Generator().manual_seed(0)
+    packed = torch.randint(256, ((numel + 1) // 2,), dtype=torch.uint8, generator=generator)
+    absmax = torch.randn(-(-numel // 64), generator=generator)
+    expected = reference.dequantize_4bit(packed, absmax, None, None, [numel], 64, "nf4", dtype)
+    for misaligned in (0, 32, dtype.itemsize):
+        out = Guarded(numel * dtype.itemsize, misaligned)
+        native.dequantize_4bit(
+            packed.data_ptr(),
+            absmax.data_ptr(),
+            0,
+            0,
+            numel,
+            64,
+            CODES["nf4"],
+            CODES[dtype],
+            out.pointer,
+            None,
+        )
+        assert out.intact()
+        assert torch.equal(out.as_dtype(dtype), expected)
 
 
 def test_nothing_is_written_for_no_elements(native: ModuleType, isa: str) -> None:
     empty = Guarded(0)
-    at = empty.pointer
-    native.quantize_nf4(at, native.FLOAT32, 0, 64, at, at, None)
-    native.dequantize_nf4(at, at, 0, 0, 0, 64, native.FLOAT32, at, None)
+    at, fp32, nf4 = empty.pointer, native.FLOAT32, native.NF4
+    native.quantize_4bit(at, fp32, 0, 64, nf4, at, at, None)
+    native.dequantize_4bit(at, at, 0, 0, 0, 64, nf4, fp32, at, None)
     assert empty.intact()

@@ -9,8 +9,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tunesmith.errors import OpError
-from tunesmith.ops import NF4Weight, dequantize_nf4, quantize_nf4, reference
-from tunesmith.ops.schema import BLOCKSIZES, DTYPES
+from tunesmith.ops import (
+    FP4Weight,
+    NF4Weight,
+    Weight4Bit,
+    dequantize_4bit,
+    quantize_4bit,
+    reference,
+)
+from tunesmith.ops.schema import BLOCKSIZES, DTYPES, QUANT_TYPES
 
 pytestmark = pytest.mark.usefixtures("isa")
 
@@ -20,57 +27,64 @@ def random_weight(numel: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     return torch.randn(numel, generator=generator).to(dtype)
 
 
-def by_reference(weight: Tensor, blocksize: int, nested: bool) -> NF4Weight:
-    packed, absmax = reference.quantize_nf4(weight, blocksize)
-    more = reference.quantize_absmax(absmax) if nested else (absmax, None, None)
-    return NF4Weight(packed, *more, weight.shape, weight.dtype, blocksize)
+def by_reference(
+    weight: Tensor, blocksize: int, nested: bool, quant_type: str = "nf4"
+) -> Weight4Bit:
+    packed, absmax = reference.quantize_4bit(weight, blocksize, quant_type)
+    nested_absmax = nested_offset = None
+    if nested:
+        absmax, nested_absmax, nested_offset = reference.quantize_absmax(absmax)
+    kind = NF4Weight if quant_type == "nf4" else FP4Weight
+    return kind(packed, absmax, nested_absmax, nested_offset, weight.shape, weight.dtype, blocksize)
 
 
-def dequantized_by_reference(w: NF4Weight, dtype: torch.dtype) -> Tensor:
+def dequantized_by_reference(w: Weight4Bit, dtype: torch.dtype) -> Tensor:
     parts = (w.packed, w.absmax, w.nested_absmax, w.nested_offset)
-    return reference.dequantize_nf4(*parts, w.shape, w.blocksize, dtype)
+    return reference.dequantize_4bit(*parts, w.shape, w.blocksize, w.quant_type, dtype)
 
 
-def bits(tensor: Tensor) -> Tensor:
+def bits(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
     return tensor.view(torch.int32 if tensor.element_size() == 4 else torch.int16)
 
 
-def assert_same(weight: Tensor, blocksize: int, nested: bool) -> None:
-    ours, expected = (
-        quantize_nf4(weight, blocksize, nested),
-        by_reference(weight, blocksize, nested),
-    )
+def assert_same(weight: Tensor, blocksize: int, nested: bool, quant_type: str) -> None:
+    ours = quantize_4bit(weight, blocksize, nested, quant_type=quant_type)
+    expected = by_reference(weight, blocksize, nested, quant_type)
     assert torch.equal(ours.packed, expected.packed)
     assert torch.equal(ours.absmax, expected.absmax)
     if nested:
         assert torch.equal(bits(ours.nested_absmax), bits(expected.nested_absmax))
-        assert torch.equal(ours.nested_offset, expected.nested_offset)
+        assert torch.equal(bits(ours.nested_offset), bits(expected.nested_offset))
     for dtype in DTYPES:
-        out = dequantize_nf4(ours, dtype)
+        out = dequantize_4bit(ours, dtype)
         assert out.dtype == dtype
         assert torch.equal(bits(out), bits(dequantized_by_reference(expected, dtype)))
 
 
-@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_size_up_to_513_is_the_same(dtype: torch.dtype, nested: bool) -> None:
+def test_every_size_up_to_513_is_the_same(dtype: torch.dtype, quant_type: str) -> None:
     for numel in range(514):
-        assert_same(random_weight(numel, dtype, seed=numel), 64, nested)
+        nested = numel // 2 % 2 == 1
+        assert_same(random_weight(numel, dtype, seed=numel), 64, nested, quant_type)
 
 
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
 def test_every_block_size_is_the_same_with_and_without_a_short_block(
-    blocksize: int, nested: bool
+    blocksize: int, nested: bool, quant_type: str
 ) -> None:
     for dtype in DTYPES:
         for numel in (1, blocksize - 1, blocksize, blocksize + 1, 3 * blocksize + blocksize // 2):
-            assert_same(random_weight(numel, dtype), blocksize, nested)
+            assert_same(random_weight(numel, dtype), blocksize, nested, quant_type)
 
 
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
 @pytest.mark.parametrize("nested", [False, True])
-def test_a_weight_of_many_groups_is_the_same(nested: bool) -> None:
-    assert_same(random_weight(64 * 1000 + 37, torch.bfloat16), 64, nested)
+def test_a_weight_of_many_groups_is_the_same(nested: bool, quant_type: str) -> None:
+    assert_same(random_weight(64 * 1000 + 37, torch.bfloat16), 64, nested, quant_type)
 
 
 @settings(
@@ -83,32 +97,39 @@ def test_a_weight_of_many_groups_is_the_same(nested: bool) -> None:
     values=st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=200),
     dtype=st.sampled_from(DTYPES),
     nested=st.booleans(),
+    quant_type=st.sampled_from(QUANT_TYPES),
 )
-def test_any_values_are_the_same(values: list[float], dtype: torch.dtype, nested: bool) -> None:
+def test_any_values_are_the_same(
+    values: list[float], dtype: torch.dtype, nested: bool, quant_type: str
+) -> None:
     weight = torch.tensor(values).to(dtype)
     if weight.isfinite().all():
-        assert_same(weight, 64, nested)
+        assert_same(weight, 64, nested, quant_type)
 
 
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_values_on_and_beside_each_midpoint_are_the_same(dtype: torch.dtype) -> None:
-    code = reference.NF4_CODE
+def test_values_on_and_beside_each_midpoint_are_the_same(
+    dtype: torch.dtype, quant_type: str
+) -> None:
+    code = reference.CODES[quant_type][0].sort().values
     middle = (code[:-1] + code[1:]) / 2
     one = torch.ones(())
     around = [middle, torch.nextafter(middle, one), torch.nextafter(middle, -one), code]
     weight = torch.cat([torch.cat(around), torch.zeros(3)])[:64]
     assert weight.abs().max() == 1
-    assert_same(weight.to(dtype), 64, nested=False)
+    assert_same(weight.to(dtype), 64, nested=False, quant_type=quant_type)
 
 
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_blocks_of_zeros_and_of_denormals_are_the_same(dtype: torch.dtype) -> None:
+def test_blocks_of_zeros_and_of_denormals_are_the_same(dtype: torch.dtype, quant_type: str) -> None:
     tiny = torch.finfo(dtype).smallest_normal
     weight = random_weight(64 * 8, torch.float32)
     scales = torch.tensor([0.0, 1.0, tiny, tiny / 4, tiny / 64, 1e-38, 1e-30, 0.0])
     weight = (weight.view(8, 64).clamp(-1, 1) * scales[:, None]).to(dtype)
     for nested in (False, True):
-        assert_same(weight, 64, nested)
+        assert_same(weight, 64, nested, quant_type)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -124,8 +145,8 @@ def test_every_rounding_of_a_16_bit_output_is_the_same(dtype: torch.dtype) -> No
     scales = scales[scales.isfinite()][::7].contiguous()
     packed = torch.full((len(scales) * 32,), 0xFF, dtype=torch.uint8)
     shape = (len(scales), 64)
-    args = (packed, scales, None, None, shape, 64, dtype)
-    ours = torch.ops.tunesmith.dequantize_nf4(*args)
+    args = (packed, scales, None, None, shape, 64, "nf4", dtype)
+    ours = torch.ops.tunesmith.dequantize_4bit(*args)
     expected = (scales + 0.0).to(dtype)  # [blocks]; a product is never -0
     assert torch.equal(bits(ours[:, 0].contiguous()), bits(expected))
     assert torch.equal(bits(ours[:, 63].contiguous()), bits(expected))
@@ -135,7 +156,7 @@ def test_a_transposed_expanded_or_strided_weight_is_taken_by_its_logical_order()
     base = random_weight(96 * 130, torch.float32).view(96, 130)
     for weight in (base.t(), base[::2, 1::3], base[0].expand(64, 130), base[:, 5]):
         assert not weight.is_contiguous()
-        ours, expected = quantize_nf4(weight), quantize_nf4(weight.contiguous())
+        ours, expected = quantize_4bit(weight), quantize_4bit(weight.contiguous())
         assert torch.equal(ours.packed, expected.packed)
         assert torch.equal(ours.absmax, expected.absmax)
         assert ours.shape == weight.shape
@@ -148,7 +169,7 @@ def test_nan_and_inf_are_found_wherever_they_stand(dtype: torch.dtype, bad: floa
         weight = random_weight(198, dtype)
         weight[position] = bad
         with pytest.raises(OpError, match=rf"q_proj: block {position // 64} .*holds NaN or Inf"):
-            quantize_nf4(weight, name="q_proj")
+            quantize_4bit(weight, name="q_proj")
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -158,8 +179,8 @@ def test_any_number_of_threads_gives_the_same(threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        ours = quantize_nf4(weight, nested=False)
-        out = dequantize_nf4(ours)
+        ours = quantize_4bit(weight, nested=False)
+        out = dequantize_4bit(ours)
     finally:
         torch.set_num_threads(before)
     assert torch.equal(ours.packed, expected.packed)
@@ -174,10 +195,10 @@ def test_two_callers_at_once_do_not_disturb_each_other() -> None:
     def many_times(i: int) -> bool:
         same = True
         for _ in range(20):
-            w = quantize_nf4(weights[i])
+            w = quantize_4bit(weights[i])
             same &= torch.equal(w.packed, expected[i].packed)
             same &= torch.equal(
-                dequantize_nf4(w), dequantized_by_reference(expected[i], torch.bfloat16)
+                dequantize_4bit(w), dequantized_by_reference(expected[i], torch.bfloat16)
             )
         return same
 

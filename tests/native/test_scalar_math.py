@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tunesmith.ops.reference import DYNAMIC_MAP, NF4_CODE
+from tunesmith.ops.reference import DYNAMIC_MAP, FP4_CODE, FP4_ORDER, NF4_CODE
 
 
 def every_half(dtype: torch.dtype) -> Tensor:
@@ -58,6 +58,7 @@ def test_nan_stays_nan_and_infinity_stays_infinite(native: ModuleType, name: str
 
 def test_the_tables_are_those_of_the_reference(native: ModuleType) -> None:
     assert [native.nf4_decode(code) for code in range(16)] == NF4_CODE.tolist()
+    assert [native.fp4_decode(code) for code in range(16)] == FP4_CODE.tolist()
     assert [native.dynamic_decode(code) for code in range(256)] == DYNAMIC_MAP.tolist()
 
 
@@ -74,3 +75,15 @@ def test_a_code_stands_for_itself_and_a_tie_takes_the_lower(
         assert encode(torch.nextafter(middle, high).item()) == code + 1
     assert encode(-math.inf) == 0
     assert encode(math.inf) == len(table) - 1
+
+
+def test_an_fp4_tie_takes_the_lower_and_zero_the_first_of_its_two_codes(native: ModuleType) -> None:
+    codes, values = FP4_ORDER.tolist(), FP4_CODE[FP4_ORDER.int()]
+    for code, value in zip(codes, values.tolist(), strict=True):
+        assert native.fp4_encode(value) == (0 if value == 0 else code)
+    middles = (values[:-1] + values[1:]) / 2
+    above = torch.nextafter(middles, torch.tensor(2.0))
+    assert [native.fp4_encode(value) for value in middles.tolist()] == codes[:-1]
+    assert [native.fp4_encode(value) for value in above.tolist()] == codes[1:]
+    assert native.fp4_encode(-math.inf) == codes[0]
+    assert native.fp4_encode(math.inf) == codes[-1]

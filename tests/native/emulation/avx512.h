@@ -91,6 +91,15 @@ inline __m512 loadu_ps(const void* at) {
   return out;
 }
 inline void storeu_ps(void* at, __m512 a) { memcpy(at, &a, sizeof a); }
+// a store past the caches must be aligned
+inline void stream_ps(float* at, __m512 a) {
+  if (reinterpret_cast<uintptr_t>(at) % 64 != 0) __builtin_trap();
+  storeu_ps(at, a);
+}
+inline void stream_si512(__m512i* at, __m512i a) {
+  if (reinterpret_cast<uintptr_t>(at) % 64 != 0) __builtin_trap();
+  storeu_si512(at, a);
+}
 inline __m512 maskz_loadu_ps(uint16_t mask, const float* at) {
   return make<__m512, float>([&](int i) { return mask >> i & 1 ? at[i] : 0.0f; });
 }
@@ -331,3 +340,5 @@ static inline __m512 emulated_dpbf16_ps(__m512 sums, __m512i a, __m512i b) {
 #define _mm512_ternarylogic_epi32 ::emulated::ternarylogic_epi32
 #define _mm512_test_epi32_mask ::emulated::test_epi32_mask
 #define _mm512_zextsi256_si512 ::emulated::zextsi256_si512
+#define _mm512_stream_ps ::emulated::stream_ps
+#define _mm512_stream_si512 ::emulated::stream_si512

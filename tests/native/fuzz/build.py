@@ -1,13 +1,14 @@
 """Compiles csrc/cpu as the tests need it, and with it the fuzz targets of this folder.
 
-    python tests/native/fuzz/build.py FOLDER               then  FOLDER/linear --executions 100000
-    python tests/native/fuzz/build.py FOLDER --libfuzzer   then  FOLDER/linear CORPUS  (needs clang)
+python tests/native/fuzz/build.py FOLDER               then  FOLDER/linear --executions 100000
+python tests/native/fuzz/build.py FOLDER --libfuzzer   then  FOLDER/linear CORPUS  (needs clang)
 """
 
 from __future__ import annotations
 
 import argparse
 import platform
+import shutil
 import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -50,8 +51,8 @@ def kernels(csrc: Path = CSRC) -> dict[Path, list[str]]:
     emulated = f'-DTUNESMITH_EMULATED_AVX512="{EMULATED_AVX512}"'
     x86 = ["-DTUNESMITH_X86", emulated] if has_avx2() else []
     avx2 = [*x86, "-mavx2", "-mfma", "-mf16c"]
-    flags = {name: avx2 for name in (*AVX512, *AVX2)} if has_avx2() else {}
-    flags |= {name: x86 for name in PORTABLE}
+    flags = dict.fromkeys((*AVX512, *AVX2), avx2) if has_avx2() else {}
+    flags |= dict.fromkeys(PORTABLE, x86)
     return {csrc / "cpu" / f"{name}.cpp": flag for name, flag in flags.items()}
 
 
@@ -87,12 +88,25 @@ def build_targets(folder: Path, *, libfuzzer: bool = False) -> None:
     others = [REAL_POOL, EXACT_POOL, *(FUZZ / f"{name}.cpp" for name in TARGETS)]
     if not libfuzzer:
         others.append(DRIVER)
-    compile_all(folder, kernels() | {source: [] for source in others}, flags, compiler)
+    jobs = kernels(csrc_for_inputs(folder)) | {source: [] for source in others}
+    compile_all(folder, jobs, flags, compiler)
     for name in TARGETS:
         objects = objects_of_target(folder, name)
         if libfuzzer:
             objects.remove(object_of(folder, DRIVER))
         link_target(name, objects, folder / name, libfuzzer=libfuzzer)
+
+
+def csrc_for_inputs(folder: Path) -> Path:
+    """Copy csrc to `folder`; what it does for large tensors begins at a size that inputs have."""
+    csrc = folder / "csrc"
+    shutil.copytree(CSRC, csrc, dirs_exist_ok=True)
+    header = csrc / "cpu" / "isa.h"
+    old, new = "kLarge = int64_t(1) << 24", "kLarge = int64_t(1) << 9"
+    text = header.read_text()
+    assert text.count(old) == 1, f"{old!r} is {text.count(old)} times in isa.h"
+    header.write_text(text.replace(old, new))
+    return csrc
 
 
 def objects_of_target(folder: Path, name: str) -> list[Path]:

@@ -12,7 +12,7 @@ using fuzz::Tensor;
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   Input input(data, size);
-  fuzz::use_threads(1 + input.byte() % 4);
+  fuzz::use_threads(input.byte());
   const unsigned chance = input.byte();
   int64_t numel = input.up_to(chance < 180 ? 200 : chance < 250 ? 513 : 9000);
   // one of a few hundred is so large that two threads share it

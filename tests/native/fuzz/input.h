@@ -33,15 +33,29 @@ class Random {
   // An IEEE number of that format, as its bits.
   uint32_t number(Kind kind, int exponent_bits, int mantissa_bits) {
     const uint64_t random = bits();
-    const uint32_t mantissa = uint32_t(random) & ((1u << mantissa_bits) - 1);
     const uint32_t sign = uint32_t(random >> 63) << (exponent_bits + mantissa_bits);
-    const uint32_t any_exponent = uint32_t(random >> 32) & ((1u << exponent_bits) - 1);
-    const uint32_t chance = uint32_t(random >> 48) % 16;
-    const uint32_t one = (1u << (exponent_bits - 1)) - 1;  // the exponent of 1.0
-    if (kind == kUntamed) return sign | any_exponent << mantissa_bits | mantissa;
-    if (chance == 0) return sign;  // zero
-    if (kind == kTame) return sign | (one - any_exponent % 6) << mantissa_bits | mantissa;
-    return sign | (chance < 8 ? 0 : any_exponent % 4) << mantissa_bits | mantissa;
+    const uint32_t all_exponent_bits = (1u << exponent_bits) - 1;
+    const uint32_t all_mantissa_bits = (1u << mantissa_bits) - 1;
+    const uint32_t chance = uint32_t(random >> 56) % 32;
+    uint32_t mantissa = uint32_t(random) & all_mantissa_bits;
+    uint32_t exponent = uint32_t(random >> 32) & all_exponent_bits;
+    if (mantissa_bits == 23 && chance < 8) {
+      // halfway between two numbers of bf16, or of fp16
+      const int bits_lost = chance < 4 ? 16 : 13;
+      mantissa = mantissa >> bits_lost << bits_lost | 1u << (bits_lost - 1);
+    }
+    if (kind == kUntamed) {
+      if (chance > 28) exponent = all_exponent_bits;
+      if (chance == 30) mantissa = all_mantissa_bits;  // a NaN that rounding up would carry over
+      if (chance == 31) mantissa = 0;
+    } else if (chance > 29) {
+      exponent = mantissa = 0;
+    } else if (kind == kTame) {
+      exponent = (1u << (exponent_bits - 1)) - 1 - exponent % 6;  // 1.0 and a little below
+    } else {
+      exponent = chance < 16 ? 0 : exponent % 4;
+    }
+    return sign | exponent << mantissa_bits | mantissa;
   }
 
  private:
@@ -77,7 +91,8 @@ class Input {
 
   int dtype() { return pick<int>({TUNESMITH_FLOAT32, TUNESMITH_FLOAT16, TUNESMITH_BFLOAT16}); }
   int type_4bit() { return pick<int>({TUNESMITH_NF4, TUNESMITH_FP4}); }
-  int64_t blocksize() { return pick<int64_t>({64, 128, 256, 512, 1024, 2048, 4096}); }
+  // the smallest more often: inputs are small, too
+  int64_t blocksize() { return pick<int64_t>({64, 64, 64, 64, 128, 256, 512, 1024, 2048, 4096}); }
 
   Kind kind() {
     const unsigned chance = byte() % 8;

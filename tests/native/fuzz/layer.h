@@ -147,7 +147,9 @@ class Layer {
  private:
   // Most inputs are small, so that there can be many; each of the others asks for code of its own.
   void choose_sizes(Input& input) {
-    const unsigned form = input.byte() % 32;
+    constexpr unsigned kForms = 32;
+    unsigned form = input.byte() % kForms;
+    if (tunesmith_has_openmp() && input.one_in(4)) form = kForms - 1;
     const auto a_few = [&] { return input.up_to(7); };
     if (form < 18) {
       set_sizes(input.up_to(40), input.up_to(40), input.up_to(40));
@@ -164,7 +166,7 @@ class Layer {
     } else if (form < 31) {
       set_sizes(input.up_to(70), input.up_to(70), input.up_to(70));
     } else {  // enough for several threads
-      set_sizes(40 + input.up_to(60), 40 + input.up_to(60), 40 + input.up_to(60));
+      set_sizes(40 + input.up_to(200), 10 + input.up_to(70), 40 + input.up_to(60));
     }
   }
 

@@ -12,7 +12,7 @@ using fuzz::Tensor;
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   Input input(data, size);
-  fuzz::use_threads(1 + input.byte() % 4);
+  fuzz::use_threads(input.byte());
   fuzz::Layer layer(input);
   const bool accumulate = input.one_in(2);
   const Tensor before = layer.more(input, layer.dtype, layer.tokens * layer.out);

@@ -87,7 +87,7 @@ void compare(const Layer& layer, const char* what, const Tensor& actual,
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   Input input(data, size);
-  fuzz::use_threads(1 + input.byte() % 4);
+  fuzz::use_threads(input.byte());
   Layer layer(input);
   const bool accumulate = input.one_in(2);
   const bool need_x = !input.one_in(4), need_a = !input.one_in(4), need_b = !input.one_in(4);

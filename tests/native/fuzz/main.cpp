@@ -33,7 +33,7 @@ size_t input_size = 0;
 void print_input() {
   std::fprintf(stderr, "input: --input ");
   for (size_t i = 0; i < input_size; ++i) std::fprintf(stderr, "%02x", input[i]);
-  std::fprintf(stderr, "\n");
+  std::fprintf(stderr, "%s\n", tunesmith_has_openmp() ? " --openmp" : "");
 }
 
 void run() {

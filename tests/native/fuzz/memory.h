@@ -12,14 +12,16 @@ namespace fuzz {
 
 class Tensor {
  public:
-  // One byte per element if `type` is kBytes; `misaligned` elements beside what malloc gives.
+  // One byte per element if `type` is kBytes; `misaligned` elements beside a multiple of 64 bytes.
   static constexpr int kBytes = -1;
 
   Tensor(int type, int64_t count, int64_t misaligned = 0)
       : type_(type), count_(count), gap_(size_t(misaligned) * size_of(type)) {
     const size_t nbytes = this->nbytes() + gap_;
-    // malloc makes a byte of none at all: the end of a few is a place without any
-    memory_ = static_cast<uint8_t*>(std::malloc(nbytes == 0 ? kFew : nbytes));
+    // of none at all a byte would be made: the end of a few is a place without any
+    void* memory = nullptr;
+    if (posix_memalign(&memory, kAlignment, nbytes == 0 ? kFew : nbytes) != 0) std::abort();
+    memory_ = static_cast<uint8_t*>(memory);
     data_ = memory_ + (nbytes == 0 ? kFew : gap_);
     std::memset(memory_, kPattern, gap_);
     std::memset(data_, kPattern, this->nbytes());
@@ -70,7 +72,8 @@ class Tensor {
 
  private:
   static constexpr uint8_t kPattern = 0xA5;
-  static constexpr size_t kFew = 16;
+  static constexpr size_t kAlignment = 64;
+  static constexpr size_t kFew = 64;
 
   static size_t size_of(int type) {
     return type == kBytes ? 1 : type == TUNESMITH_FLOAT32 ? 4 : 2;

@@ -105,20 +105,28 @@ void give_back(const std::vector<Block>& blocks) {
   for (const Block& block : blocks) tunesmith_give_back(block.memory);
 }
 
-// A child has the blocks of its parent, and a pool that works.
+// A child has the blocks of its parent, and a pool that works, whatever the parent's threads were at.
 void check_fork(Input& input, const std::vector<Block>& blocks) {
-  const pid_t child = fork();
-  if (child == 0) {
-    alarm(30);  // rather than wait for a lock for ever
-    std::vector<Block> more = blocks;
-    use(input, 11, more);
-    give_back(more);
-    _exit(0);
+  std::atomic<bool> stop{false};
+  std::thread busy([&stop] {
+    while (!stop) tunesmith_give_back(tunesmith_take(100));
+  });
+  for (int i = 0; i < 4; ++i) {
+    const pid_t child = fork();
+    if (child == 0) {
+      alarm(10);  // rather than wait for a lock for ever
+      std::vector<Block> more = blocks;
+      use(input, 11, more);
+      give_back(more);
+      _exit(0);
+    }
+    int status = 0;
+    if (child < 0 || waitpid(child, &status, 0) != child || status != 0) {
+      fuzz::fail("the child of a fork ended with status %d", status);
+    }
   }
-  int status = 0;
-  if (child < 0 || waitpid(child, &status, 0) != child || status != 0) {
-    fuzz::fail("the child of a fork ended with status %d", status);
-  }
+  stop = true;
+  busy.join();
 }
 
 }  // namespace

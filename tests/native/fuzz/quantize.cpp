@@ -21,15 +21,27 @@ int64_t count_of(Input& input) {
   return input.up_to(chance < 180 ? 200 : chance < 250 ? 513 : 9000);
 }
 
+// Numbers at which the code changes, or right beside.
+void put_on_midpoints(const Tensor& weight, int64_t blocksize, const tunesmith::FourBitTable& table,
+                      fuzz::Random random) {
+  for (int64_t i = 0; i < weight.count(); ++i) {
+    const float midpoint = table.midpoints[random.bits() % 15];
+    const float beside[] = {midpoint, std::nextafter(midpoint, 2.0f), std::nextafter(midpoint, -2.0f)};
+    weight.floats()[i] = i % blocksize == 0 ? 1.0f : beside[random.bits() % 3];
+  }
+}
+
 void quantize_4bit(Input& input) {
   const int64_t numel = count_of(input), blocksize = input.blocksize();
   const int dtype = input.dtype(), type = input.type_4bit();
-  const auto weight =
-      Tensor(dtype, numel, input.up_to(3)).fill(input.random(), input.kind());
-  const int64_t blocks = (numel + blocksize - 1) / blocksize;
-  const int64_t misaligned = input.up_to(3);
   const tunesmith::FourBitTable table =
       type == TUNESMITH_NF4 ? tunesmith::make_nf4_table() : tunesmith::make_fp4_table();
+  const auto weight = Tensor(dtype, numel, input.up_to(3)).fill(input.random(), input.kind());
+  if (dtype == TUNESMITH_FLOAT32 && input.one_in(3)) {
+    put_on_midpoints(weight, blocksize, table, input.random());
+  }
+  const int64_t blocks = (numel + blocksize - 1) / blocksize;
+  const int64_t misaligned = input.up_to(3);
 
   std::vector<float> absmax(blocks, 0.0f);
   std::vector<unsigned> codes(numel + numel % 2, table.zero);
@@ -115,7 +127,7 @@ void quantize_absmax(Input& input) {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   Input input(data, size);
-  fuzz::use_threads(1 + input.byte() % 4);
+  fuzz::use_threads(input.byte());
   if (input.one_in(4)) {
     quantize_absmax(input);
   } else {

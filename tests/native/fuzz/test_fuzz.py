@@ -14,7 +14,6 @@ from pathlib import Path
 
 import attrs
 import pytest
-
 from fuzz import build
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
@@ -52,8 +51,8 @@ def jobs(executions: dict[str, int]) -> list[Job]:
     out = []
     for target, count in executions.items():
         if target == "pool":
-            shares: list[dict[str, str | None]] = [{"pool_mb": mb} for mb in (None, "0", "1")]
-            out += [Job(target, -(-count // 3), i, pool_mb=s["pool_mb"]) for i, s in enumerate(shares)]
+            limits = (None, "0", "1")
+            out += [Job(target, -(-count // 3), seed=1, pool_mb=limit) for limit in limits]
         else:
             with_openmp = count // 4 if HAS_OPENMP else 0
             out.append(Job(target, count - with_openmp, seed=1))
@@ -104,13 +103,13 @@ def test_a_million_executions_are_clean(targets: Path) -> None:
 def test_a_fault_in_a_kernel_is_found_and_its_input_printed(
     targets: Path, tmp_path: Path, target: str, file: str, old: str, new: str, said: str
 ) -> None:
-    shutil.copytree(build.CSRC, tmp_path / "csrc")
-    source = tmp_path / "csrc" / "cpu" / f"{file}.cpp"
+    csrc = build.csrc_for_inputs(tmp_path)
+    source = csrc / "cpu" / f"{file}.cpp"
     text = source.read_text()
     assert text.count(old) == 1, f"{old!r} is {text.count(old)} times in {file}.cpp"
     source.write_text(text.replace(old, new))
 
-    flags = build.kernels().get(build.CSRC / "cpu" / source.name, [])
+    flags = build.kernels(csrc).get(source, [])
     build.compile_all(tmp_path, {source: flags}, build.SANITIZED)
     changed = build.object_of(tmp_path, source)
     objects = build.objects_of_target(targets, target)

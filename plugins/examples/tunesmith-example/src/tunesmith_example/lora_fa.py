@@ -42,14 +42,19 @@ class LoraFA(Method[LoraFAConfig]):
         """Return PEFT's LoraConfig: to PEFT, and to whoever opens the adapter, it is a LoRA."""
         import peft
 
+        from tunesmith.nn import lora_linear
+
         config = self.config
         targets = config.targets
-        return peft.LoraConfig(
-            r=config.r,
-            lora_alpha=2 * config.r if config.alpha is None else config.alpha,
-            lora_dropout=config.dropout,
-            target_modules=targets if isinstance(targets, str) else list(targets),
-            task_type="CAUSAL_LM",
+        # registered, its layers are the fused ones, whatever the quantizer
+        return lora_linear.register(
+            peft.LoraConfig(
+                r=config.r,
+                lora_alpha=2 * config.r if config.alpha is None else config.alpha,
+                lora_dropout=config.dropout,
+                target_modules=targets if isinstance(targets, str) else list(targets),
+                task_type="CAUSAL_LM",
+            )
         )
 
     def wrap(self, model: PreTrainedModel) -> peft.PeftModel:
@@ -58,7 +63,9 @@ class LoraFA(Method[LoraFAConfig]):
 
     def load(self, model: PreTrainedModel, directory: Path) -> peft.PeftModel:
         """Return the model with a saved adapter, of which only B is trained further."""
-        return _freeze_a(super().load(model, directory))
+        from tunesmith.nn import lora_linear
+
+        return _freeze_a(lora_linear.load(model, directory))
 
 
 def _freeze_a(model: peft.PeftModel) -> peft.PeftModel:
