@@ -3,6 +3,9 @@
 #include "parallel.h"
 
 #include <dlfcn.h>
+#include <pthread.h>
+
+#include <atomic>
 
 namespace tunesmith {
 namespace {
@@ -33,6 +36,15 @@ const OpenMp& openmp() {
   return found;
 }
 
+// A child has none of the threads that its parent's runtime waits for: it does everything itself.
+std::atomic<bool> forked{false};
+
+void take_note_of_forks() {
+  static const int registered =
+      pthread_atfork(nullptr, nullptr, [] { forked.store(true, std::memory_order_relaxed); });
+  (void)registered;
+}
+
 struct Loop {
   int64_t count;
   void (*work)(const void* context, int64_t first, int64_t last);
@@ -59,11 +71,15 @@ void parallel_ranges(int64_t count, int64_t grain,
   const int64_t shares = count / (grain > 0 ? grain : 1);
   if (threads > shares) threads = shares;
   if (threads <= 1) return work(context, 0, count);
+  take_note_of_forks();
   Loop loop = {count, work, context};
   openmp().parallel(run_share, &loop, unsigned(threads), 0);
 }
 
-int64_t max_threads() { return openmp().loaded() ? openmp().max_threads() : 1; }
+int64_t max_threads() {
+  const bool alone = forked.load(std::memory_order_relaxed) || !openmp().loaded();
+  return alone ? 1 : openmp().max_threads();
+}
 
 bool openmp_loaded() { return openmp().loaded(); }
 

@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <csignal>
 #include <cstdint>
 #include <cstdlib>
 #include <thread>
@@ -114,6 +115,7 @@ void check_fork(Input& input, const std::vector<Block>& blocks) {
   for (int i = 0; i < 4; ++i) {
     const pid_t child = fork();
     if (child == 0) {
+      std::signal(SIGALRM, SIG_DFL);
       alarm(10);  // rather than wait for a lock for ever
       std::vector<Block> more = blocks;
       use(input, 11, more);
