@@ -41,6 +41,7 @@ lint: $(VENV)/.installed
 test: lint
 	TUNESMITH_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -m "not slow and not gpu"
 
+# with the slow tests, among them a million executions of tests/native/fuzz (12 minutes on 2 cores)
 test-all: lint
 	TUNESMITH_REQUIRE_NATIVE=1 $(BIN)/python -m pytest
 
