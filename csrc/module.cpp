@@ -75,39 +75,43 @@ void dequantize_4bit(Pointer packed, Pointer absmax, Pointer nested_absmax, Poin
   }
 }
 
-// The fields of tunesmith_linear, in its order.
-#define LINEAR_PARAMETERS                                                                       \
-  int64_t tokens, int64_t in_features, int64_t out_features, int dtype, int type, Pointer weight, \
-      Pointer absmax, Pointer nested_absmax, Pointer nested_offset, int64_t blocksize, Pointer bias, \
-      int64_t rank, int adapter_dtype, Pointer lora_a, Pointer lora_b, float scaling, Pointer keep, \
-      float keep_scale
-#define LINEAR_ARGUMENTS                                                                       \
-  py::arg("tokens"), py::arg("in_features"), py::arg("out_features"), py::arg("dtype"),        \
-      py::arg("type"), py::arg("weight"), py::arg("absmax"), py::arg("nested_absmax"),         \
-      py::arg("nested_offset"), py::arg("blocksize"), py::arg("bias"), py::arg("rank"),        \
-      py::arg("adapter_dtype"), py::arg("lora_a"), py::arg("lora_b"), py::arg("scaling"),      \
-      py::arg("keep"), py::arg("keep_scale")
-#define LINEAR                                                                                     \
-  {                                                                                                \
-    tokens, in_features, out_features, dtype, type, at<void>(weight), at<void>(absmax),            \
-        at<float>(nested_absmax), at<float>(nested_offset), blocksize, at<void>(bias), rank,       \
-        adapter_dtype, at<void>(lora_a), at<void>(lora_b), scaling, at<uint8_t>(keep), keep_scale  \
-  }
+tunesmith_linear make_linear(int64_t tokens, int64_t in_features, int64_t out_features, int dtype,
+                             int type, Pointer weight, Pointer absmax, Pointer nested_absmax,
+                             Pointer nested_offset, int64_t blocksize, Pointer bias, int64_t rank,
+                             int adapter_dtype, Pointer lora_a, Pointer lora_b, float scaling,
+                             Pointer keep, float keep_scale) {
+  return {tokens,
+          in_features,
+          out_features,
+          dtype,
+          type,
+          at<void>(weight),
+          at<void>(absmax),
+          at<float>(nested_absmax),
+          at<float>(nested_offset),
+          blocksize,
+          at<void>(bias),
+          rank,
+          adapter_dtype,
+          at<void>(lora_a),
+          at<void>(lora_b),
+          scaling,
+          at<uint8_t>(keep),
+          keep_scale};
+}
 
-void linear(LINEAR_PARAMETERS, Pointer x, Pointer s, Pointer y, bool accumulate) {
-  const tunesmith_linear layer = LINEAR;
+void linear(const tunesmith_linear& layer, Pointer x, Pointer s, Pointer y, bool accumulate) {
   tunesmith_linear_cpu(&layer, at<void>(x), at<float>(s), at<void>(y), accumulate);
 }
 
-void linear_backward(LINEAR_PARAMETERS, Pointer x, Pointer s, Pointer grad_y, Pointer grad_x,
-                     Pointer grad_a, Pointer grad_b, bool accumulate) {
-  const tunesmith_linear layer = LINEAR;
+void linear_backward(const tunesmith_linear& layer, Pointer x, Pointer s, Pointer grad_y,
+                     Pointer grad_x, Pointer grad_a, Pointer grad_b, bool accumulate) {
   tunesmith_linear_backward_cpu(&layer, at<void>(x), at<float>(s), at<void>(grad_y),
                                 at<void>(grad_x), at<void>(grad_a), at<void>(grad_b), accumulate);
 }
 
-void linear_small(LINEAR_PARAMETERS, Pointer x, Pointer s, Pointer y, Stream stream) {
-  const tunesmith_linear layer = LINEAR;
+void linear_small([[maybe_unused]] const tunesmith_linear& layer, [[maybe_unused]] Pointer x,
+                  [[maybe_unused]] Pointer s, [[maybe_unused]] Pointer y, Stream stream) {
   if (!stream) throw std::runtime_error("linear_small is for CUDA; call linear");
   ON_STREAM(linear_small, &layer, at<void>(x), at<float>(s), at<void>(y));
 }
@@ -198,12 +202,19 @@ PYBIND11_MODULE(_native, m) {
   m.def("dequantize_4bit", dequantize_4bit, py::arg("packed"), py::arg("absmax"),
         py::arg("nested_absmax"), py::arg("nested_offset"), py::arg("numel"), py::arg("blocksize"),
         py::arg("type"), py::arg("dtype"), py::arg("out"), py::arg("stream"), Unlocked());
-  m.def("linear", linear, LINEAR_ARGUMENTS, py::arg("x"), py::arg("s"), py::arg("y"),
+  py::class_<tunesmith_linear>(m, "Linear")
+      .def(py::init(&make_linear), py::arg("tokens"), py::arg("in_features"),
+           py::arg("out_features"), py::arg("dtype"), py::arg("type"), py::arg("weight"),
+           py::arg("absmax"), py::arg("nested_absmax"), py::arg("nested_offset"),
+           py::arg("blocksize"), py::arg("bias"), py::arg("rank"), py::arg("adapter_dtype"),
+           py::arg("lora_a"), py::arg("lora_b"), py::arg("scaling"), py::arg("keep"),
+           py::arg("keep_scale"));
+  m.def("linear", linear, py::arg("layer"), py::arg("x"), py::arg("s"), py::arg("y"),
         py::arg("accumulate"), Unlocked());
-  m.def("linear_backward", linear_backward, LINEAR_ARGUMENTS, py::arg("x"), py::arg("s"),
+  m.def("linear_backward", linear_backward, py::arg("layer"), py::arg("x"), py::arg("s"),
         py::arg("grad_y"), py::arg("grad_x"), py::arg("grad_a"), py::arg("grad_b"),
         py::arg("accumulate"), Unlocked());
-  m.def("linear_small", linear_small, LINEAR_ARGUMENTS, py::arg("x"), py::arg("s"), py::arg("y"),
+  m.def("linear_small", linear_small, py::arg("layer"), py::arg("x"), py::arg("s"), py::arg("y"),
         py::arg("stream"), Unlocked());
   m.def("small_tokens", small_tokens);
   m.def("empty", empty, py::arg("nbytes"));

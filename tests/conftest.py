@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,3 +80,71 @@ def preference_file(tmp_path: Path) -> Path:
     path = tmp_path / "prefs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+# the process's own memory: pages of a file that it maps can be dropped at any time
+PEAK = """
+import json, sys, threading, time
+
+def own():
+    for line in open("/proc/self/status"):
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+
+class Peak:
+    def __enter__(self):
+        self.before = self.peak = own()
+        self.stop = False
+        self.watcher = threading.Thread(target=self.watch)
+        self.watcher.start()
+        return self
+
+    def watch(self):
+        while not self.stop:
+            self.peak = max(self.peak, own())
+            time.sleep(0.0005)
+
+    def __exit__(self, *_):
+        self.stop = True
+        self.watcher.join()
+        self.bytes = self.peak - self.before
+"""
+
+LOAD_NF4 = """
+from pathlib import Path
+import torch, transformers
+from transformers.models.llama import modeling_llama
+import tunesmith.nn.loading
+from tunesmith_plugins.quantizers.nf4 import NF4, NF4Config
+
+with Peak() as peak:
+    model = NF4(NF4Config()).load(
+        Path(sys.argv[1]), dtype=torch.bfloat16, device=torch.device("cpu")
+    )
+tensors = {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}
+print(json.dumps([peak.bytes, sum(t.numel() * t.element_size() for t in tensors.values())]))
+"""
+
+
+@pytest.fixture
+def measured() -> Callable[..., Any]:
+    """Runs a script in a process of its own; it has `Peak`, and prints JSON, which is returned."""
+    if sys.platform != "linux":
+        pytest.skip("reads /proc/self/status")
+
+    def run(script: str, *arguments: Any) -> Any:
+        done = subprocess.run(
+            [sys.executable, "-c", PEAK + script, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
+
+
+@pytest.fixture
+def load_nf4_measured(measured: Callable[..., Any]) -> Callable[[Path], tuple[int, int]]:
+    """Loads a directory in NF4: the peak of memory in bytes, and what the model's tensors hold."""
+    return lambda directory: measured(LOAD_NF4, directory)

@@ -3,15 +3,13 @@
 // Compiled with its own flags; nothing here may run, nor be linked from elsewhere, on a CPU without.
 #include "avx2.h"
 
-#include "../kernels.h"
-#include "../nf4.h"
-#include "isa.h"
+#include <type_traits>
+
+#include "blocks.h"
 #include "products.h"
 
 namespace tunesmith {
 namespace {
-
-constexpr DynamicTable kDynamic = make_dynamic_table();
 
 // As integers magnitudes sort alike, and NaN and Inf above the rest: nothing is lost.
 float absmax_of(const float* weight, int64_t count) {
@@ -132,7 +130,7 @@ void put(uint16_t* at, __m256i values) {
   }
 }
 
-template <bool kPast>
+template <typename T, bool kPast>
 void dequantize_block(const uint8_t* packed, int64_t count, const BytePlanes& planes, float scale,
                       float* out) {
   const __m256 scales = _mm256_set1_ps(scale);
@@ -173,55 +171,28 @@ void dequantize_block(const uint8_t* packed, int64_t count, const FourBitTable& 
   }
 }
 
-void quantize(const QuantizeJob& job, int64_t first, int64_t last) {
-  const int64_t full = job.numel / job.blocksize;
-  const int64_t end = last < full ? last : full;
-  switch (job.dtype) {
-    case TUNESMITH_FLOAT32: quantize_blocks<Float32>(job, first, end); break;
-    case TUNESMITH_FLOAT16: quantize_blocks<Float16>(job, first, end); break;
-    case TUNESMITH_BFLOAT16: quantize_blocks<BFloat16>(job, first, end); break;
-  }
-  if (end < last) scalar_isa.quantize(job, end, last);
-}
+struct Avx2Blocks {
+  static constexpr size_t kAlignment = sizeof(__m256);
+  template <typename T>
+  using Lookup =
+      std::conditional_t<std::is_same_v<T, Float32>, BytePlanes, const FourBitTable&>;
 
-template <bool kPast>
-void dequantize_blocks(const DequantizeJob& job, int64_t first, int64_t last) {
-  const BytePlanes planes(*job.table);
-  for (int64_t block = first; block < last; ++block) {
-    const int64_t begin = block * job.blocksize;
-    const uint8_t* packed = job.packed + begin / 2;
-    const float scale =
-        scale_of(block, job.absmax, job.nested_absmax, job.nested_offset, kDynamic);
-    switch (job.dtype) {
-      case TUNESMITH_FLOAT32:
-        dequantize_block<kPast>(packed, job.blocksize, planes, scale, static_cast<float*>(job.out) + begin);
-        break;
-      case TUNESMITH_FLOAT16:
-        dequantize_block<Float16, kPast>(packed, job.blocksize, *job.table, scale,
-                                  static_cast<uint16_t*>(job.out) + begin);
-        break;
-      case TUNESMITH_BFLOAT16:
-        dequantize_block<BFloat16, kPast>(packed, job.blocksize, *job.table, scale,
-                                   static_cast<uint16_t*>(job.out) + begin);
-        break;
-    }
+  template <typename T>
+  static void quantize(const QuantizeJob& job, int64_t first, int64_t end) {
+    quantize_blocks<T>(job, first, end);
   }
-  if (kPast) _mm_sfence();
-}
 
-void dequantize(const DequantizeJob& job, int64_t first, int64_t last) {
-  const int64_t full = job.numel / job.blocksize;
-  const int64_t end = last < full ? last : full;
-  if (goes_past_caches(job, sizeof(__m256))) {
-    dequantize_blocks<true>(job, first, end);
-  } else {
-    dequantize_blocks<false>(job, first, end);
+  template <typename T, bool kPast>
+  static void dequantize(const uint8_t* packed, int64_t count, const Lookup<T>& lookup, float scale,
+                         typename T::Storage* out) {
+    dequantize_block<T, kPast>(packed, count, lookup, scale, out);
   }
-  if (end < last) scalar_isa.dequantize(job, end, last);
-}
+
+  static void fence() { _mm_sfence(); }
+};
 
 }  // namespace
 
-const Isa avx2_isa = {"avx2", quantize, dequantize, multiply_avx2};
+const Isa avx2_isa = {"avx2", quantize<Avx2Blocks>, dequantize<Avx2Blocks>, multiply_avx2};
 
 }  // namespace tunesmith

@@ -18,18 +18,18 @@ constexpr FourBitTable kFp4 = make_fp4_table();
 // below this many elements a thread is not worth waking
 constexpr int64_t kGrain = 1 << 15;
 
-int64_t divide_up(int64_t count, int64_t size) { return (count + size - 1) / size; }
-
 #ifdef TUNESMITH_X86
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
 #ifdef TUNESMITH_EMULATED_AVX512
 bool has_avx512() { return true; }
 bool has_avx512_bf16() { return true; }
 #else
 bool has_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c");
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
@@ -45,11 +45,7 @@ const Choice kChoices[] = {
 #ifdef TUNESMITH_X86
     {&avx512_bf16_isa, has_avx512_bf16},
     {&avx512_isa, has_avx512},
-    {&avx2_isa,
-     [] {
-       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-              __builtin_cpu_supports("f16c");
-     }},
+    {&avx2_isa, has_avx2},
 #endif
     {&scalar_isa, [] { return true; }},
 };
@@ -78,8 +74,7 @@ const Isa* first_choice() {
 constexpr int64_t kRowsAtOnce = 512;
 
 void* at_element(const void* data, int type, int64_t element) {
-  const int64_t size = type == TUNESMITH_FLOAT32 ? 4 : 2;
-  return const_cast<char*>(static_cast<const char*>(data) + element * size);
+  return const_cast<char*>(static_cast<const char*>(data) + element * size_of(type));
 }
 
 // A plain matrix without its first rows.
@@ -108,7 +103,7 @@ void multiply(Product product) {
   for (int64_t left = product.rows; left > 0; left -= most) {
     product.rows = left < most ? left : most;
     isa.multiply(product);
-    if (left <= most) break;
+    if (left <= most) return;  // nothing lies behind the end
     product.left = after_rows(product.left, most);
     product.left2 = after_rows(product.left2, most);
     if (product.keep != nullptr) product.keep += most * product.columns;

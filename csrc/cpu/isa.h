@@ -34,12 +34,14 @@ struct DequantizeJob {
   void* out;
 };
 
+// Bytes of an element of a plain type.
+inline int64_t size_of(int type) { return type == TUNESMITH_FLOAT32 ? 4 : 2; }
+
 // Whether the output is so large that it would only push everything else out of the caches, and lies
 // at a multiple of `alignment` bytes. To store past them saves reading it first.
 inline bool goes_past_caches(const DequantizeJob& job, size_t alignment) {
   constexpr int64_t kLarge = int64_t(1) << 24;
-  const int64_t size = job.dtype == TUNESMITH_FLOAT32 ? 4 : 2;
-  return job.numel * size >= kLarge && reinterpret_cast<uintptr_t>(job.out) % alignment == 0;
+  return job.numel * size_of(job.dtype) >= kLarge && reinterpret_cast<uintptr_t>(job.out) % alignment == 0;
 }
 
 struct AbsmaxJob {
@@ -50,11 +52,10 @@ struct AbsmaxJob {
   float* nested_absmax;
 };
 
-// [rows, columns], row-major: plain values, some of which a mask may drop, or 4-bit codes.
+// Rows of `columns` elements without gaps: plain values, some of which a mask may drop, or 4-bit codes.
 struct Matrix {
   const void* data;
   int type;
-  int64_t rows;
   int64_t columns;
   // 4-bit only
   const FourBitTable* table;

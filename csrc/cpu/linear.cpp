@@ -8,11 +8,10 @@
 namespace tunesmith {
 namespace {
 
-Matrix plain(const void* data, int type, int64_t rows, int64_t columns) {
+Matrix plain(const void* data, int type, int64_t columns) {
   Matrix matrix = {};
   matrix.data = data;
   matrix.type = type;
-  matrix.rows = rows;
   matrix.columns = columns;
   return matrix;
 }
@@ -28,7 +27,7 @@ struct Parts {
 
   // [out, in]
   Matrix weight() const {
-    Matrix matrix = plain(linear.weight, linear.type, out(), in());
+    Matrix matrix = plain(linear.weight, linear.type, in());
     matrix.table = table_of(linear.type);
     matrix.absmax = linear.absmax;
     matrix.nested_absmax = linear.nested_absmax;
@@ -39,14 +38,14 @@ struct Parts {
 
   // [tokens, in], as the adapter sees it
   Matrix dropped(const void* x) const {
-    Matrix matrix = plain(x, linear.dtype, tokens(), in());
+    Matrix matrix = plain(x, linear.dtype, in());
     matrix.keep = linear.keep;
     matrix.keep_scale = linear.keep_scale;
     return matrix;
   }
 
-  Matrix lora_a() const { return plain(linear.lora_a, linear.adapter_dtype, rank(), in()); }
-  Matrix lora_b() const { return plain(linear.lora_b, linear.adapter_dtype, out(), rank()); }
+  Matrix lora_a() const { return plain(linear.lora_a, linear.adapter_dtype, in()); }
+  Matrix lora_b() const { return plain(linear.lora_b, linear.adapter_dtype, rank()); }
 };
 
 Product product_of(Matrix left, Matrix right, void* out, int out_type, int64_t rows,
@@ -88,7 +87,7 @@ void tunesmith_linear_cpu(const tunesmith_linear* linear, const void* x, float* 
     product.exact = true;
     multiply(product);
   }
-  Matrix input = plain(x, linear->dtype, tokens, parts.in());
+  Matrix input = plain(x, linear->dtype, parts.in());
   Matrix weight = parts.weight();
   if (linear->weight == nullptr) input.columns = weight.columns = 0;
   Product product = product_of(input, weight, y, linear->dtype, tokens, parts.out());
@@ -96,7 +95,7 @@ void tunesmith_linear_cpu(const tunesmith_linear* linear, const void* x, float* 
   product.bias = linear->bias;
   product.accumulate = accumulate;
   if (rank > 0) {
-    product.left2 = plain(s, TUNESMITH_FLOAT32, tokens, rank);
+    product.left2 = plain(s, TUNESMITH_FLOAT32, rank);
     product.right2 = parts.lora_b();
     product.alpha2 = linear->scaling;
   }
@@ -108,7 +107,7 @@ void tunesmith_linear_backward_cpu(const tunesmith_linear* linear, const void* x
                                    bool accumulate) {
   const Parts parts = {*linear};
   const int64_t tokens = parts.tokens(), rank = parts.rank();
-  Matrix grad_out = plain(grad_y, linear->dtype, tokens, parts.out());
+  const Matrix grad_out = plain(grad_y, linear->dtype, parts.out());
   // what flows into s, worked out once for both grad_x and grad_a
   Scratch grad_s(sizeof(float) * tokens * rank);
   if (rank > 0 && (grad_x != nullptr || grad_a != nullptr)) {
@@ -119,13 +118,13 @@ void tunesmith_linear_backward_cpu(const tunesmith_linear* linear, const void* x
     multiply(product);
   }
   if (grad_x != nullptr) {
-    Matrix weight = parts.weight();
-    if (linear->weight == nullptr) grad_out.columns = weight.rows = 0;
+    Matrix left = grad_out;
+    if (linear->weight == nullptr) left.columns = 0;
     Product product =
-        product_of(grad_out, weight, grad_x, linear->dtype, tokens, parts.in());
+        product_of(left, parts.weight(), grad_x, linear->dtype, tokens, parts.in());
     product.accumulate = accumulate;
     if (rank > 0) {
-      product.left2 = plain(grad_s.as<float>(), TUNESMITH_FLOAT32, tokens, rank);
+      product.left2 = plain(grad_s.as<float>(), TUNESMITH_FLOAT32, rank);
       product.right2 = parts.lora_a();
       product.keep = linear->keep;
       product.keep_scale = linear->keep_scale;
@@ -134,7 +133,7 @@ void tunesmith_linear_backward_cpu(const tunesmith_linear* linear, const void* x
   }
   if (rank == 0) return;
   Scratch transposed(sizeof(float) * tokens * rank);
-  const Matrix left = plain(transposed.as<float>(), TUNESMITH_FLOAT32, rank, tokens);
+  const Matrix left = plain(transposed.as<float>(), TUNESMITH_FLOAT32, tokens);
   if (grad_a != nullptr) {
     transpose(grad_s.as<float>(), tokens, rank, transposed.as<float>());
     Product product =
@@ -145,8 +144,8 @@ void tunesmith_linear_backward_cpu(const tunesmith_linear* linear, const void* x
   if (grad_b != nullptr) {
     transpose(s, tokens, rank, transposed.as<float>());
     // rank rows are few: it is the transpose of grad_b that comes out, and is written as grad_b
-    Product product = product_of(left, plain(grad_y, linear->dtype, tokens, parts.out()), grad_b,
-                                 linear->adapter_dtype, rank, parts.out());
+    Product product =
+        product_of(left, grad_out, grad_b, linear->adapter_dtype, rank, parts.out());
     product.row_stride = 1;
     product.column_stride = rank;
     product.alpha = linear->scaling;

@@ -15,6 +15,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "../kernels.h"
 #include "../nf4.h"
@@ -28,8 +29,6 @@ namespace {
 constexpr DynamicTable kScales = make_dynamic_table();
 
 inline bool is_4bit(int type) { return type == TUNESMITH_NF4 || type == TUNESMITH_FP4; }
-
-inline int64_t divide_up(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 inline int64_t round_up(int64_t count, int64_t size) { return divide_up(count, size) * size; }
 
@@ -602,16 +601,24 @@ void multiply_few_rows(const Product& product, int64_t row) {
   });
 }
 
-template <typename Simd>
-void multiply_few(const Product& product) {
+// Calls use(count, row) for up to 4 rows of the product at a time, `count` a constant.
+template <typename Use>
+void for_few_rows(const Product& product, Use use) {
   for (int64_t row = 0; row < product.rows; row += 4) {
     switch (product.rows - row) {
-      case 1: multiply_few_rows<Simd, 1>(product, row); break;
-      case 2: multiply_few_rows<Simd, 2>(product, row); break;
-      case 3: multiply_few_rows<Simd, 3>(product, row); break;
-      default: multiply_few_rows<Simd, 4>(product, row);
+      case 1: use(std::integral_constant<int, 1>(), row); break;
+      case 2: use(std::integral_constant<int, 2>(), row); break;
+      case 3: use(std::integral_constant<int, 3>(), row); break;
+      default: use(std::integral_constant<int, 4>(), row);
     }
   }
+}
+
+template <typename Simd>
+void multiply_few(const Product& product) {
+  for_few_rows(product, [&](auto count, int64_t row) {
+    multiply_few_rows<Simd, decltype(count)::value>(product, row);
+  });
 }
 
 }  // namespace

@@ -296,14 +296,9 @@ void multiply_few_pairs(const Product& product, int64_t row) {
 }
 
 void multiply_few_pairs(const Product& product) {
-  for (int64_t row = 0; row < product.rows; row += 4) {
-    switch (product.rows - row) {
-      case 1: multiply_few_pairs<1>(product, row); break;
-      case 2: multiply_few_pairs<2>(product, row); break;
-      case 3: multiply_few_pairs<3>(product, row); break;
-      default: multiply_few_pairs<4>(product, row);
-    }
-  }
+  for_few_rows(product, [&](auto count, int64_t row) {
+    multiply_few_pairs<decltype(count)::value>(product, row);
+  });
 }
 
 }  // namespace

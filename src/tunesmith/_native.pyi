@@ -48,52 +48,36 @@ def dequantize_4bit(
 ) -> None:
     """Write out [numel] of that dtype; a nested_absmax of 0 means that absmax is plain fp32."""
 
-# The layer is described as csrc/kernels.h's tunesmith_linear; a pointer of 0 leaves that part out.
-def linear(
-    tokens: int,
-    in_features: int,
-    out_features: int,
-    dtype: int,
-    type: int,
-    weight: int,
-    absmax: int,
-    nested_absmax: int,
-    nested_offset: int,
-    blocksize: int,
-    bias: int,
-    rank: int,
-    adapter_dtype: int,
-    lora_a: int,
-    lora_b: int,
-    scaling: float,
-    keep: int,
-    keep_scale: float,
-    x: int,
-    s: int,
-    y: int,
-    accumulate: bool,
-) -> None:
+class Linear:
+    """csrc/kernels.h's tunesmith_linear, of pointers; 0 leaves a part out."""
+
+    def __init__(
+        self,
+        tokens: int,
+        in_features: int,
+        out_features: int,
+        dtype: int,
+        type: int,
+        weight: int,
+        absmax: int,
+        nested_absmax: int,
+        nested_offset: int,
+        blocksize: int,
+        bias: int,
+        rank: int,
+        adapter_dtype: int,
+        lora_a: int,
+        lora_b: int,
+        scaling: float,
+        keep: int,
+        keep_scale: float,
+    ) -> None: ...
+
+def linear(layer: Linear, x: int, s: int, y: int, accumulate: bool) -> None:
     """Write fp32 s [tokens, rank] and y [tokens, out_features], or add to y. On the CPU."""
 
 def linear_backward(
-    tokens: int,
-    in_features: int,
-    out_features: int,
-    dtype: int,
-    type: int,
-    weight: int,
-    absmax: int,
-    nested_absmax: int,
-    nested_offset: int,
-    blocksize: int,
-    bias: int,
-    rank: int,
-    adapter_dtype: int,
-    lora_a: int,
-    lora_b: int,
-    scaling: float,
-    keep: int,
-    keep_scale: float,
+    layer: Linear,
     x: int,
     s: int,
     grad_y: int,
@@ -104,30 +88,7 @@ def linear_backward(
 ) -> None:
     """Write the gradients whose pointer is not 0, or add to grad_x. On the CPU."""
 
-def linear_small(
-    tokens: int,
-    in_features: int,
-    out_features: int,
-    dtype: int,
-    type: int,
-    weight: int,
-    absmax: int,
-    nested_absmax: int,
-    nested_offset: int,
-    blocksize: int,
-    bias: int,
-    rank: int,
-    adapter_dtype: int,
-    lora_a: int,
-    lora_b: int,
-    scaling: float,
-    keep: int,
-    keep_scale: float,
-    x: int,
-    s: int,
-    y: int,
-    stream: int | None,
-) -> None:
+def linear_small(layer: Linear, x: int, s: int, y: int, stream: int | None) -> None:
     """Do what `linear` does on CUDA, for a 4-bit weight, no mask and few tokens."""
 
 def small_tokens() -> int:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-
 import pytest
 
 from tunesmith.testing.tiny import tiny_llama
@@ -20,11 +16,6 @@ from tunesmith.engine.plan import make_plan
 from tunesmith.engine.runner import run
 from tunesmith.plugin.registry import registry
 
-def private():
-    for line in open("/proc/self/status"):
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
-
 model, out, checkpointing = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "yes"
 rows = [{"instruction": f"write {n}", "output": "the quick brown fox " * 200} for n in range(4)]
 tuner = Tuner(model).quantize("nf4").lora(r=16).sft(
@@ -32,25 +23,15 @@ tuner = Tuner(model).quantize("nf4").lora(r=16).sft(
     gradient_checkpointing=checkpointing,
 )
 predicted = make_plan(tuner.recipe, registry()).steps[2].estimate.memory_bytes
-before, peak, stop = private(), 0, False
-def watch():
-    global peak
-    while not stop:
-        peak = max(peak, private())
-        time.sleep(0.002)
-watcher = threading.Thread(target=watch)
-watcher.start()
-run(tuner.recipe, out, registry())
-stop = True
-watcher.join()
-print(json.dumps([predicted, peak - before]))
+with Peak() as peak:
+    run(tuner.recipe, out, registry())
+print(json.dumps([predicted, peak.bytes]))
 """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 @pytest.mark.parametrize("checkpointing", ["no", "yes"])
-def test_predicted_memory_is_within_half_of_what_is_measured(tmp_path, checkpointing):
+def test_predicted_memory_is_within_half_of_what_is_measured(tmp_path, measured, checkpointing):
     model = tiny_llama(
         tmp_path / "model",
         hidden_size=512,
@@ -60,11 +41,5 @@ def test_predicted_memory_is_within_half_of_what_is_measured(tmp_path, checkpoin
         num_key_value_heads=4,
         vocab_size=16000,
     )
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, model, tmp_path / "run", checkpointing],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    predicted, measured = json.loads(done.stdout.splitlines()[-1])
-    assert 1 / 1.5 < predicted / measured < 1.5
+    predicted, peak = measured(MEASURE, model, tmp_path / "run", checkpointing)
+    assert 1 / 1.5 < predicted / peak < 1.5

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -69,39 +65,7 @@ def test_a_gguf_is_converted_to_what_transformers_makes_of_it(real_gguf, real_mo
     assert tokenizer.eos_token == "<|im_end|>"
 
 
-MEASURE = """
-import json, sys, threading, time
-from pathlib import Path
-import torch, transformers
-from transformers.models.llama import modeling_llama
-import tunesmith.nn.loading
-from tunesmith_plugins.quantizers.nf4 import NF4, NF4Config
-
-def private():
-    for line in open("/proc/self/status"):
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
-
-peak, stop = 0, False
-def watch():
-    global peak
-    while not stop:
-        peak = max(peak, private())
-        time.sleep(0.0005)
-
-before = private()
-watcher = threading.Thread(target=watch)
-watcher.start()
-model = NF4(NF4Config()).load(Path(sys.argv[1]), dtype=torch.bfloat16, device=torch.device("cpu"))
-stop = True
-watcher.join()
-tensors = {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}
-print(json.dumps([peak - before, sum(t.numel() * t.element_size() for t in tensors.values())]))
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
-def test_nf4_loading_never_holds_the_16_bit_model(tmp_path):
+def test_nf4_loading_never_holds_the_16_bit_model(tmp_path, load_nf4_measured):
     # 8 layers of 1024 x 1024 and 1024 x 4096: 269 MB in 16 bits, of which 4 MB are embeddings
     directory = tiny_llama(
         tmp_path / "model",
@@ -116,11 +80,7 @@ def test_nf4_loading_never_holds_the_16_bit_model(tmp_path):
     model.save_pretrained(directory)
     dense = sum(p.numel() * p.element_size() for p in model.parameters())
     del model
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, directory], capture_output=True, text=True, check=True
-    )
-    # memory of the process's own; pages of the file that it maps can be dropped at any time
-    peak, held = json.loads(done.stdout.splitlines()[-1])
+    peak, held = load_nf4_measured(directory)
     largest = 1024 * 4096 * 2
     assert held < 0.3 * dense
     assert peak < held + 4 * largest

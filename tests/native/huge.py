@@ -133,13 +133,13 @@ def weight(native: ModuleType) -> None:
         weight=zeros(numel // 2, packed), absmax=zeros(numel // BLOCKSIZE * 4, absmax),
     )  # fmt: skip
     x, y = numbers(1, columns), torch.full((1, rows), 7.0)
-    native.linear(**layer, x=x.data_ptr(), s=0, y=y.data_ptr(), accumulate=False)
+    native.linear(native.Linear(**layer), x=x.data_ptr(), s=0, y=y.data_ptr(), accumulate=False)
     assert_close(y[:, -few:], x.double() @ dense.T)
     assert (y[:, :-few] == 0).all()
     grad_y, grad_x = numbers(1, rows), torch.empty(1, columns)
     native.linear_backward(
-        **layer, x=0, s=0, grad_y=grad_y.data_ptr(), grad_x=grad_x.data_ptr(), grad_a=0, grad_b=0,
-        accumulate=False,
+        native.Linear(**layer), x=0, s=0, grad_y=grad_y.data_ptr(), grad_x=grad_x.data_ptr(),
+        grad_a=0, grad_b=0, accumulate=False,
     )  # fmt: skip
     assert_close(grad_x, grad_y[:, -few:].double() @ dense)
 
@@ -156,7 +156,7 @@ def tokens(native: ModuleType) -> None:
     )  # fmt: skip
     x_at = zeros(2 * count * columns, x)
     y, s = torch.full((count, 1), 7.0, dtype=dtype), torch.full((count, 1), 7.0)
-    native.linear(**layer, x=x_at, s=s.data_ptr(), y=y.data_ptr(), accumulate=False)
+    native.linear(native.Linear(**layer), x=x_at, s=s.data_ptr(), y=y.data_ptr(), accumulate=False)
     dropped = x.double() * keep * 1.25
     expected_s = dropped @ lora_a.double().T
     assert_close(s[-few:], expected_s)
@@ -167,8 +167,8 @@ def tokens(native: ModuleType) -> None:
     y[:-few] = 0
     grad_x, grad_a = round_and_round(2 * count * columns), torch.empty(1, columns)
     native.linear_backward(
-        **layer, x=x_at, s=0, grad_y=y.data_ptr(), grad_x=grad_x, grad_a=grad_a.data_ptr(),
-        grad_b=0, accumulate=False,
+        native.Linear(**layer), x=x_at, s=0, grad_y=y.data_ptr(), grad_x=grad_x,
+        grad_a=grad_a.data_ptr(), grad_b=0, accumulate=False,
     )  # fmt: skip
     grad_s = 0.5 * y[-few:].double() @ lora_b.double()
     through_adapter = grad_s @ lora_a.double() * keep * 1.25
@@ -184,7 +184,7 @@ def output(native: ModuleType) -> None:
     x, w, bias = numbers(few, 1, dtype=dtype), numbers(columns, 1), numbers(columns, dtype=dtype)
     y = round_and_round(2 * count * columns)
     layer = arguments(count, 1, columns, dtype, weight=w.data_ptr(), bias=bias.data_ptr())
-    native.linear(**layer, x=zeros(2 * count, x), s=0, y=y, accumulate=False)
+    native.linear(native.Linear(**layer), x=zeros(2 * count, x), s=0, y=y, accumulate=False)
     ours = read_end(y, 2 * count * columns, few * columns, dtype).view(few, columns)
     assert_close(ours, x.double() @ w.double().T + bias.double())
 

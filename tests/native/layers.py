@@ -72,7 +72,7 @@ class Layer:
         return torch.float32 if self.lora_a is None else self.lora_a.dtype
 
     def arguments(self, place: Place = in_place) -> dict[str, Any]:
-        """Return what `_native.linear` and `linear_backward` ask for but x, s and the gradients."""
+        """Return what `_native.Linear` is made of."""
 
         def at(tensor: Tensor | None) -> int:
             return 0 if tensor is None else place(tensor)
@@ -104,7 +104,7 @@ class Layer:
         y = torch.empty(self.tokens, self.out_features, dtype=self.dtype)
         s = torch.empty(self.tokens, self.rank)
         native.linear(
-            **self.arguments(),
+            native.Linear(**self.arguments()),
             x=self.x.data_ptr(),
             s=s.data_ptr(),
             y=y.data_ptr(),
@@ -121,7 +121,7 @@ class Layer:
         ]
         grad_x, grad_a, grad_b = (grad.data_ptr() for grad in grads)
         native.linear_backward(
-            **self.arguments(),
+            native.Linear(**self.arguments()),
             x=self.x.data_ptr(),
             s=s.data_ptr(),
             grad_y=grad_y.data_ptr(),

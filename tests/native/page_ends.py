@@ -73,11 +73,11 @@ def linear(native: ModuleType) -> None:
             x_size, y_size = layer.dtype.itemsize, layer.tokens * layer.out_features
             s, x = ends.space(4 * layer.tokens * layer.rank), ends.copy(layer.x)
             y = ends.copy(torch.ones(y_size, dtype=layer.dtype))
-            arguments = layer.arguments(ends.copy)
-            native.linear(**arguments, x=x, s=s, y=y, accumulate=size % 2 == 0)
+            described = native.Linear(**layer.arguments(ends.copy))
+            native.linear(described, x=x, s=s, y=y, accumulate=size % 2 == 0)
             adapter_size = layer.rank * layer.adapter_dtype.itemsize
             native.linear_backward(
-                **arguments,
+                described,
                 x=x,
                 s=s,
                 grad_y=y,

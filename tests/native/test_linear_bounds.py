@@ -60,10 +60,10 @@ def test_every_size_writes_inside_its_buffers_and_what_the_formula_says(
 ) -> None:
     for size in range(1, 514):
         layer = random_layer(*SHAPES[what](size), seed=size)
-        arguments = layer.arguments() | {"x": layer.x.data_ptr()}
+        described, x = native.Linear(**layer.arguments()), layer.x.data_ptr()
         y = Guarded(layer.tokens * layer.out_features * layer.dtype.itemsize)
         s = Guarded(layer.tokens * layer.rank * 4)
-        native.linear(**arguments, s=s.pointer, y=y.pointer, accumulate=False)
+        native.linear(described, x=x, s=s.pointer, y=y.pointer, accumulate=False)
         expected_y, expected_s = layer.formula()
         our_y, our_s = y.as_dtype(layer.dtype), s.as_dtype(torch.float32)
         assert_close(our_y.view(expected_y.shape), expected_y)
@@ -75,8 +75,9 @@ def test_every_size_writes_inside_its_buffers_and_what_the_formula_says(
         grads = [Guarded(e.numel() * d.itemsize) for e, d in zip(expected, dtypes, strict=True)]
         pointers = zip(("grad_x", "grad_a", "grad_b"), grads, strict=True)
         native.linear_backward(
-            **arguments,
+            described,
             **{name: grad.pointer for name, grad in pointers},
+            x=x,
             s=s.pointer,
             grad_y=grad_y.data_ptr(),
             accumulate=False,
@@ -133,7 +134,7 @@ def test_what_is_not_asked_for_is_not_written(native: ModuleType, isa: str) -> N
         ours = torch.empty_like(expected[asked])
         pointers[asked] = ours.data_ptr()
         native.linear_backward(
-            **layer.arguments(),
+            native.Linear(**layer.arguments()),
             # x is there for grad_a alone, and s for grad_b
             x=layer.x.data_ptr() if asked == 1 else 0,
             s=s.data_ptr() if asked == 2 else 0,
@@ -153,7 +154,11 @@ def test_without_a_weight_the_adapter_is_added_to_what_is_there(
         y, s = base.clone(), torch.empty(7, 4)
         arguments = layer.arguments() | {"weight": 0, "bias": 0}
         native.linear(
-            **arguments, x=layer.x.data_ptr(), s=s.data_ptr(), y=y.data_ptr(), accumulate=True
+            native.Linear(**arguments),
+            x=layer.x.data_ptr(),
+            s=s.data_ptr(),
+            y=y.data_ptr(),
+            accumulate=True,
         )
         bare = attrs.evolve(layer, dense=torch.zeros_like(layer.dense), bias=None)
         assert_close(y, base.double() + bare.formula()[0])

@@ -526,39 +526,8 @@ def test_a_config_that_promises_4_bits_over_plain_weights_is_refused(
 
 # --- memory
 
-MEASURE = """
-import json, sys, threading, time
-from pathlib import Path
-import torch, transformers
-from transformers.models.llama import modeling_llama
-import tunesmith.nn.loading
-from tunesmith_plugins.quantizers.nf4 import NF4, NF4Config
 
-def private():
-    for line in open("/proc/self/status"):
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
-
-peak, stop = 0, False
-def watch():
-    global peak
-    while not stop:
-        peak = max(peak, private())
-        time.sleep(0.0005)
-
-before = private()
-watcher = threading.Thread(target=watch)
-watcher.start()
-model = NF4(NF4Config()).load(Path(sys.argv[1]), dtype=torch.bfloat16, device=torch.device("cpu"))
-stop = True
-watcher.join()
-tensors = {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}
-print(json.dumps([peak - before, sum(t.numel() * t.element_size() for t in tensors.values())]))
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
-def test_opening_stored_weights_holds_them_once(tmp_path: Path) -> None:
+def test_opening_stored_weights_holds_them_once(tmp_path: Path, load_nf4_measured: Any) -> None:
     # layers of the loading test's model: 101 MB in 16 bits, 26 in 4
     directory = tiny_llama(
         tmp_path / "dense",
@@ -572,14 +541,8 @@ def test_opening_stored_weights_holds_them_once(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "stored")
     del model
     shutil.rmtree(directory)
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, tmp_path / "stored"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    # memory of the process's own: weights that lie in pages of the file take none
-    peak, held = json.loads(done.stdout.splitlines()[-1])
+    # weights that lie in pages of the file take none of the process's own memory
+    peak, held = load_nf4_measured(tmp_path / "stored")
     largest = 1024 * 4096 // 2
     assert held < 30e6
     assert peak < held + 4 * largest

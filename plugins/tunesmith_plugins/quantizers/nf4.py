@@ -78,6 +78,8 @@ class NF4(Quantizer[NF4Config]):
 
     def check_stored(self, stored: Mapping[str, Any], directory: Path | None) -> str:
         """Take bitsandbytes' 4-bit weights, if they are what the options ask for."""
+        from tunesmith.nn.checkpoint import within
+
         method = stored_method(stored)
         if method != "bitsandbytes 4-bit":
             raise ModelError(
@@ -98,7 +100,7 @@ class NF4(Quantizer[NF4Config]):
             self._check("blocksize", layer.blocksize, self.config.blocksize, name)
             self._check("nested", layer.nested, self.config.nested, name)
             for skipped in self.config.skip:
-                if f".{skipped}." in f".{name}.":
+                if within(name, skipped):
                     raise ModelError(
                         f"got skip={skipped!r}, and {name} is stored in 4 bits; such weights are "
                         "taken as they are: leave it out, or start from the unquantized checkpoint"

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from tunesmith.nn.interchange import Format, format_key, read_format
 
-__all__ = ["ShardWriter", "stored_formats", "stored_quantization", "weight_files"]
+__all__ = ["ShardWriter", "stored_formats", "stored_quantization", "weight_files", "within"]
 
 SHARD_BYTES = 2 * 1024**3
 
@@ -110,3 +110,8 @@ def stored_formats(files: Iterable[Path]) -> dict[str, Format]:
                     state = file.get_tensor(key)
                     found[weight.removesuffix(".weight")] = read_format(state, weight)
     return found
+
+
+def within(name: str, keep: str) -> bool:
+    """Return whether a module is, or lies in, a module that is called `keep`."""
+    return f".{keep}." in f".{name}."

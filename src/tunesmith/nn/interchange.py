@@ -26,13 +26,11 @@ import torch
 from torch import Tensor
 
 from tunesmith.errors import OpError
-from tunesmith.ops import FP4Weight, NF4Weight, Weight4Bit
+from tunesmith.ops import KINDS, Weight4Bit
 from tunesmith.ops.reference import CODES, DYNAMIC_MAP
-from tunesmith.ops.schema import DTYPES, NESTED_BLOCKSIZE
+from tunesmith.ops.schema import DTYPES, NESTED_BLOCKSIZE, word
 
 __all__ = ["SUFFIXES", "Format", "as_tensors", "format_key", "from_tensors", "read_format"]
-
-KINDS: dict[str, type[Weight4Bit]] = {"nf4": NF4Weight, "fp4": FP4Weight}
 
 STATE = ".quant_state.bitsandbytes__"
 SUFFIXES = (
@@ -83,7 +81,7 @@ def as_tensors(w: Weight4Bit, key: str = "weight") -> dict[str, Tensor]:
     state: dict[str, Any] = {
         "quant_type": w.quant_type,
         "blocksize": w.blocksize,
-        "dtype": _word(w.dtype),
+        "dtype": word(w.dtype),
         "shape": list(w.shape),
     }
     if w.nested_absmax is not None and w.nested_offset is not None:
@@ -159,7 +157,7 @@ def _state(tensors: Mapping[str, Tensor], key: str, name: str) -> dict[str, Any]
     if found is None:
         kept = tensors[key]
         raise OpError(
-            f"{name}: got a {_word(kept.dtype)} tensor {list(kept.shape)} without the quant_state "
+            f"{name}: got a {word(kept.dtype)} tensor {list(kept.shape)} without the quant_state "
             "of a 4-bit weight; load a state dict of 4-bit layers, or quantize a plain weight with "
             "NF4Linear.from_weight"
         )
@@ -212,10 +210,10 @@ def _check_nested(state: Mapping[str, Any], name: str) -> None:
 
 def _dtype(state: Mapping[str, Any], name: str) -> torch.dtype:
     for dtype in DTYPES:
-        if state["dtype"] == _word(dtype):
+        if state["dtype"] == word(dtype):
             return dtype
     raise OpError(
-        f"{name}: got dtype {state['dtype']!r}; allowed are {', '.join(map(_word, DTYPES))}; "
+        f"{name}: got dtype {state['dtype']!r}; allowed are {', '.join(map(word, DTYPES))}; "
         "start from the unquantized checkpoint"
     )
 
@@ -253,7 +251,3 @@ def _check_table(name: str, theirs: Tensor | None, ours: Tensor) -> None:
 
 def _table(quant_type: str) -> Tensor:
     return CODES[quant_type][0]
-
-
-def _word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -26,7 +26,7 @@ from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tunesmith.errors import ModelError, TunesmithError
-from tunesmith.nn.checkpoint import stored_formats
+from tunesmith.nn.checkpoint import stored_formats, within
 from tunesmith.nn.interchange import SUFFIXES, from_tensors
 from tunesmith.nn.nf4_linear import NF4Linear
 
@@ -323,8 +323,3 @@ def _touches(conversion: Any, layers: list[str]) -> bool:
     except NotImplementedError:
         return False  # transformers will say so, should someone save the model
     return any(undone.rename_source_key(f"{name}.weight")[1] is not None for name in layers)
-
-
-def within(name: str, keep: str) -> bool:
-    """Whether a module is, or lies in, a module that is called `keep`."""
-    return f".{keep}." in f".{name}."

@@ -15,14 +15,13 @@ from torch import Tensor, nn
 from tunesmith.errors import OpError
 from tunesmith.nn import interchange
 from tunesmith.ops import (
-    FP4Weight,
-    NF4Weight,
+    KINDS,
     Weight4Bit,
     dequantize_4bit,
     frozen_linear,
     quantize_4bit,
 )
-from tunesmith.ops.schema import DTYPES
+from tunesmith.ops.schema import DTYPES, word
 
 __all__ = ["NF4Linear", "autocast"]
 
@@ -119,8 +118,7 @@ class NF4Linear(nn.Linear):
     @property
     def nf4(self) -> Weight4Bit:
         """The weight as it is kept, NF4 or FP4; its dtype is the compute dtype."""
-        kind = FP4Weight if self.quant_type == "fp4" else NF4Weight
-        return kind(
+        return KINDS[self.quant_type](
             packed=self.packed,
             absmax=self.absmax,
             nested_absmax=self.nested_absmax,
@@ -182,7 +180,7 @@ class NF4Linear(nn.Linear):
     def extra_repr(self) -> str:
         """Return what print(model) shows of this layer."""
         scales = "nested" if self.nested_absmax is not None else "not nested"
-        dtype = str(self.compute_dtype).removeprefix("torch.")
+        dtype = word(self.compute_dtype)
         kind = self.quant_type.upper()
         return (
             f"{super().extra_repr()}, 4-bit {kind}, blocksize={self.blocksize}, {scales}, {dtype}"

@@ -20,6 +20,7 @@ from tunesmith.ops import schema
 from tunesmith.ops.native import NativeStatus, native_status
 
 __all__ = [
+    "KINDS",
     "FP4Weight",
     "LoraWeights",
     "NF4Weight",
@@ -114,7 +115,8 @@ class FP4Weight(Weight4Bit):
     quant_type: ClassVar[str] = "fp4"
 
 
-_KINDS: dict[str, type[Weight4Bit]] = {"nf4": NF4Weight, "fp4": FP4Weight}
+KINDS: dict[str, type[Weight4Bit]] = {"nf4": NF4Weight, "fp4": FP4Weight}
+"""The two kinds of weight by the name of their type."""
 
 
 class LoraWeights(NamedTuple):
@@ -154,7 +156,7 @@ def quantize_4bit(
     nested_absmax = nested_offset = None
     if nested:
         absmax, nested_absmax, nested_offset = torch.ops.tunesmith.quantize_absmax(absmax)
-    return _KINDS[quant_type](
+    return KINDS[quant_type](
         packed=packed,
         absmax=absmax,
         nested_absmax=nested_absmax,

@@ -191,6 +191,9 @@ def _dequantize_4bit(
     return out
 
 
+_dense = functools.partial(reference.dense_weight, dequantize=_dequantize_4bit)
+
+
 def _linear_cpu(
     x: Tensor,
     weight: Tensor,
@@ -228,7 +231,7 @@ def _linear_cpu(
         bias = _compact(bias)
         y = x.new_empty((tokens, out_features))
         layer = _layer(shape, x.dtype, parts, blocksize, quant_type, bias, adapter)
-        _native.linear(*layer, x.data_ptr(), s.data_ptr(), y.data_ptr(), False)
+        _native.linear(layer, x.data_ptr(), s.data_ptr(), y.data_ptr(), False)
     else:
         dense = _dense(
             weight, absmax, nested_absmax, nested_offset, (out_features, in_features), blocksize,
@@ -238,7 +241,7 @@ def _linear_cpu(
             y = F.linear(x, dense, bias)
         if rank:
             layer = _layer(shape, x.dtype, None, 0, "", None, adapter)
-            _native.linear(*layer, x.data_ptr(), s.data_ptr(), y.data_ptr(), True)
+            _native.linear(layer, x.data_ptr(), s.data_ptr(), y.data_ptr(), True)
     return y.view(*leading, out_features), s
 
 
@@ -300,7 +303,7 @@ def _linear_backward_cpu(
         layer = _layer(shape, dtype, None, 0, "", None, adapter)
     if own or (lora_a is not None and (need_x or need_a or need_b)):
         _native.linear_backward(
-            *layer,
+            layer,
             _pointer(x) if need_a else 0,
             _pointer(s) if need_b else 0,
             grad_y.data_ptr(),
@@ -362,7 +365,7 @@ def _linear_cuda(
         (tokens, in_features, out_features), x.dtype, parts, blocksize, quant_type, bias, adapter
     )
     with _stream_of(x) as stream:
-        _native.linear_small(*layer, x.data_ptr(), s.data_ptr(), y.data_ptr(), stream)
+        _native.linear_small(layer, x.data_ptr(), s.data_ptr(), y.data_ptr(), stream)
     return y.view(*leading, out_features), s
 
 
@@ -405,9 +408,6 @@ def _linear_backward_cuda(
 
 _Parts = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 _Adapter = tuple[Tensor | None, Tensor | None, float, Tensor | None, float]
-_Layer = tuple[
-    int, int, int, int, int, int, int, int, int, int, int, int, int, int, int, float, int, float
-]
 
 
 def _layer(
@@ -418,8 +418,8 @@ def _layer(
     quant_type: str,
     bias: Tensor | None,
     adapter: _Adapter,
-) -> _Layer:
-    """Return the fields of csrc/kernels.h's tunesmith_linear, in its order.
+) -> _native.Linear:
+    """Return the layer as the kernels take it.
 
     The tensors are without gaps, and held by the caller until the call is over. Without `parts` the
     weight is left out of the product.
@@ -431,7 +431,7 @@ def _layer(
         weight_code = _CODES[quant_type]
     else:
         weight_code = code if weight is None else _CODES[weight.dtype]
-    return (
+    return _native.Linear(
         *shape,
         code,
         weight_code,
@@ -449,26 +449,6 @@ def _layer(
         _pointer(keep),
         keep_scale,
     )
-
-
-def _dense(
-    weight: Tensor,
-    absmax: Tensor | None,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    shape: tuple[int, int],
-    blocksize: int,
-    quant_type: str,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Return a weight of either kind as a plain one [out_features, in_features]."""
-    if absmax is None:
-        return weight.to(dtype)
-    held = dtype if dtype in schema.DTYPES else torch.float32
-    dense = _dequantize_4bit(
-        weight, absmax, nested_absmax, nested_offset, shape, blocksize, quant_type, held
-    )
-    return dense.to(dtype)
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

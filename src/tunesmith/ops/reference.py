@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -252,7 +252,7 @@ def linear(
         bias, lora_a, lora_b, keep,
     )  # fmt: skip
     shape = (out_features, x.shape[-1])
-    dense = _dense(
+    dense = dense_weight(
         weight, absmax, nested_absmax, nested_offset, shape, blocksize, quant_type, x.dtype
     )
     with no_autocast(x.device):
@@ -292,7 +292,7 @@ def linear_backward(
     dense = None
     if need_x:
         shape = (grad_y.shape[-1], in_features)
-        dense = _dense(
+        dense = dense_weight(
             weight, absmax, nested_absmax, nested_offset, shape, blocksize, quant_type, grad_y.dtype
         )
     with no_autocast(grad_y.device):
@@ -380,7 +380,7 @@ def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def _dense(
+def dense_weight(
     weight: Tensor,
     absmax: Tensor | None,
     nested_absmax: Tensor | None,
@@ -389,13 +389,17 @@ def _dense(
     blocksize: int,
     quant_type: str,
     dtype: torch.dtype,
+    dequantize: Callable[..., Tensor] = dequantize_4bit,
 ) -> Tensor:
-    """Return a weight of either kind as a plain one [out_features, in_features]."""
+    """Return a weight, 4-bit or plain, as a plain one [out_features, in_features] in `dtype`.
+
+    `dequantize` takes the arguments of `dequantize_4bit`.
+    """
     if absmax is None:
         return weight.to(dtype)
     # fp64 has no code of its own, and no need of one: fp32 holds every value exactly
     held = dtype if dtype in schema.DTYPES else torch.float32
-    dense = dequantize_4bit(
+    dense = dequantize(
         weight, absmax, nested_absmax, nested_offset, shape, blocksize, quant_type, held
     )
     return dense.to(dtype)

@@ -29,6 +29,7 @@ __all__ = [
     "check_weight",
     "count_blocks",
     "sum_dtype",
+    "word",
 ]
 
 BLOCKSIZES = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -245,7 +246,7 @@ def check_weight(weight: Tensor, blocksize: int, quant_type: str, name: str) -> 
     _check_quant_type(quant_type)
     if weight.layout != torch.strided:
         raise OpError(
-            f"{name}: got a {_word(weight.layout)} tensor; only dense (strided) tensors can be "
+            f"{name}: got a {word(weight.layout)} tensor; only dense (strided) tensors can be "
             f"quantized to {quant_type}; call .to_dense() first"
         )
     verb = f"quantized to {quant_type}"
@@ -323,7 +324,7 @@ def check_linear(
     """Refuse arguments of `linear` that do not fit together."""
     if x.dim() == 0 or x.layout != torch.strided:
         raise OpError(
-            f"x: got a {_word(x.layout)} tensor of shape {list(x.shape)}; allowed is a dense "
+            f"x: got a {word(x.layout)} tensor of shape {list(x.shape)}; allowed is a dense "
             f"tensor [..., in_features]; reshape it"
         )
     _check_x("x", x)
@@ -365,7 +366,7 @@ def check_linear_backward(
     """Refuse arguments of `linear_backward` that do not fit together."""
     if grad_y.dim() == 0 or grad_y.layout != torch.strided:
         raise OpError(
-            f"grad_y: got a {_word(grad_y.layout)} tensor of shape {list(grad_y.shape)}; allowed "
+            f"grad_y: got a {word(grad_y.layout)} tensor of shape {list(grad_y.shape)}; allowed "
             f"is a dense tensor [..., out_features]; reshape it"
         )
     _check_x("grad_y", grad_y)
@@ -396,7 +397,7 @@ def check_linear_backward(
 def _check_x(name: str, x: Tensor) -> None:
     if x.dtype not in DTYPES and x.dtype != torch.float64:
         raise OpError(
-            f"{name}: got dtype {_word(x.dtype)}; allowed are {_words(DTYPES)}, float64; cast it"
+            f"{name}: got dtype {word(x.dtype)}; allowed are {_words(DTYPES)}, float64; cast it"
         )
 
 
@@ -467,8 +468,8 @@ def _check_tensor(
 ) -> None:
     if tensor.dtype not in dtypes or tuple(tensor.shape) != tuple(shape):
         raise OpError(
-            f"{name}: got {_word(tensor.dtype)} {list(tensor.shape)}; allowed here is "
-            f"{' or '.join(map(_word, dtypes))} {list(shape)}; cast or reshape it"
+            f"{name}: got {word(tensor.dtype)} {list(tensor.shape)}; allowed here is "
+            f"{' or '.join(map(word, dtypes))} {list(shape)}; cast or reshape it"
         )
     if tensor.device != device:
         raise OpError(
@@ -495,7 +496,7 @@ def _check_quant_type(quant_type: str) -> None:
 
 def _check_dtype(dtype: torch.dtype, got: str, verb: str, next_step: str) -> None:
     if dtype not in DTYPES:
-        raise OpError(f"{got} {_word(dtype)}; {_words(DTYPES)} can be {verb}; {next_step}")
+        raise OpError(f"{got} {word(dtype)}; {_words(DTYPES)} can be {verb}; {next_step}")
 
 
 def _check_part(
@@ -503,8 +504,8 @@ def _check_part(
 ) -> None:
     if part.dtype != dtype or part.shape != shape:
         raise OpError(
-            f"{name}: got {_word(part.dtype)} {list(part.shape)}; this weight needs "
-            f"{_word(dtype)} {list(shape)}; pass the parts as they came from quantizing"
+            f"{name}: got {word(part.dtype)} {list(part.shape)}; this weight needs "
+            f"{word(dtype)} {list(shape)}; pass the parts as they came from quantizing"
         )
     if part.device != device:
         raise OpError(
@@ -514,8 +515,9 @@ def _check_part(
 
 
 def _words(dtypes: Sequence[torch.dtype]) -> str:
-    return ", ".join(map(_word, dtypes))
+    return ", ".join(map(word, dtypes))
 
 
-def _word(value: torch.dtype | torch.layout) -> str:
+def word(value: torch.dtype | torch.layout) -> str:
+    """Return what messages and files call a dtype or layout: torch's name without "torch."."""
     return str(value).removeprefix("torch.")
