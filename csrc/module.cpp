@@ -202,7 +202,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("dequantize_4bit", dequantize_4bit, py::arg("packed"), py::arg("absmax"),
         py::arg("nested_absmax"), py::arg("nested_offset"), py::arg("numel"), py::arg("blocksize"),
         py::arg("type"), py::arg("dtype"), py::arg("out"), py::arg("stream"), Unlocked());
-  py::class_<tunesmith_linear>(m, "Linear")
+  // local, for a process may hold another copy of this module
+  py::class_<tunesmith_linear>(m, "Linear", py::module_local())
       .def(py::init(&make_linear), py::arg("tokens"), py::arg("in_features"),
            py::arg("out_features"), py::arg("dtype"), py::arg("type"), py::arg("weight"),
            py::arg("absmax"), py::arg("nested_absmax"), py::arg("nested_offset"),
