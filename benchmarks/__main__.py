@@ -12,7 +12,7 @@ import attrs
 import torch
 
 from benchmarks import contestants, report
-from benchmarks.bars import BARS, judge
+from benchmarks.bars import bars_of, judge
 from benchmarks.cases import DTYPES, SUITES, Case, cases_of
 from benchmarks.limits import measure_rates
 from benchmarks.machine import describe, slug, versions
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found.cases.append(result)
             _print(report.case_lines(result))
         # a long run that is interrupted has kept what it knew
-        found = attrs.evolve(found, verdicts=judge(BARS, found.cases))
+        found = attrs.evolve(found, verdicts=judge(bars_of(options.device), found.cases))
         found.write(path)
     _print([*report.bar_lines(found.verdicts), "", f"written to {path}"])
     failed = any(each.passed is False for each in found.verdicts)
@@ -105,8 +105,8 @@ def _budget(options: argparse.Namespace) -> Budget:
 
 
 def _wanted(suite: str, options: argparse.Namespace) -> list[Case]:
-    cases = cases_of(suite, options.dtype, options.quick)
-    barred = {bar.case for bar in BARS}
+    cases = cases_of(suite, options.dtype, options.quick, options.device)
+    barred = {bar.case for bar in bars_of(options.device)}
     return [
         case for case in cases if options.case in case.key and (not options.bars or case in barred)
     ]

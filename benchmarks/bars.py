@@ -11,7 +11,7 @@ from benchmarks.cases import Case
 from benchmarks.contestants.isa import BEST
 from benchmarks.measure import Spread
 
-__all__ = ["BARS", "NOT_ASKED", "Bar", "Verdict", "judge"]
+__all__ = ["BARS", "CUDA_BARS", "NOT_ASKED", "Bar", "Verdict", "bars_of", "judge"]
 
 NOT_ASKED = "not run: not among the cases of this run"
 _OP = ("ours",)
@@ -27,6 +27,7 @@ _PEFT_BF16 = (
     "PEFT, bf16 base, bf16 adapters",
 )
 _SQUARE = (4096, 4096)
+_WIDE = (14336, 4096)
 
 
 @attrs.frozen
@@ -71,9 +72,12 @@ def _linear(tokens: int, dtype: str, at_least: float) -> Bar:
     return Bar(name, case, _LAYER, ("bitsandbytes",), at_least)
 
 
-def _lora(tokens: int, dtype: str, at_least: float) -> Bar:
-    case = Case("lora", _SQUARE, dtype, tokens=tokens, adapter=True)
-    name = f"NF4 + LoRA, both ways, M={tokens}, {dtype}: PEFT + bitsandbytes"
+def _lora(
+    tokens: int, dtype: str, at_least: float, shape: tuple[int, int] = _SQUARE
+) -> Bar:
+    case = Case("lora", shape, dtype, tokens=tokens, adapter=True)
+    of_shape = "" if shape == _SQUARE else f", {shape[0]}x{shape[1]}"
+    name = f"NF4 + LoRA, both ways, M={tokens}, {dtype}{of_shape}: PEFT + bitsandbytes"
     return Bar(name, case, _LAYER, _PEFT_BNB, at_least)
 
 
@@ -140,6 +144,34 @@ BARS: tuple[Bar, ...] = (
     ),
     _isa(Case("isa", _SQUARE, "bf16", tokens=512, adapter=True, op="lora")),
 )
+
+
+def _cuda_bars(shape: tuple[int, int]) -> tuple[Bar, ...]:
+    size = f"{shape[0]}x{shape[1]}"
+    dequantize = Case("dequantize", shape, "bf16")
+    decode = Case("decode", shape, "bf16", tokens=1)
+    with_adapter = attrs.evolve(decode, adapter=True)
+    return (
+        Bar(f"dequantize {size} to bf16: bitsandbytes", dequantize, _OP, ("bitsandbytes",), 2.0),
+        Bar(f"dequantize {size} to bf16: share of copy bandwidth", dequantize, _OP, ("copy",), 0.85),
+        _lora(4096, "bf16", 1.3, shape),
+        Bar(f"decode {size}, M=1, bf16: share of copy bandwidth", decode, _LAYER[1:], ("copy",), 0.6),
+        Bar(
+            f"decode {size} + LoRA, M=1, bf16: share of copy bandwidth",
+            with_adapter,
+            _LAYER[1:],
+            ("copy",),
+            0.6,
+        ),
+    )
+
+
+CUDA_BARS: tuple[Bar, ...] = (*_cuda_bars(_SQUARE), *_cuda_bars(_WIDE))
+
+
+def bars_of(device: str) -> tuple[Bar, ...]:
+    """Return what we promise on that device."""
+    return CUDA_BARS if device.startswith("cuda") else BARS
 
 
 def judge(bars: Iterable[Bar], results: Sequence[_Result]) -> list[Verdict]:

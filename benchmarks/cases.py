@@ -67,21 +67,24 @@ class Case:
         return " ".join(words)
 
 
-def cases_of(suite: str, dtypes: Iterable[str], quick: bool = False) -> list[Case]:
+def cases_of(
+    suite: str, dtypes: Iterable[str], quick: bool = False, device: str = "cpu"
+) -> list[Case]:
     """Return a suite's cases; `quick` takes a few small ones. Neighbours share a weight."""
     tokens: tuple[int, ...]
+    on_cpu = device == "cpu"
     if suite in ("quantize", "dequantize"):
         shapes: tuple[tuple[int, int], ...] = (_SQUARE,)
-        if suite == "quantize" and not quick:
+        if not quick and (suite == "quantize" or not on_cpu):
             shapes = (_SQUARE, _WIDE)
         return [Case(suite, shape, dtype) for shape in shapes for dtype in dtypes]
     if suite == "isa":
-        return _isa_cases(dtypes, quick)
+        return _isa_cases(dtypes, quick) if on_cpu else []
     shapes = (_SQUARE, _SMALL[0]) if quick else _SHAPES
     if suite == "linear":
         tokens = (16, 512) if quick else (1, 4, 16, 64, 512, 2048)
     elif suite == "lora":
-        tokens = (16, 512) if quick else (16, 64, 512, 2048)
+        tokens = (16, 512) if quick else (16, 64, 512, 2048, *(() if on_cpu else (4096,)))
     else:
         tokens = (1, 4) if quick else (1, 4, 16)
     adapters = {"linear": (False,), "lora": (True,), "decode": (False, True)}[suite]

@@ -56,6 +56,7 @@ def run_case(
                     wrong = _compare(entry.call(), right) if entry.timer is None else ""
                     for _ in range(copies if copies > 1 else 0):
                         call()  # some change their weight the first time
+                    timer = entry.timer or _timer(clock, call, copies)
             except Unavailable as why:
                 not_run[contestant.name] = str(why)
             except Exception as error:  # a contestant that breaks must not end the run
@@ -65,7 +66,7 @@ def run_case(
                     not_run[contestant.name] = wrong
                     continue
                 entries[contestant.name] = entry
-                timers[contestant.name] = entry.timer or clock.timer(call)
+                timers[contestant.name] = timer
         with mode():
             samples = measure(timers, budget)
         timings = tuple(
@@ -83,13 +84,21 @@ def run_case(
 def copies_of(case: Case, device: str) -> int:
     """Return how many weights are taken in turn, so that the next one is not in a cache.
 
-    A model in use streams through all its weights for each token. Only decoding is bound by that;
-    on a GPU the clock flushes L2 instead.
+    A model in use streams through all its weights for each token. Only decoding is bound by that.
     """
-    if case.suite != "decode" or device != "cpu":
+    if case.suite != "decode":
         return 1
-    enough = min(2 * last_level_cache(), 128 << 20)
+    if device == "cpu":
+        enough = min(2 * last_level_cache(), 128 << 20)
+    else:
+        enough = 4 * torch.cuda.get_device_properties(device).L2_cache_size
     return max(1, min(256, -(-enough // bytes_moved(attrs.evolve(case, adapter=False)))))
+
+
+def _timer(clock: WallClock | CudaClock, call: Callable[[], object], copies: int) -> Timer:
+    if isinstance(clock, CudaClock) and copies > 1:
+        return clock.graph_timer(call, copies)
+    return clock.timer(call)
 
 
 def take_turns(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks import contestants, report
-from benchmarks.bars import BARS, NOT_ASKED, Bar, judge
+from benchmarks.bars import BARS, CUDA_BARS, NOT_ASKED, Bar, judge
 from benchmarks.cases import SUITES, Case, cases_of
 from benchmarks.contestants import Contestant, Entry, Unavailable
 from benchmarks.contestants.isa import Worker
@@ -162,7 +162,7 @@ def test_decoding_takes_copies_in_turn_and_computes_without_gradients():
     found = run(Contestant("ours", ("decode",), prepare), case=case)
     assert found.not_run == {}
     assert found.copies == copies_of(case, "cpu") == len(weights) == 256
-    assert copies_of(SMALL, "cpu") == copies_of(case, "cuda") == 1
+    assert copies_of(SMALL, "cpu") == copies_of(SMALL, "cuda") == 1
     calls = take_turns([lambda: "a", lambda: "b"])
     assert [calls() for _ in range(4)] == ["b", "a", "b", "a"]
 
@@ -237,8 +237,9 @@ def test_a_bar_that_cannot_be_measured_says_why():
 
 
 def test_every_bar_is_about_a_case_that_is_measured_and_contestants_that_exist():
-    for bar in BARS:
-        assert bar.case in cases_of(bar.case.suite, ("bf16", "fp32")), bar.name
+    for bar in (*BARS, *CUDA_BARS):
+        device = "cuda" if bar in CUDA_BARS else "cpu"
+        assert bar.case in cases_of(bar.case.suite, ("bf16", "fp32"), device=device), bar.name
         names = {each.name for each in contestants.of(bar.case.suite)}
         assert {*bar.ours, *bar.theirs} <= names, bar.name
 
@@ -301,7 +302,8 @@ def test_the_command_writes_its_json_and_fails_only_when_it_is_to_check(
     monkeypatch.setattr(command, "measure_rates", lambda *_: RATES)
     monkeypatch.setattr(command, "cases_of", lambda *_: [SMALL])
     monkeypatch.setattr(command.contestants, "of", lambda _: entrants)
-    monkeypatch.setattr(command, "BARS", (Bar("no chance", SMALL, ("ours",), ("same",), 1e6),))
+    bars = (Bar("no chance", SMALL, ("ours",), ("same",), 1e6),)
+    monkeypatch.setattr(command, "bars_of", lambda device: bars)
     path = tmp_path / "new" / "found.json"
     options = ["--suite", "linear", "--quick", "--json", str(path), *flag]
     assert command.main(options) == status

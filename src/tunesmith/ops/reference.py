@@ -319,12 +319,18 @@ def dense_linear(
     """
     *leading, in_features = x.shape
     x = x.reshape(math.prod(leading), in_features)
-    y = F.linear(x, dense, bias)  # [tokens, out_features]
     if lora_a is None or lora_b is None:
+        y = F.linear(x, dense, bias)  # [tokens, out_features]
         s = x.new_empty((len(x), 0), dtype=sum_dtype(x.dtype))
     else:
         s = _dropped(x, keep, keep_scale, dtype) @ lora_a.to(dtype).t()  # [tokens, rank]
-        _add_product(y, s, lora_b.to(dtype).t(), scaling)
+        of_adapter = s.mul(scaling), lora_b.to(dtype).t()
+        if dtype == x.dtype:
+            # the small product first: the large one adds itself to it while it writes
+            y = torch.mm(*of_adapter) if bias is None else torch.addmm(bias, *of_adapter)
+            y.addmm_(x, dense.t())
+        else:
+            y = F.linear(x, dense, bias).add_(torch.mm(*of_adapter))
         s = s.to(sum_dtype(x.dtype))
     return y.view(*leading, dense.shape[0]), s
 
@@ -348,23 +354,25 @@ def dense_linear_backward(
     tokens = math.prod(leading)
     grad_y = grad_y.reshape(tokens, out_features)
     grad_x, grad_a, grad_b = (grad_y.new_empty(0) for _ in range(3))
-    if dense is not None:
+    if dense is not None and (lora_a is None or lora_b is None):
         grad_x = grad_y @ dense  # [tokens, in_features]
     if lora_a is not None and lora_b is not None and (dense is not None or need_a or need_b):
-        grad_y = grad_y.to(dtype)
+        wide = grad_y.to(dtype)
         if dense is not None or need_a:
-            grad_s = (grad_y @ lora_b.to(dtype)).mul_(scaling)  # [tokens, rank]
-            if dense is not None and keep is None:
-                _add_product(grad_x, grad_s, lora_a.to(dtype), 1.0)
-            elif dense is not None:
-                grad_x.add_(_dropped(grad_s @ lora_a.to(dtype), keep, keep_scale, dtype))
+            grad_s = (wide @ lora_b.to(dtype)).mul_(scaling)  # [tokens, rank]
+            if dense is not None:
+                of_adapter = _dropped(grad_s @ lora_a.to(dtype), keep, keep_scale, dtype)
+                if dtype == grad_y.dtype:
+                    grad_x = of_adapter.addmm_(grad_y, dense)
+                else:
+                    grad_x = (grad_y @ dense).add_(of_adapter)
             if need_a and x is not None:
                 x = x.reshape(tokens, x.shape[-1])
                 dropped = _dropped(x, keep, keep_scale, dtype)
                 grad_a = (grad_s.t() @ dropped).to(lora_a.dtype)  # [rank, in_features]
         if need_b and s is not None:
             # [out_features, rank]
-            grad_b = (grad_y.t() @ s.to(dtype)).mul_(scaling).to(lora_b.dtype)
+            grad_b = (wide.t() @ s.to(dtype)).mul_(scaling).to(lora_b.dtype)
     if dense is not None:
         grad_x = grad_x.view(*leading, dense.shape[1])
     return grad_x, grad_a, grad_b
@@ -409,14 +417,6 @@ def _dropped(x: Tensor, keep: Tensor | None, keep_scale: float, dtype: torch.dty
     """Return keep_scale keep x [tokens, in_features] in `dtype`."""
     x = x.to(dtype)
     return x if keep is None else x * keep.reshape(x.shape) * keep_scale
-
-
-def _add_product(out: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
-    """Add scale times left right to `out`, which may have a narrower dtype."""
-    if out.dtype == left.dtype:
-        out.addmm_(left, right, alpha=scale)
-    else:
-        out.add_(left @ right, alpha=scale)
 
 
 def mean_absmax(absmax: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ has no second chance.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -175,69 +175,112 @@ torch.library.register_fake("tunesmith::linear", _fake_linear)
 torch.library.register_fake("tunesmith::linear_backward", _fake_linear_backward)
 
 
-def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, absmax, nested_absmax, nested_offset = inputs[:5]
-    _, blocksize, quant_type, _, lora_a, lora_b, scaling, keep, keep_scale = inputs[5:]
-    need_x, need_a, need_b = (ctx.needs_input_grad[i] for i in (0, 9, 10))
-    if ctx.needs_input_grad[1]:
-        raise OpError(
-            "got a weight that requires a gradient; this product has none for its weight, which "
-            "is frozen; call weight.requires_grad_(False), or use torch.nn.functional.linear"
-        )
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(
-        x if need_a else None,
-        output[1] if need_b else None,
-        weight,
-        absmax,
-        nested_absmax,
-        nested_offset,
-        lora_a,
-        lora_b,
-        keep if need_x or need_a else None,
-    )
-    ctx.settings = (x.shape[-1], blocksize, quant_type)
-    ctx.scales = (scaling, keep_scale)
+class _Linear(torch.autograd.Function):
+    """`linear` with its derivative; bias's is worked out here, the others by `linear_backward`."""
 
-
-def _linear_gradients(ctx: Any, grad_y: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    x, s, *weight, lora_a, lora_b, keep = ctx.saved_tensors
-    scaling, keep_scale = ctx.scales
-    need_x, need_a, need_b = (ctx.needs_input_grad[i] for i in (0, 9, 10))
-    grads: list[Tensor | None] = [None] * 14
-    if need_x or need_a or need_b:
-        grad_x, grad_a, grad_b = torch.ops.tunesmith.linear_backward.default(
-            grad_y,
-            x,
-            s,
-            *weight,
-            *ctx.settings,
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        x, weight, absmax, nested_absmax, nested_offset = args[:5]
+        _, blocksize, quant_type, _, lora_a, lora_b, scaling, keep, keep_scale = args[5:]
+        need_x, need_a, need_b = (ctx.needs_input_grad[i] for i in (0, 9, 10))
+        if ctx.needs_input_grad[1]:
+            raise OpError(
+                "got a weight that requires a gradient; this product has none for its weight, "
+                "which is frozen; call weight.requires_grad_(False), or use "
+                "torch.nn.functional.linear"
+            )
+        y, s = _below_autograd(torch.ops.tunesmith.linear.default, args)
+        ctx.mark_non_differentiable(s)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(
+            x if need_a else None,
+            s if need_b else None,
+            weight,
+            absmax,
+            nested_absmax,
+            nested_offset,
             lora_a,
             lora_b,
-            scaling,
-            keep,
-            keep_scale,
-            need_x,
-            need_a,
-            need_b,
+            keep if need_x or need_a else None,
         )
-        grads[0] = grad_x if need_x else None
-        grads[9] = grad_a if need_a else None
-        grads[10] = grad_b if need_b else None
-    if ctx.needs_input_grad[8]:
-        grads[8] = grad_y.sum(tuple(range(grad_y.dim() - 1)))  # [out_features]
-    return tuple(grads)
+        ctx.settings = (x.shape[-1], blocksize, quant_type)
+        ctx.scales = (scaling, keep_scale)
+        return y, s
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        grads: list[Tensor | None] = [None] * 14
+        if grad_y is None:
+            return tuple(grads)
+        x, s, *weight, lora_a, lora_b, keep = ctx.saved_tensors
+        scaling, keep_scale = ctx.scales
+        need_x, need_a, need_b = (ctx.needs_input_grad[i] for i in (0, 9, 10))
+        if need_x or need_a or need_b:
+            grad_x, grad_a, grad_b = torch.ops.tunesmith.linear_backward.default(
+                grad_y,
+                x,
+                s,
+                *weight,
+                *ctx.settings,
+                lora_a,
+                lora_b,
+                scaling,
+                keep,
+                keep_scale,
+                need_x,
+                need_a,
+                need_b,
+            )
+            grads[0] = grad_x if need_x else None
+            grads[9] = grad_a if need_a else None
+            grads[10] = grad_b if need_b else None
+        if ctx.needs_input_grad[8]:
+            grads[8] = grad_y.sum(tuple(range(grad_y.dim() - 1)))  # [out_features]
+        return tuple(grads)
 
 
-def _no_second_derivative(ctx: Any, *grads: Any) -> NoReturn:
-    raise OpError(
-        "got a second backward pass through a frozen linear layer; it has first derivatives only; "
-        "leave create_graph=False, or use a dense torch.nn.Linear"
-    )
+class _LinearBackward(torch.autograd.Function):
+    """`linear_backward`, which has no derivative and says so when it is asked for one."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        grads: tuple[Tensor, ...] = _below_autograd(
+            torch.ops.tunesmith.linear_backward.default, args
+        )
+        return grads
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> NoReturn:
+        raise OpError(
+            "got a second backward pass through a frozen linear layer; it has first derivatives "
+            "only; leave create_graph=False, or use a dense torch.nn.Linear"
+        )
 
 
-torch.library.register_autograd("tunesmith::linear", _linear_gradients, setup_context=_setup_linear)
-torch.library.register_autograd("tunesmith::linear_backward", _no_second_derivative)
+def _below_autograd(op: Any, args: tuple[Any, ...]) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+def _differentiable(op: Any, function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Return what autograd calls for an op: the function where a gradient is wanted, else the op.
+
+    torch.library.register_autograd does the same at three times the time of a call.
+    """
+
+    def call(*args: Any) -> Any:
+        if torch.is_grad_enabled() and any(
+            isinstance(arg, Tensor) and arg.requires_grad for arg in args
+        ):
+            return function.apply(*args)
+        return _below_autograd(op, args)
+
+    return call
+
+
+for _op, _function in (("linear", _Linear), ("linear_backward", _LinearBackward)):
+    _overload = getattr(torch.ops.tunesmith, _op).default
+    torch.library.impl(f"tunesmith::{_op}", "Autograd", _differentiable(_overload, _function))
 
 
 def check_weight(weight: Tensor, blocksize: int, quant_type: str, name: str) -> None:
