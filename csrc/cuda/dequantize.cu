@@ -8,7 +8,8 @@
 namespace tunesmith {
 namespace {
 
-constexpr int kVectorsAtOnce = 4;  // loads a thread has under way
+constexpr int kVectorsAtOnce = 2;  // loads a thread has under way
+constexpr int kBlocksPerMultiprocessor = 6;
 
 struct Packed {
   const uint8_t* codes;
@@ -21,42 +22,56 @@ struct Packed {
   int type;
 };
 
-// First the elements of that many vectors of 16 bytes of `out`, then one by one what is left.
-template <typename T>
+// What a thread loads before it decodes.
+template <int Vectors>
+struct Loaded {
+  unsigned codes[Vectors];
+  LoadedScale scales[Vectors];
+};
+
+// First the elements of that many vectors of 16 bytes of `out`, then one by one what is left. While
+// one tile is decoded, the next is on its way.
+template <typename T, int Vectors>
 __global__ void __launch_bounds__(kThreads)
     dequantize_kernel(Packed weight, int64_t vectors, typename T::Storage* __restrict__ out) {
   constexpr int kElements = 4 * T::kPerWord;
   using Codes = std::conditional_t<kElements == 8, uint32_t, uint16_t>;
 
-  Tables& tables = *reinterpret_cast<Tables*>(shared_memory);
-  fill(tables, weight.type);
-  __syncthreads();
-  const bool nested = weight.nested_absmax != nullptr;
-  const float offset = nested ? *weight.nested_offset : 0.0f;
-
   const Codes* __restrict__ codes = reinterpret_cast<const Codes*>(weight.codes);
   uint4* __restrict__ out_vectors = reinterpret_cast<uint4*>(out);
-  const int64_t tile = int64_t(blockDim.x) * kVectorsAtOnce;
-  for (int64_t start = blockIdx.x * tile; start < vectors; start += gridDim.x * tile) {
-    unsigned loaded[kVectorsAtOnce];
-    LoadedScale scales[kVectorsAtOnce];
+  const int64_t tile = int64_t(blockDim.x) * Vectors;
+  const auto load = [&](int64_t start) {
+    Loaded<Vectors> loaded;
 #pragma unroll
-    for (int i = 0; i < kVectorsAtOnce; ++i) {
+    for (int i = 0; i < Vectors; ++i) {
       const int64_t vector = start + i * int64_t(blockDim.x) + threadIdx.x;
-      if (vector >= vectors) continue;
-      loaded[i] = codes[vector];
+      if (vector >= vectors) break;
+      loaded.codes[i] = codes[vector];
       const auto block = uint64_t(vector) * kElements >> weight.blocksize_log2;
-      scales[i] = load_scale(block, weight.absmax, weight.nested_absmax);
+      loaded.scales[i] = load_scale(block, weight.absmax, weight.nested_absmax);
     }
+    return loaded;
+  };
+
+  Loaded<Vectors> next = load(blockIdx.x * tile);
+  Tables& tables = *reinterpret_cast<Tables*>(shared_memory);
+  fill(tables, weight.type);
+  const bool nested = weight.nested_absmax != nullptr;
+  const float offset = nested ? *weight.nested_offset : 0.0f;
+  __syncthreads();
+
+  for (int64_t start = blockIdx.x * tile; start < vectors; start += gridDim.x * tile) {
+    const Loaded<Vectors> now = next;
+    next = load(start + gridDim.x * tile);
 #pragma unroll
-    for (int i = 0; i < kVectorsAtOnce; ++i) {
+    for (int i = 0; i < Vectors; ++i) {
       const int64_t vector = start + i * int64_t(blockDim.x) + threadIdx.x;
-      if (vector >= vectors) continue;
-      const float scale = decode(scales[i], nested, offset, tables);
+      if (vector >= vectors) break;
+      const float scale = decode(now.scales[i], nested, offset, tables);
       float elements[kElements];
 #pragma unroll
       for (int e = 0; e < kElements; ++e) {
-        elements[e] = dequantized(tables.values[code_at(loaded[i], e)], scale);
+        elements[e] = dequantized(tables.values[code_at(now.codes[i], e)], scale);
       }
       uint4 bits;
       bits.x = T::pack(elements);
@@ -80,10 +95,14 @@ const char* dequantize(const Packed& weight, void* out, void* stream) {
   const bool by_vectors = is_aligned(out, 16) && is_aligned(weight.codes, kElements / 2) &&
                           fits_vectors(weight.blocksize);
   const int64_t vectors = by_vectors ? weight.numel / kElements : 0;
-  const unsigned grid = by_vectors ? grid_for(vectors + 1, kThreads * kVectorsAtOnce)
-                                   : grid_for(weight.numel, kThreads);
-  return launch(dequantize_kernel<T>, grid, kThreads, sizeof(Tables), stream, weight, vectors,
-                static_cast<typename T::Storage*>(out));
+  // all blocks run at once, so that the tables are filled once a multiprocessor
+  int64_t most = 0;
+  if (const char* error = multiprocessors(most)) return error;
+  most *= kBlocksPerMultiprocessor;
+  const int64_t work = by_vectors ? vectors / kVectorsAtOnce + 1 : weight.numel;
+  const unsigned grid = grid_for(work, kThreads, most);
+  return launch(dequantize_kernel<T, kVectorsAtOnce>, grid, kThreads, sizeof(Tables), stream,
+                weight, vectors, static_cast<typename T::Storage*>(out));
 }
 
 }  // namespace

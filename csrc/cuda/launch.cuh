@@ -14,13 +14,24 @@ constexpr int kWarp = 32;
 constexpr int kThreads = 256;          // of a block, unless said otherwise
 constexpr int64_t kMaxGrid = 1 << 20;  // kernels stride over what is left
 
-inline unsigned grid_for(int64_t work, int64_t work_per_block) {
+inline unsigned grid_for(int64_t work, int64_t work_per_block, int64_t most = kMaxGrid) {
   const int64_t wanted = (work + work_per_block - 1) / work_per_block;
-  return unsigned(wanted < kMaxGrid ? wanted : kMaxGrid);
+  return unsigned(wanted < most ? wanted : most);
 }
 
 inline const char* error_of(cudaError_t error) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// Sets `count` to how many multiprocessors the current device has; returns null or the error.
+inline const char* multiprocessors(int64_t& count) {
+  int device = 0, found = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&found, cudaDevAttrMultiProcessorCount, device);
+  }
+  count = found;
+  return error_of(error);
 }
 
 inline const char* not_supported() { return error_of(cudaErrorInvalidValue); }

@@ -112,13 +112,9 @@ const char* launch_by_rows(const tunesmith_linear& linear, const void* x, const 
 template <int Tokens>
 const char* launch_by_pieces(const tunesmith_linear& linear, const void* x, const float* s, void* y,
                              void* stream) {
-  int device = 0, multiprocessors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  }
-  if (error != cudaSuccess) return error_of(error);
-  const int64_t rows = linear.out_features / (kThreads / kWarp) / multiprocessors;
+  int64_t processors = 0;
+  if (const char* error = multiprocessors(processors)) return error;
+  const int64_t rows = linear.out_features / (kThreads / kWarp) / processors;
   return rows >= 3 ? launch_by_rows<Tokens, 4>(linear, x, s, y, stream)
                    : launch_by_rows<Tokens, 2>(linear, x, s, y, stream);
 }

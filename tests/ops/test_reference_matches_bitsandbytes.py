@@ -117,7 +117,9 @@ def test_all_16_codes_stand_for_the_same_values(dtype: torch.dtype, quant_type: 
     packed = torch.arange(256, dtype=torch.uint8).repeat(2)
     absmax = random_weight(16).abs()
     code = bnb.get_4bit_type(quant_type, device="cpu")
-    for shape in ((32, 32), (31, 33)):  # the second takes bitsandbytes' other implementation
+    # bitsandbytes 0.50.2 has two implementations, and the first, where it runs AVX-512, gets other
+    # values when a block reaches from one row into the next
+    for shape in ((16, 64), (31, 33)):
         numel = shape[0] * shape[1]
         held = packed[: (numel + 1) // 2]
         state = bnb.QuantState(absmax, torch.Size(shape), code, 64, quant_type, dtype)

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import attrs
 import torch
@@ -468,14 +469,24 @@ def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+_ON_CPU = contextlib.nullcontext(None)
+
+
+def _stream_of(tensor: Tensor) -> AbstractContextManager[int | None]:
+    """Return a context with the stream that work on this tensor belongs to; None on the CPU."""
+    device = tensor.device
+    if device.type == "cpu":
+        return _ON_CPU
+    stream = torch.cuda.current_stream(device).cuda_stream
+    if device.index == torch.cuda.current_device():
+        return contextlib.nullcontext(stream)
+    return _on_device(device, stream)
+
+
 @contextlib.contextmanager
-def _stream_of(tensor: Tensor) -> Iterator[int | None]:
-    """Yield the stream that work on this tensor belongs to; None on the CPU."""
-    if tensor.device.type == "cpu":
-        yield None
-    else:
-        with torch.cuda.device(tensor.device):
-            yield torch.cuda.current_stream(tensor.device).cuda_stream
+def _on_device(device: torch.device, stream: int) -> Iterator[int]:
+    with torch.cuda.device(device):
+        yield stream
 
 
 def _bind(device: str) -> None:

@@ -324,13 +324,13 @@ def dense_linear(
         s = x.new_empty((len(x), 0), dtype=sum_dtype(x.dtype))
     else:
         s = _dropped(x, keep, keep_scale, dtype) @ lora_a.to(dtype).t()  # [tokens, rank]
-        of_adapter = s.mul(scaling), lora_b.to(dtype).t()
+        b = lora_b.to(dtype).t()
         if dtype == x.dtype:
             # the small product first: the large one adds itself to it while it writes
-            y = torch.mm(*of_adapter) if bias is None else torch.addmm(bias, *of_adapter)
+            y = _product(s, b, scaling) if bias is None else torch.addmm(bias, s, b, alpha=scaling)
             y.addmm_(x, dense.t())
         else:
-            y = F.linear(x, dense, bias).add_(torch.mm(*of_adapter))
+            y = F.linear(x, dense, bias).add_(_product(s, b, scaling))
         s = s.to(sum_dtype(x.dtype))
     return y.view(*leading, dense.shape[0]), s
 
@@ -359,7 +359,7 @@ def dense_linear_backward(
     if lora_a is not None and lora_b is not None and (dense is not None or need_a or need_b):
         wide = grad_y.to(dtype)
         if dense is not None or need_a:
-            grad_s = (wide @ lora_b.to(dtype)).mul_(scaling)  # [tokens, rank]
+            grad_s = _product(wide, lora_b.to(dtype), scaling)  # [tokens, rank]
             if dense is not None:
                 of_adapter = _dropped(grad_s @ lora_a.to(dtype), keep, keep_scale, dtype)
                 if dtype == grad_y.dtype:
@@ -372,7 +372,7 @@ def dense_linear_backward(
                 grad_a = (grad_s.t() @ dropped).to(lora_a.dtype)  # [rank, in_features]
         if need_b and s is not None:
             # [out_features, rank]
-            grad_b = (wide.t() @ s.to(dtype)).mul_(scaling).to(lora_b.dtype)
+            grad_b = _product(wide.t(), s.to(dtype), scaling).to(lora_b.dtype)
     if dense is not None:
         grad_x = grad_x.view(*leading, dense.shape[1])
     return grad_x, grad_a, grad_b
@@ -417,6 +417,11 @@ def _dropped(x: Tensor, keep: Tensor | None, keep_scale: float, dtype: torch.dty
     """Return keep_scale keep x [tokens, in_features] in `dtype`."""
     x = x.to(dtype)
     return x if keep is None else x * keep.reshape(x.shape) * keep_scale
+
+
+def _product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """Return scale left right, in one pass."""
+    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
 
 
 def mean_absmax(absmax: Tensor) -> Tensor:
