@@ -145,5 +145,7 @@ const Isa avx512_isa = {"avx512", quantize<Avx512Blocks>, dequantize<Avx512Block
 // the multiplications are what it is for
 const Isa avx512_bf16_isa = {"avx512_bf16", quantize<Avx512Blocks>, dequantize<Avx512Blocks>,
                              multiply_avx512_bf16};
+const Isa amx_bf16_isa = {"amx_bf16", quantize<Avx512Blocks>, dequantize<Avx512Blocks>,
+                          multiply_amx_bf16};
 
 }  // namespace tunesmith

@@ -1,4 +1,12 @@
 // The CPU side of kernels.h: picks the instruction set at run time, and shares blocks among threads.
+#ifdef TUNESMITH_X86
+#include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -20,18 +28,37 @@ constexpr int64_t kGrain = 1 << 15;
 
 #ifdef TUNESMITH_X86
 bool has_avx2() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kF16c = 1u << 29;  // which not every compiler can be asked for by name
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c");
+         __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & kF16c) != 0;
 }
 #ifdef TUNESMITH_EMULATED_AVX512
 bool has_avx512() { return true; }
 bool has_avx512_bf16() { return true; }
+bool has_amx_bf16() { return true; }
 #else
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+// Whether the CPU has the tiles and the system saves them; Linux wants to be asked for that first.
+bool has_amx_bf16() {
+#ifdef __linux__
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;
+  if (!has_avx512_bf16() || __get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kBf16) == 0 ||
+      (d & kTiles) == 0) {
+    return false;
+  }
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 #endif
 #endif
 
@@ -43,6 +70,7 @@ struct Choice {
 // Best first. The questions are asked here, in code that runs on any CPU.
 const Choice kChoices[] = {
 #ifdef TUNESMITH_X86
+    {&amx_bf16_isa, has_amx_bf16},
     {&avx512_bf16_isa, has_avx512_bf16},
     {&avx512_isa, has_avx512},
     {&avx2_isa, has_avx2},

@@ -111,6 +111,7 @@ extern const Isa scalar_isa;
 extern const Isa avx2_isa;
 extern const Isa avx512_isa;
 extern const Isa avx512_bf16_isa;
+extern const Isa amx_bf16_isa;
 #endif
 
 }  // namespace tunesmith

@@ -64,11 +64,36 @@ Product product_of(Matrix left, Matrix right, void* out, int out_type, int64_t r
   return product;
 }
 
-// [rows, columns] fp32 to [columns, rows].
-void transpose(const float* from, int64_t rows, int64_t columns, float* to) {
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t c = 0; c < columns; ++c) to[c * rows + r] = from[r * columns + c];
+// [rows, columns] of any plain type to [columns, rows] fp32.
+void transpose(const void* from, int type, int64_t rows, int64_t columns, float* to) {
+  const auto convert = [&](auto value_at) {
+    constexpr int64_t kLine = 16;  // so that whole cache lines are written
+    for (int64_t first = 0; first < rows; first += kLine) {
+      const int64_t last = first + kLine < rows ? first + kLine : rows;
+      for (int64_t c = 0; c < columns; ++c) {
+        for (int64_t r = first; r < last; ++r) to[c * rows + r] = value_at(r * columns + c);
+      }
+    }
+  };
+  const auto* halves = static_cast<const uint16_t*>(from);
+  switch (type) {
+    case TUNESMITH_FLOAT16: return convert([=](int64_t i) { return float16_to_float(halves[i]); });
+    case TUNESMITH_BFLOAT16: return convert([=](int64_t i) { return bfloat16_to_float(halves[i]); });
+    default: return convert([=](int64_t i) { return static_cast<const float*>(from)[i]; });
   }
+}
+
+// Does out [tokens, rank] = alpha x smallᵀ for a small [rank, P]. The small factor is what is brought
+// into panels as a whole; x, the large one, is read once, some tokens at a time.
+void project(const Matrix& x, int64_t tokens, const Matrix& small, int64_t rank, float alpha,
+             float* out) {
+  Product product = product_of(small, x, out, TUNESMITH_FLOAT32, rank, tokens);
+  product.transposed = true;
+  product.row_stride = 1;
+  product.column_stride = rank;
+  product.alpha = alpha;
+  product.exact = true;
+  multiply(product);
 }
 
 }  // namespace
@@ -80,12 +105,17 @@ void tunesmith_linear_cpu(const tunesmith_linear* linear, const void* x, float* 
                           bool accumulate) {
   const Parts parts = {*linear};
   const int64_t tokens = parts.tokens(), rank = parts.rank();
-  if (rank > 0) {
-    Product product =
-        product_of(parts.dropped(x), parts.lora_a(), s, TUNESMITH_FLOAT32, tokens, rank);
-    product.transposed = true;
+  if (rank > 0) project(parts.dropped(x), tokens, parts.lora_a(), rank, 1.0f, s);
+  if (linear->weight == nullptr && rank > 0 && linear->bias == nullptr) {
+    Scratch lora_b(sizeof(float) * parts.out() * rank);
+    transpose(linear->lora_b, linear->adapter_dtype, parts.out(), rank, lora_b.as<float>());
+    Product product = product_of(plain(s, TUNESMITH_FLOAT32, rank),
+                                 plain(lora_b.as<float>(), TUNESMITH_FLOAT32, parts.out()), y,
+                                 linear->dtype, tokens, parts.out());
+    product.alpha = linear->scaling;
+    product.accumulate = accumulate;
     product.exact = true;
-    multiply(product);
+    return multiply(product);
   }
   Matrix input = plain(x, linear->dtype, parts.in());
   Matrix weight = parts.weight();
@@ -111,11 +141,10 @@ void tunesmith_linear_backward_cpu(const tunesmith_linear* linear, const void* x
   // what flows into s, worked out once for both grad_x and grad_a
   Scratch grad_s(sizeof(float) * tokens * rank);
   if (rank > 0 && (grad_x != nullptr || grad_a != nullptr)) {
-    Product product = product_of(grad_out, parts.lora_b(), grad_s.as<float>(), TUNESMITH_FLOAT32,
-                                 tokens, rank);
-    product.alpha = linear->scaling;
-    product.exact = true;
-    multiply(product);
+    Scratch lora_b(sizeof(float) * parts.out() * rank);
+    transpose(linear->lora_b, linear->adapter_dtype, parts.out(), rank, lora_b.as<float>());
+    project(grad_out, tokens, plain(lora_b.as<float>(), TUNESMITH_FLOAT32, parts.out()), rank,
+            linear->scaling, grad_s.as<float>());
   }
   if (grad_x != nullptr) {
     Matrix left = grad_out;
@@ -135,14 +164,14 @@ void tunesmith_linear_backward_cpu(const tunesmith_linear* linear, const void* x
   Scratch transposed(sizeof(float) * tokens * rank);
   const Matrix left = plain(transposed.as<float>(), TUNESMITH_FLOAT32, tokens);
   if (grad_a != nullptr) {
-    transpose(grad_s.as<float>(), tokens, rank, transposed.as<float>());
+    transpose(grad_s.as<float>(), TUNESMITH_FLOAT32, tokens, rank, transposed.as<float>());
     Product product =
         product_of(left, parts.dropped(x), grad_a, linear->adapter_dtype, rank, parts.in());
     product.exact = true;
     multiply(product);
   }
   if (grad_b != nullptr) {
-    transpose(s, tokens, rank, transposed.as<float>());
+    transpose(s, TUNESMITH_FLOAT32, tokens, rank, transposed.as<float>());
     // rank rows are few: it is the transpose of grad_b that comes out, and is written as grad_b
     Product product =
         product_of(left, grad_out, grad_b, linear->adapter_dtype, rank, parts.out());

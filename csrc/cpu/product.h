@@ -52,6 +52,25 @@ inline float scale_of(const Matrix& matrix, int64_t block) {
   return scale_of(block, matrix.absmax, matrix.nested_absmax, matrix.nested_offset, kScales);
 }
 
+// By how many bits an element's index is shifted for that of its block; a block size is a power of 2.
+inline int shift_of(const Matrix& matrix) {
+  return is_4bit(matrix.type) && matrix.blocksize > 0 ? __builtin_ctzll(uint64_t(matrix.blocksize)) : 0;
+}
+
+// Asks for elements [column, column + count) of a row that will be fetched soon. Blocks are read a
+// little of many rows at a time, which the hardware does not foresee. Inlined always: GCC takes a
+// function that only prefetches for one that does nothing.
+[[gnu::always_inline]] inline void prefetch(const Matrix& matrix, int64_t row, int64_t column, int64_t count) {
+  const int64_t begin = row * matrix.columns + column;
+  const auto* data = static_cast<const char*>(matrix.data);
+  const bool packed = is_4bit(matrix.type);
+  const int64_t size = size_of(matrix.type);
+  const char* const end = data + (packed ? (begin + count) / 2 : (begin + count) * size);
+  for (const char* at = data + (packed ? begin / 2 : begin * size); at < end; at += 64) {
+    __builtin_prefetch(at);
+  }
+}
+
 // Where element i of a row goes.
 struct InOrder {
   int64_t operator()(int64_t i) const { return i; }
@@ -69,9 +88,13 @@ class Source {
   explicit Source(const Matrix& matrix)
       : matrix_(matrix),
         codes_(matrix.table == nullptr ? kNoTable : *matrix.table),
-        shift_(is_4bit(matrix.type) ? __builtin_ctzll(uint64_t(matrix.blocksize)) : 0) {}
+        shift_(shift_of(matrix)) {}
 
   int64_t columns() const { return matrix_.columns; }
+
+  [[gnu::always_inline]] void prefetch(int64_t row, int64_t column, int64_t count) const {
+    tunesmith::prefetch(matrix_, row, column, count);
+  }
 
   // Fetches elements [column, column + count) of one row.
   template <typename Place>
@@ -134,6 +157,9 @@ class Source {
   int shift_;  // a block size is a power of two
 };
 
+// How many rows before its turn a row of a panel is asked for.
+constexpr int64_t kRowsAhead = 8;
+
 // Multiplies in fp32, with the vectors of Simd.
 template <typename Simd>
 struct Fp32Arithmetic {
@@ -149,9 +175,14 @@ struct Fp32Arithmetic {
 
   static void agree(From&, From&) {}
 
+  // What a thread holds while it multiplies.
+  struct Session {};
+
   static void rows(const From& source, int64_t row, int64_t rows, int64_t p, int64_t depth,
                    float* out) {
+    const int64_t next = std::min<int64_t>(kDepth, source.columns() - p - depth);
     for (int64_t r = 0; r < rows; ++r) {
+      source.prefetch(row + r, p + depth, next);
       source.fetch(row + r, p, depth, out + r * kRowStride, InOrder());
     }
   }
@@ -162,6 +193,7 @@ struct Fp32Arithmetic {
     constexpr int64_t kWidth = 2 * kLanes;
     for (int64_t d = 0; d < depth; ++d) {
       float* row = out + d * kWidth;
+      if (d + kRowsAhead < depth) source.prefetch(p + d + kRowsAhead, column, columns);
       source.fetch(p + d, column, columns, row, InPanels<kWidth>{stride});
       if (columns % kWidth != 0) {
         float* last = row + columns / kWidth * stride;
@@ -258,7 +290,9 @@ struct Panels {
 constexpr int64_t kTokens = 512;
 // right's rows (transposed) or columns that one core decodes and multiplies at a time
 constexpr int64_t kBlockRows = 96;
-constexpr int64_t kBlockColumns = 64;
+constexpr int64_t kBlockColumns = 256;
+// sums that a core keeps in its second-level cache
+constexpr int64_t kSums = int64_t(1) << 15;
 // fewer multiplications than this are not worth a second thread
 constexpr int64_t kGrain = int64_t(1) << 16;
 
@@ -368,8 +402,9 @@ void multiply_transposed(const Product& product) {
                });
 
   const Grid grid = make_grid(product.rows, product.columns, depth + rank, kWidth, A::kTileRows,
-                              round_up(kBlockRows, 2 * A::kTileRows));
+                              round_up(kBlockRows, A::kTileRows));
   parallel_for(grid.count(), grid_grain(grid, depth + rank), [&](int64_t first, int64_t last) {
+    [[maybe_unused]] const typename A::Session session = {};
     Scratch block(grid.columns *
                   std::max(sizeof(Element) * A::kRowStride, sizeof(float) * Exact::kRowStride));
     Scratch sums_of_block(sizeof(float) * grid.columns * round_up(grid.tokens, kWidth));
@@ -405,7 +440,7 @@ void multiply_transposed(const Product& product) {
         }
       }
       const Output output = {product};
-      alignas(64) float row[kBlockRows + 2 * A::kTileRows];
+      alignas(64) float row[kBlockRows + A::kTileRows];
       for (int64_t i = first_panel; i < last_panel; ++i) {
         const int64_t width = tokens.width(i);
         for (int64_t lane = 0; lane < tokens.used(i); ++lane) {
@@ -452,10 +487,13 @@ void multiply_plain(const Product& product) {
                  }
                });
 
+  // wide, so that whole cache lines of codes are read, unless there are many tokens
+  const int64_t fitting = kSums / std::min(kTokens, tokens) / kWidth * kWidth;
   const Grid grid = make_grid(tokens, product.columns, depth + rank, A::kTileRows, kWidth,
-                              round_up(kBlockColumns, kWidth));
+                              std::min(kBlockColumns, std::max(2 * kWidth, fitting)));
   constexpr int64_t panel_stride = kWidth * A::kDepth;  // kDepth is a multiple of kPair
   parallel_for(grid.count(), grid_grain(grid, depth + rank), [&](int64_t first, int64_t last) {
+    [[maybe_unused]] const typename A::Session session = {};
     Scratch block(grid.columns *
                   std::max(sizeof(Element) * A::kDepth, sizeof(float) * Exact::kDepth));
     Scratch sums_of_block(sizeof(float) * grid.columns * grid.tokens);
@@ -560,7 +598,7 @@ void multiply_few_rows(const Product& product, int64_t row) {
       from_left2.fetch(row + m, 0, rank, left2.as<float>() + m * rank, InOrder());
     }
   }
-  const int shift = __builtin_ctzll(uint64_t(right.blocksize));
+  const int shift = shift_of(right);
   const auto* packed = static_cast<const uint8_t*>(right.data);
   const typename Simd::Codes codes(*right.table);
   const Output output = {product};

@@ -1,6 +1,6 @@
-"""The AVX-512 kernels, with emulated instructions, agree with the scalar ones and with fp64.
+"""The AVX-512 and AMX kernels, with emulated instructions, agree with the scalar ones and with fp64.
 
-So they are tested on a CPU that has no AVX-512; where there is one, the other tests of this folder
+So they are tested on a CPU that has neither; where there is one, the other tests of this folder
 run them natively as well. emulation/avx512.h says what is emulated: whatever a real CPU might do
 otherwise, like its speed, is not shown here.
 """
@@ -53,7 +53,7 @@ def load(library: Path) -> ModuleType:
     return module
 
 
-@pytest.fixture(params=["avx512", "avx512_bf16"])
+@pytest.fixture(params=["avx512", "avx512_bf16", "amx_bf16"])
 def isa(request: pytest.FixtureRequest, emulated: ModuleType) -> Iterator[str]:
     emulated.set_isa(request.param)
     yield request.param
@@ -113,7 +113,7 @@ def midpoints(quant_type: str) -> Tensor:
 
 
 def test_every_instruction_set_is_there(emulated: ModuleType) -> None:
-    assert emulated.isas() == ["avx512_bf16", "avx512", "avx2", "scalar"]
+    assert emulated.isas() == ["amx_bf16", "avx512_bf16", "avx512", "avx2", "scalar"]
 
 
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)

@@ -291,6 +291,73 @@ static inline __m512 emulated_dpbf16_ps(__m512 sums, __m512i a, __m512i b) {
   });
 }
 
+// AMX: eight tiles of 16 rows of 64 bytes. A load or store touches the configured part alone, and
+// what lies outside reads as zero, as on a CPU. Products are those of dpbf16, a pair of each row at a
+// time.
+namespace emulated {
+namespace {
+
+struct Tiles {
+  bool configured;
+  uint16_t row_bytes[8];
+  uint8_t rows[8];
+  uint8_t data[8][16][64];
+};
+thread_local Tiles tiles;
+
+inline void require_tiles() {
+  if (!tiles.configured) __builtin_trap();  // #UD on a CPU
+}
+inline void tile_loadconfig(const void* from) {
+  const auto* bytes = static_cast<const uint8_t*>(from);
+  if (bytes[0] != 1) __builtin_trap();
+  tiles = {};
+  tiles.configured = true;
+  memcpy(tiles.row_bytes, bytes + 16, sizeof tiles.row_bytes);
+  memcpy(tiles.rows, bytes + 48, sizeof tiles.rows);
+}
+inline void tile_release() { tiles = {}; }
+inline void tile_loadd(int tile, const void* from, int64_t stride) {
+  require_tiles();
+  memset(tiles.data[tile], 0, sizeof tiles.data[tile]);
+  for (int r = 0; r < tiles.rows[tile]; ++r) {
+    memcpy(tiles.data[tile][r], static_cast<const uint8_t*>(from) + r * stride,
+           tiles.row_bytes[tile]);
+  }
+}
+inline void tile_stored(int tile, void* to, int64_t stride) {
+  require_tiles();
+  for (int r = 0; r < tiles.rows[tile]; ++r) {
+    memcpy(static_cast<uint8_t*>(to) + r * stride, tiles.data[tile][r], tiles.row_bytes[tile]);
+  }
+}
+inline void tile_dpbf16ps(int sums, int left, int right) {
+  require_tiles();
+  for (int r = 0; r < tiles.rows[sums]; ++r) {
+    __m512 total = loadu_ps(tiles.data[sums][r]);
+    for (int k = 0; k < tiles.row_bytes[left] / 4; ++k) {
+      uint32_t pair;
+      memcpy(&pair, tiles.data[left][r] + 4 * k, sizeof pair);
+      total = emulated_dpbf16_ps(total, set1_epi32(int(pair)), loadu_si512(tiles.data[right][k]));
+    }
+    memcpy(tiles.data[sums][r], &total, tiles.row_bytes[sums]);
+  }
+}
+
+}  // namespace
+}  // namespace emulated
+
+#undef _tile_loadconfig
+#undef _tile_release
+#undef _tile_loadd
+#undef _tile_stored
+#undef _tile_dpbf16ps
+#define _tile_loadconfig ::emulated::tile_loadconfig
+#define _tile_release ::emulated::tile_release
+#define _tile_loadd ::emulated::tile_loadd
+#define _tile_stored ::emulated::tile_stored
+#define _tile_dpbf16ps ::emulated::tile_dpbf16ps
+
 #define _mm256_cvtepi16_epi8 ::emulated::cvtepi16_epi8
 #define _mm512_add_epi32 ::emulated::add_epi32
 #define _mm512_add_ps ::emulated::add_ps

@@ -38,7 +38,7 @@ SANITIZED = (
 # the longest to compile first
 PORTABLE = ("product_scalar", "dispatch", "linear", "parallel", "scalar")
 AVX2 = ("product_avx2", "avx2")
-AVX512 = ("product_avx512_bf16", "product_avx512", "avx512")
+AVX512 = ("product_amx", "product_avx512_bf16", "product_avx512", "avx512")
 
 
 def has_avx2() -> bool:

@@ -120,7 +120,7 @@ class Layer {
 
   // Whether the instruction set in use rounds the weight to bf16 for the product with x or grad_y.
   bool narrow() const {
-    return dtype == TUNESMITH_BFLOAT16 && std::strcmp(tunesmith_isa(), "avx512_bf16") == 0;
+    return dtype == TUNESMITH_BFLOAT16 && std::strstr(tunesmith_isa(), "bf16") != nullptr;
   }
 
   // Fails unless `actual` is what a sum of `terms` terms in fp32, rounded to `type`, may be.

@@ -1,0 +1,242 @@
+// Products in pairs of bf16, summed in fp32, for the files of AVX512-BF16 and AMX.
+//
+// A 4-bit weight is rounded to bf16 as dequantizing rounds it.
+#pragma once
+
+#include "product_avx512.h"
+
+namespace tunesmith {
+namespace {
+
+// Adds the products of 16 pairs of bf16 to 16 sums.
+inline __m512 add_pairs(__m512 sums, __m512i a, __m512i b) {
+#ifdef TUNESMITH_EMULATED_AVX512
+  return emulated_dpbf16_ps(sums, a, b);
+#else
+  return _mm512_dpbf16_ps(sums, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+#endif
+}
+
+// What the 16 codes of a block stand for in bf16.
+inline __m256i rounded_values(const FourBitTable& table, float scale) {
+#ifdef TUNESMITH_EMULATED_AVX512
+  return BFloat16::narrow(scaled_values(table, scale));
+#else
+  // rounds as `narrow` does, but that subnormal values become 0
+  return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(scaled_values(table, scale)));
+#endif
+}
+
+// A group is 128 codes, 4 in each of 32 words: vector i holds the i-th of every word. Decoding into that
+// order saves the shuffles that the natural one takes; the other factor is brought into it once.
+constexpr int64_t kGroup = 128;
+
+inline int64_t source(int64_t at) { return at % 32 * 4 + at / 32; }
+
+// Calls use(i, vector) for the four vectors of a group, or of half a group.
+template <typename Use>
+inline void decode_group(const uint8_t* packed, int64_t blocks, const FourBitTable& table,
+                         const float* scales, Use use) {
+  const __m512i words =
+      blocks == 2 ? load_bits(packed) : _mm512_zextsi256_si512(load_half_bits(packed));
+  // the fifth bit of an index says which block's values are meant
+  const __m512i values =
+      _mm512_inserti64x4(_mm512_castsi256_si512(rounded_values(table, scales[0])),
+                         rounded_values(table, scales[1]), 1);
+  const __m512i second =
+      _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+  const __m512i nibble = _mm512_set1_epi16(0xF);
+  constexpr int kShifts[4] = {4, 0, 12, 8};  // the high nibble comes first
+  for (int i = 0; i < 4; ++i) {
+    const __m512i shifted = _mm512_srli_epi16(words, kShifts[i]);
+    constexpr int kAndOr = 0xEA;  // (a & b) | c
+    const __m512i codes = _mm512_ternarylogic_epi32(shifted, nibble, second, kAndOr);
+    use(i, _mm512_permutexvar_epi16(codes, values));
+  }
+}
+
+// A matrix, ready to be read as bf16.
+class BFloat16Source {
+ public:
+  explicit BFloat16Source(const Matrix& matrix)
+      : matrix_(matrix), as_float_(matrix), shift_(shift_of(matrix)) {}
+
+  int64_t columns() const { return matrix_.columns; }
+  bool grouped() const { return grouped_; }
+  [[gnu::always_inline]] void prefetch(int64_t row, int64_t column, int64_t count) const {
+    tunesmith::prefetch(matrix_, row, column, count);
+  }
+  void set_grouped(bool grouped) { grouped_ = grouped; }
+  bool can_be_grouped() const { return is_4bit(matrix_.type) && matrix_.columns % kGroup == 0; }
+
+  // Fetches elements [column, column + count) of one row.
+  void fetch(int64_t row, int64_t column, int64_t count, uint16_t* out) const {
+    const int64_t begin = row * matrix_.columns + column;
+    if (is_4bit(matrix_.type)) {
+      decode(begin, count, out);
+    } else if (matrix_.type == TUNESMITH_BFLOAT16 && matrix_.keep == nullptr) {
+      memcpy(out, static_cast<const uint16_t*>(matrix_.data) + begin, size_t(count) * 2);
+    } else {
+      alignas(64) float values[64];
+      for (int64_t i = 0; i < count; i += 64) {
+        const int64_t few = std::min<int64_t>(64, count - i);
+        as_float_.fetch(row, column + i, few, values, InOrder());
+        for (int64_t j = 0; j < few; ++j) out[i + j] = float_to_bfloat16(values[j]);
+      }
+    }
+  }
+
+  // The same in the order of groups, for whole groups of a 4-bit matrix.
+  void fetch_groups(int64_t row, int64_t column, int64_t count, uint16_t* out) const {
+    const auto* packed = static_cast<const uint8_t*>(matrix_.data);
+    const int64_t begin = row * matrix_.columns + column;
+    for (int64_t i = 0; i < count; i += kGroup) {
+      const int64_t at = begin + i;
+      const float scales[2] = {scale_of(matrix_, at >> shift_), scale_of(matrix_, (at + 64) >> shift_)};
+      decode_group(packed + at / 2, 2, *matrix_.table, scales,
+                   [&](int v, __m512i values) { store_bits(out + i + 32 * v, values); });
+    }
+  }
+
+ private:
+  void decode(int64_t begin, int64_t count, uint16_t* out) const {
+    const auto* packed = static_cast<const uint8_t*>(matrix_.data);
+    for (int64_t i = 0; i < count;) {
+      const int64_t block = (begin + i) >> shift_;
+      const int64_t end = std::min(count, ((block + 1) << shift_) - begin);
+      const float scale = scale_of(matrix_, block);
+      const __m512i values = twice(rounded_values(*matrix_.table, scale));
+      while (i < end) {
+        const int64_t at = begin + i;
+        if (at % 2 == 0 && i + 32 <= end) {
+          const __m512i codes = short_codes_of(packed + at / 2);
+          store_bits(out + i, _mm512_permutexvar_epi16(codes, values));
+          i += 32;
+          continue;
+        }
+        const uint8_t pair = packed[at / 2];
+        const unsigned code = at % 2 == 0 ? pair >> 4 : pair & 0xF;
+        out[i++] = float_to_bfloat16(matrix_.table->values[code] * scale);
+      }
+    }
+  }
+
+  const Matrix& matrix_;
+  Source<Avx512> as_float_;
+  int shift_;  // a block size is a power of two
+  bool grouped_ = false;
+};
+
+struct BFloat16Arithmetic {
+  using Element = uint16_t;
+  using Vectors = Avx512;
+  using From = BFloat16Source;
+  static constexpr int kPair = 2;
+  static constexpr int kLanes = Avx512::kLanes;
+  static constexpr int kTileRows = Avx512::kTileRows;
+  static constexpr int kDepth = 2 * Avx512::kDepth;
+  static constexpr int kRowStride = kDepth + 32;
+
+  struct Session {};
+
+  // The depth of a transposed product may run in any order that both factors have.
+  static void agree(From& left, From& right) {
+    left.set_grouped(right.can_be_grouped());
+    right.set_grouped(right.can_be_grouped());
+  }
+
+  static void rows(const From& source, int64_t row, int64_t rows, int64_t p, int64_t depth,
+                   uint16_t* out) {
+    const int64_t next = std::min<int64_t>(kDepth, source.columns() - p - depth);
+    for (int64_t r = 0; r < rows; ++r) {
+      uint16_t* to = out + r * kRowStride;
+      source.prefetch(row + r, p + depth, next);
+      if (source.grouped()) {
+        source.fetch_groups(row + r, p, depth, to);
+      } else {
+        source.fetch(row + r, p, depth, to);
+        if (depth % 2 != 0) to[depth] = 0;
+      }
+    }
+  }
+
+  static void panels(const From& source, int64_t p, int64_t depth, int64_t column, int64_t columns,
+                     int64_t stride, uint16_t* out) {
+    constexpr int64_t kWidth = 2 * kLanes;
+    alignas(64) uint16_t even[kMostColumns], odd[kMostColumns];
+    const int64_t padded = round_up(columns, kWidth);
+    std::fill(even + columns, even + padded, uint16_t(0));
+    std::fill(odd + columns, odd + padded, uint16_t(0));
+    for (int64_t d = 0; d < depth; d += 2) {
+      for (int64_t ahead = d + kRowsAhead; ahead < std::min(depth, d + kRowsAhead + 2); ++ahead) {
+        source.prefetch(p + ahead, column, columns);
+      }
+      source.fetch(p + d, column, columns, even);
+      if (d + 1 < depth) {
+        source.fetch(p + d + 1, column, columns, odd);
+      } else {
+        std::fill(odd, odd + columns, uint16_t(0));
+      }
+      for (int64_t i = 0; i < padded; i += kLanes) {
+        const __m512i low = _mm512_cvtepu16_epi32(load_half_bits(even + i));
+        const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(load_half_bits(odd + i)), 16);
+        const int64_t panel = i / kWidth * stride;
+        store_bits(out + panel + d * kWidth + i % kWidth * 2, _mm512_or_si512(low, high));
+      }
+    }
+  }
+
+  static void panel_of_rows(const From& from, int64_t row, int64_t rows, int64_t width,
+                            uint16_t* out) {
+    alignas(64) uint16_t values[2 * kLanes][kGroup];
+    for (int64_t r = rows; r < width; ++r) std::fill(values[r], values[r] + kGroup, uint16_t(0));
+    for (int64_t p = 0; p < from.columns(); p += kGroup) {
+      const int64_t count = std::min(kGroup, from.columns() - p);
+      for (int64_t r = 0; r < rows; ++r) {
+        from.fetch(row + r, p, count, values[r]);
+        if (count % 2 != 0) values[r][count] = 0;
+      }
+      for (int64_t i = 0; i < count; i += 2) {
+        const int64_t first = from.grouped() ? source(i) : i;
+        const int64_t second = from.grouped() ? source(i + 1) : i + 1;
+        uint16_t* to = out + (p + i) * width;
+        for (int64_t r = 0; r < width; ++r) {
+          to[2 * r] = values[r][first];
+          to[2 * r + 1] = values[r][second];
+        }
+      }
+    }
+  }
+
+  template <int R, int Count>
+  static void tile(int64_t pairs, const uint16_t* rows, const uint16_t* panel, float* sums) {
+    __m512 total[R][Count];
+    // unrolled in full, or the sums would live in memory
+#pragma GCC unroll 32
+    for (int r = 0; r < R; ++r) {
+      for (int v = 0; v < Count; ++v) total[r][v] = Avx512::load(sums + (r * Count + v) * kLanes);
+    }
+    for (int64_t p = 0; p < pairs; ++p) {
+      __m512i lanes[Count];
+      for (int v = 0; v < Count; ++v) lanes[v] = load_bits(panel + (p * Count + v) * 2 * kLanes);
+#pragma GCC unroll 32
+      for (int r = 0; r < R; ++r) {
+        int32_t pair;
+        memcpy(&pair, rows + r * kRowStride + 2 * p, sizeof pair);
+        const __m512i value = _mm512_set1_epi32(pair);
+        for (int v = 0; v < Count; ++v) total[r][v] = add_pairs(total[r][v], value, lanes[v]);
+      }
+    }
+#pragma GCC unroll 32
+    for (int r = 0; r < R; ++r) {
+      for (int v = 0; v < Count; ++v) Avx512::store(sums + (r * Count + v) * kLanes, total[r][v]);
+    }
+  }
+
+ private:
+  static constexpr int64_t kMostColumns = kBlockColumns;
+  static_assert( kMostColumns % (2 * kLanes) == 0);
+};
+
+}  // namespace
+}  // namespace tunesmith
