@@ -52,6 +52,11 @@ inline float scale_of(const Matrix& matrix, int64_t block) {
   return scale_of(block, matrix.absmax, matrix.nested_absmax, matrix.nested_offset, kScales);
 }
 
+// The scales of blocks [first, first + count), one by one.
+inline void fetch_scales(const Matrix& matrix, int64_t first, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = scale_of(matrix, first + i);
+}
+
 // By how many bits an element's index is shifted for that of its block; a block size is a power of 2.
 inline int shift_of(const Matrix& matrix) {
   return is_4bit(matrix.type) && matrix.blocksize > 0 ? __builtin_ctzll(uint64_t(matrix.blocksize)) : 0;
@@ -289,7 +294,7 @@ struct Panels {
 // decoding is a small part, and the sums still fit the cache.
 constexpr int64_t kTokens = 512;
 // right's rows (transposed) or columns that one core decodes and multiplies at a time
-constexpr int64_t kBlockRows = 96;
+constexpr int64_t kBlockRows = 32;
 constexpr int64_t kBlockColumns = 256;
 // sums that a core keeps in its second-level cache
 constexpr int64_t kSums = int64_t(1) << 15;
@@ -551,6 +556,9 @@ void multiply_plain(const Product& product) {
   });
 }
 
+// How far ahead of its turn a row's codes are asked for; the hardware's own foresight ends with a page.
+constexpr int64_t kBytesAhead = 1024;
+
 // At most this many rows of `left` are multiplied without a block: decoding is then most of the work,
 // and each value is used as it leaves the register, by up to 4 rows.
 constexpr int64_t kFewTokens = 8;
@@ -570,6 +578,20 @@ float dot(const float* a, const float* b, int64_t count) {
   float sum = Simd::sum(total);
   for (; i < count; ++i) sum += a[i] * b[i];
   return sum;
+}
+
+// The scale of each 64 elements of a row that is a multiple of 64 long, and zeros after the last
+// up to a whole group.
+template <typename Simd>
+void fetch_scales(const Matrix& matrix, int64_t row, float* out) {
+  const int64_t chunks = matrix.columns / 64, shift = shift_of(matrix) - 6;
+  const int64_t chunk = row * chunks, block = chunk >> shift;
+  const int64_t blocks = ((chunk + chunks - 1) >> shift) - block + 1;
+  Simd::fetch_scales(matrix, block, blocks, out);
+  if (shift > 0) {  // in place, from behind: no scale moves forward
+    for (int64_t i = chunks - 1; i >= 0; --i) out[i] = out[((chunk + i) >> shift) - block];
+  }
+  for (int64_t i = chunks; i % (Simd::kGroup / 64) != 0; ++i) out[i] = 0.0f;
 }
 
 // Rows [row, row + kRows) of the product. Simd decodes a group of codes at a time, in an order that
@@ -598,44 +620,62 @@ void multiply_few_rows(const Product& product, int64_t row) {
       from_left2.fetch(row + m, 0, rank, left2.as<float>() + m * rank, InOrder());
     }
   }
-  const int shift = shift_of(right);
+  const int64_t whole_groups = depth / kGroup;
   const auto* packed = static_cast<const uint8_t*>(right.data);
   const typename Simd::Codes codes(*right.table);
   const Output output = {product};
   parallel_for(product.columns, divide_up(kGrain, depth), [&](int64_t first, int64_t last) {
+    // two rows of right at a time, so that one need not wait for the other
+    constexpr int kMost = kRows <= 2 ? 2 : 1;
     Scratch row2(sizeof(float) * rank);
-    for (int64_t n = first; n < last; ++n) {
-      typename Simd::V total[kRows];
-      for (int m = 0; m < kRows; ++m) total[m] = Simd::set(0.0f);
+    Scratch scales(sizeof(float) * kMost * groups * kBlocks);
+    const auto multiply_columns = [&](int64_t n, auto together) {
+      constexpr int kTogether = decltype(together)::value;
+      for (int c = 0; c < kTogether; ++c) {
+        fetch_scales<Simd>(right, n + c, scales.as<float>() + c * groups * kBlocks);
+      }
+      typename Simd::V total[kTogether][kRows];
+      for (auto& sums : total) {
+        for (auto& sum : sums) sum = Simd::set(0.0f);
+      }
+      const uint8_t* codes_of_row = packed + n * depth / 2;
       for (int64_t g = 0; g < groups; ++g) {
-        const int64_t begin = n * depth + g * kGroup;
-        const int64_t blocks = std::min(kGroup, depth - g * kGroup) / 64;
-        float scales[kBlocks] = {};
-        for (int64_t b = 0; b < blocks; ++b) scales[b] = scale_of(right, (begin + 64 * b) >> shift);
+        const int64_t blocks = g < whole_groups ? kBlocks : kBlocks - 1;
         const float* values = left.as<float>() + g * kGroup;
-        // two sums a row, so that one need not wait for the other
-        typename Simd::V sums[kRows][2];
-        for (int m = 0; m < kRows; ++m) sums[m][0] = sums[m][1] = Simd::set(0.0f);
-        Simd::decode_group(packed + begin / 2, blocks, codes, [&](int i, typename Simd::V decoded) {
+        for (int c = 0; c < kTogether; ++c) {
+          const uint8_t* at = codes_of_row + (c * depth + g * kGroup) / 2;
+          __builtin_prefetch(at + kBytesAhead);
+          // two sums for each row of left, so that one need not wait for the other
+          typename Simd::V sums[kRows][2];
+          for (int m = 0; m < kRows; ++m) sums[m][0] = sums[m][1] = Simd::set(0.0f);
+          Simd::decode_group(at, blocks, codes, [&](int i, typename Simd::V decoded) {
+            for (int m = 0; m < kRows; ++m) {
+              const auto lanes = Simd::load(values + m * groups * kGroup + i * kLanes);
+              sums[m][i % 2] = Simd::fma(decoded, lanes, sums[m][i % 2]);
+            }
+          });
+          const auto scale = Simd::spread(scales.as<float>() + (c * groups + g) * kBlocks);
           for (int m = 0; m < kRows; ++m) {
-            const auto lanes = Simd::load(values + m * groups * kGroup + i * kLanes);
-            sums[m][i % 2] = Simd::fma(decoded, lanes, sums[m][i % 2]);
+            total[c][m] = Simd::fma(Simd::add(sums[m][0], sums[m][1]), scale, total[c][m]);
           }
-        });
-        const auto scale = Simd::spread(scales);
-        for (int m = 0; m < kRows; ++m) {
-          total[m] = Simd::fma(Simd::add(sums[m][0], sums[m][1]), scale, total[m]);
         }
       }
-      if (rank > 0) from_right2.fetch(n, 0, rank, row2.as<float>(), InOrder());
-      for (int64_t m = 0; m < kRows; ++m) {
-        float sum = product.alpha * Simd::sum(total[m]);
-        if (rank > 0) {
-          sum += product.alpha2 * dot<Simd>(left2.as<float>() + m * rank, row2.as<float>(), rank);
+      for (int c = 0; c < kTogether; ++c) {
+        if (rank > 0) from_right2.fetch(n + c, 0, rank, row2.as<float>(), InOrder());
+        for (int64_t m = 0; m < kRows; ++m) {
+          float sum = product.alpha * Simd::sum(total[c][m]);
+          if (rank > 0) {
+            sum += product.alpha2 * dot<Simd>(left2.as<float>() + m * rank, row2.as<float>(), rank);
+          }
+          output(row + m, n + c, sum);
         }
-        output(row + m, n, sum);
       }
+    };
+    int64_t n = first;
+    for (; n + kMost <= last; n += kMost) {
+      multiply_columns(n, std::integral_constant<int, kMost>());
     }
+    if (n < last) multiply_columns(n, std::integral_constant<int, 1>());
   });
 }
 

@@ -53,6 +53,11 @@ struct Avx2 {
     return _mm256_andnot_ps(dropped, _mm256_mul_ps(values, _mm256_set1_ps(keep_scale)));
   }
 
+  // a gather would be no faster
+  static void fetch_scales(const Matrix& matrix, int64_t first, int64_t count, float* out) {
+    tunesmith::fetch_scales(matrix, first, count, out);
+  }
+
   template <typename At>
   static void decode64(const uint8_t* packed, const Codes& codes, float scale, At at) {
     tunesmith::decode64(packed, codes, set(scale), [&](int64_t j, V eight) { store(at(j), eight); });

@@ -47,6 +47,26 @@ struct Avx512 {
     return _mm512_maskz_mul_ps(_mm512_test_epi32_mask(words, words), values, set(keep_scale));
   }
 
+  static void fetch_scales(const Matrix& matrix, int64_t first, int64_t count, float* out) {
+    int64_t i = 0;
+    if (matrix.nested_absmax != nullptr) {
+      const auto* codes = static_cast<const uint8_t*>(matrix.absmax);
+      for (; i + kLanes <= count; i += kLanes) {
+        const int64_t group = (first + i) / kNestedBlocksize;
+        if ((first + i + kLanes - 1) / kNestedBlocksize != group) {
+          tunesmith::fetch_scales(matrix, first + i, kLanes, out + i);
+          continue;
+        }
+        const __m512i places = _mm512_cvtepu8_epi32(
+            _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + first + i)));
+        const V values = _mm512_i32gather_ps(places, kScales.values, sizeof(float));
+        const V scaled = mul(values, set(matrix.nested_absmax[group]));
+        store(out + i, add(scaled, set(matrix.nested_offset)));
+      }
+    }
+    tunesmith::fetch_scales(matrix, first + i, count - i, out + i);
+  }
+
   template <typename At>
   static void decode64(const uint8_t* packed, const FourBitTable& table, float scale, At at) {
     const V values = scaled_values(table, scale);

@@ -25,27 +25,28 @@ void multiply_few_pairs(const Product& product, int64_t row) {
     }
     if (rank > 0) from_left2.fetch(row + m, 0, rank, left2.as<float>() + m * rank, InOrder());
   }
-  const int shift = shift_of(right);
   const auto* packed = static_cast<const uint8_t*>(right.data);
   const Output output = {product};
   parallel_for(product.columns, divide_up(kGrain, depth), [&](int64_t first, int64_t last) {
     Scratch row2(sizeof(float) * rank);
+    Scratch scales(sizeof(float) * 2 * 2 * groups);
     const auto multiply_columns = [&](int64_t n, auto together) {
       constexpr int kTogether = decltype(together)::value;
       __m512 total[kTogether][kRows];
       for (auto& sums : total) {
         for (auto& sum : sums) sum = _mm512_setzero_ps();
       }
+      for (int c = 0; c < kTogether; ++c) {
+        fetch_scales<Avx512>(right, n + c, scales.as<float>() + c * 2 * groups);
+      }
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t blocks = std::min(kGroup, depth - g * kGroup) / 64;
         __m512i decoded[kTogether][4];
         for (int c = 0; c < kTogether; ++c) {
           const int64_t begin = (n + c) * depth + g * kGroup;
-          float scales[2] = {};
-          for (int64_t b = 0; b < blocks; ++b) {
-            scales[b] = scale_of(right, (begin + 64 * b) >> shift);
-          }
-          decode_group(packed + begin / 2, blocks, *right.table, scales,
+          __builtin_prefetch(packed + begin / 2 + kBytesAhead);
+          decode_group(packed + begin / 2, blocks, *right.table,
+                       scales.as<float>() + (c * groups + g) * 2,
                        [&](int i, __m512i values) { decoded[c][i] = values; });
         }
         const uint16_t* values = left.as<uint16_t>() + g * kGroup;

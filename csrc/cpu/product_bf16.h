@@ -90,9 +90,18 @@ class BFloat16Source {
   void fetch_groups(int64_t row, int64_t column, int64_t count, uint16_t* out) const {
     const auto* packed = static_cast<const uint8_t*>(matrix_.data);
     const int64_t begin = row * matrix_.columns + column;
+    constexpr int64_t kMost = 16;  // scales at once: of 1024 codes or more
+    alignas(64) float of_blocks[kMost];
+    int64_t first_block = 0, end_block = 0;
     for (int64_t i = 0; i < count; i += kGroup) {
       const int64_t at = begin + i;
-      const float scales[2] = {scale_of(matrix_, at >> shift_), scale_of(matrix_, (at + 64) >> shift_)};
+      const int64_t block = at >> shift_, second = (at + 64) >> shift_;
+      if (second >= end_block) {
+        first_block = block;
+        end_block = std::min(block + kMost, ((begin + count - 1) >> shift_) + 1);
+        Avx512::fetch_scales(matrix_, block, end_block - block, of_blocks);
+      }
+      const float scales[2] = {of_blocks[block - first_block], of_blocks[second - first_block]};
       decode_group(packed + at / 2, 2, *matrix_.table, scales,
                    [&](int v, __m512i values) { store_bits(out + i + 32 * v, values); });
     }

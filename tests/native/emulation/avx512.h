@@ -250,6 +250,15 @@ inline uint32_t reduce_max_epu32(__m512i a) {
   return out;
 }
 
+inline __m512 i32gather_ps(__m512i places, const float* from, int size) {
+  const auto x = lanes<int32_t>(places);
+  return make<__m512, float>([&](int i) {
+    float out;
+    memcpy(&out, reinterpret_cast<const uint8_t*>(from) + int64_t(x.at[i]) * size, sizeof out);
+    return out;
+  });
+}
+
 inline __m512i cvtepu8_epi32(__m128i a) { return widen<uint8_t, uint32_t>(a); }
 inline __m512i cvtepu16_epi32(__m256i a) { return widen<uint16_t, uint32_t>(a); }
 inline __m512i cvtepu8_epi64(__m128i a) { return widen<uint8_t, uint64_t>(a); }
@@ -394,6 +403,7 @@ inline void tile_dpbf16ps(int sums, int left, int right) {
 #define _mm512_set1_epi16 ::emulated::set1_epi16
 #define _mm512_set1_epi32 ::emulated::set1_epi32
 #define _mm512_set1_ps ::emulated::set1_ps
+#define _mm512_i32gather_ps ::emulated::i32gather_ps
 #define _mm512_setzero_ps() ::emulated::set1_ps(0.0f)
 #define _mm512_setzero_si512() ::emulated::set1_epi32(0)
 #define _mm512_slli_epi32 ::emulated::slli_epi32
