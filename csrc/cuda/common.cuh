@@ -1,6 +1,4 @@
 // What the CUDA kernels share: tables, element types, vectors of elements, reductions.
-//
-// Compiled for CUDA, but run in emulation only (tests/native/emulation), NOT YET on a device.
 #pragma once
 
 #include <cuda_bf16.h>

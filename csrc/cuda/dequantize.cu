@@ -1,6 +1,4 @@
 // Dequantizing on CUDA: the bits of the CPU kernels, nested scales decoded on the way.
-//
-// Compiled for CUDA, but run in emulation only (tests/native/emulation), NOT YET on a device.
 #include <type_traits>
 
 #include "common.cuh"
@@ -9,7 +7,6 @@ namespace tunesmith {
 namespace {
 
 constexpr int kVectorsAtOnce = 2;  // loads a thread has under way
-constexpr int kBlocksPerMultiprocessor = 6;
 
 struct Packed {
   const uint8_t* codes;
@@ -95,12 +92,8 @@ const char* dequantize(const Packed& weight, void* out, void* stream) {
   const bool by_vectors = is_aligned(out, 16) && is_aligned(weight.codes, kElements / 2) &&
                           fits_vectors(weight.blocksize);
   const int64_t vectors = by_vectors ? weight.numel / kElements : 0;
-  // all blocks run at once, so that the tables are filled once a multiprocessor
-  int64_t most = 0;
-  if (const char* error = multiprocessors(most)) return error;
-  most *= kBlocksPerMultiprocessor;
   const int64_t work = by_vectors ? vectors / kVectorsAtOnce + 1 : weight.numel;
-  const unsigned grid = grid_for(work, kThreads, most);
+  const unsigned grid = grid_for(work, kThreads);
   return launch(dequantize_kernel<T, kVectorsAtOnce>, grid, kThreads, sizeof(Tables), stream,
                 weight, vectors, static_cast<typename T::Storage*>(out));
 }

@@ -1,6 +1,4 @@
 // How the CUDA kernels are started.
-//
-// Compiled for CUDA, but run in emulation only (tests/native/emulation), NOT YET on a device.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,9 +12,9 @@ constexpr int kWarp = 32;
 constexpr int kThreads = 256;          // of a block, unless said otherwise
 constexpr int64_t kMaxGrid = 1 << 20;  // kernels stride over what is left
 
-inline unsigned grid_for(int64_t work, int64_t work_per_block, int64_t most = kMaxGrid) {
+inline unsigned grid_for(int64_t work, int64_t work_per_block) {
   const int64_t wanted = (work + work_per_block - 1) / work_per_block;
-  return unsigned(wanted < most ? wanted : most);
+  return unsigned(wanted < kMaxGrid ? wanted : kMaxGrid);
 }
 
 inline const char* error_of(cudaError_t error) {
@@ -42,18 +40,60 @@ struct Given {
 };
 
 // Returns null, or what CUDA calls the error. Arguments take the types of the kernel's parameters.
+//
+// An early one may start before the kernel before it has ended, once that has called
+// let_next_kernel_start, and must call wait_for_kernel_before ahead of reading what that writes
+// ("programmatic dependent launch", which takes a device that `starts_early`).
 template <typename... Params>
-const char* launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes,
-                   void* stream, typename Given<Params>::Type... params) {
+const char* launch_early(bool early, void (*kernel)(Params...), dim3 grid, int threads,
+                         size_t shared_bytes, void* stream,
+                         typename Given<Params>::Type... params) {
   constexpr size_t kUnasked = 48 * 1024;  // more shared memory must be asked for
   if (shared_bytes > kUnasked) {
     const cudaError_t error = cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
     if (error != cudaSuccess) return error_of(error);
   }
-  void* arguments[] = {const_cast<void*>(static_cast<const void*>(&params))...};
-  return error_of(cudaLaunchKernel(kernel, grid, dim3(unsigned(threads)), arguments, shared_bytes,
-                                   static_cast<cudaStream_t>(stream)));
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(unsigned(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = early ? 1 : 0;
+  return error_of(cudaLaunchKernelEx(&config, kernel, params...));
+}
+
+template <typename... Params>
+const char* launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes,
+                   void* stream, typename Given<Params>::Type... params) {
+  return launch_early(false, kernel, grid, threads, shared_bytes, stream, params...);
+}
+
+// Sets `early` to whether kernels may start early on the current device; returns null or the error.
+inline const char* starts_early(bool& early) {
+  int device = 0, major = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  }
+  early = major >= 9;
+  return error_of(error);
+}
+
+__device__ inline void let_next_kernel_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+
+__device__ inline void wait_for_kernel_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
 }
 
 inline bool is_aligned(const void* pointer, size_t to) {

@@ -2,8 +2,6 @@
 //
 // Two kernels: s = x At, then the rest, which reads the packed weight once and never writes it out
 // dequantized. For more tokens the library's GEMM on a dequantized weight is faster.
-//
-// Compiled for CUDA, but run in emulation only (tests/native/emulation), NOT YET on a device.
 #include "linear_small.cuh"
 
 namespace tunesmith {
@@ -17,6 +15,7 @@ __global__ void __launch_bounds__(kAdapterThreads)
     adapter_kernel(const typename X::Storage* __restrict__ x,
                    const typename A::Storage* __restrict__ lora_a, int64_t in_features,
                    bool by_vectors, float* __restrict__ s) {
+  let_next_kernel_start();
   x += blockIdx.y * in_features;
   lora_a += blockIdx.x * in_features;
   float sum = 0.0f;
@@ -96,15 +95,21 @@ const char* launch_by_elements(const tunesmith_linear& linear, const void* x, co
   return launch(linear_by_elements_kernel, grid, kThreads, sizeof(Tables), stream, linear, x, s, y);
 }
 
-template <int Tokens, int Rows>
+template <typename X, int Tokens, int Rows>
 const char* launch_by_rows(const tunesmith_linear& linear, const void* x, const float* s, void* y,
                            void* stream) {
   constexpr int64_t kRowsOfBlock = kThreads / kWarp * Rows;
   const dim3 grid(unsigned((linear.out_features + kRowsOfBlock - 1) / kRowsOfBlock));
-  const size_t shared_bytes =
-      sizeof(Tables) + staged_chunks<Tokens>(linear) * Tokens * kChunk * sizeof(float);
-  return launch(linear_by_pieces_kernel<Tokens, Rows>, grid, kThreads, shared_bytes, stream, linear,
-                x, s, y, log2_of(linear.blocksize), is_aligned(x, 16));
+  const size_t shared_bytes = sizeof(Tables) + staged_chunks<X, Tokens>(linear) * Tokens * kChunk *
+                                                   sizeof(typename X::Storage);
+  // what comes before it is the adapter's kernel, and all else is complete since that has begun
+  bool early = false;
+  if (linear.rank > 0) {
+    if (const char* error = starts_early(early)) return error;
+  }
+  return launch_early(early, linear_by_pieces_kernel<X, Tokens, Rows>, grid, kThreads, shared_bytes,
+                      stream, linear, static_cast<const typename X::Storage*>(x), s, y,
+                      log2_of(linear.blocksize), is_aligned(x, 16));
 }
 
 // More rows to a warp use what is read of x more often, but there must be work for every
@@ -115,8 +120,13 @@ const char* launch_by_pieces(const tunesmith_linear& linear, const void* x, cons
   int64_t processors = 0;
   if (const char* error = multiprocessors(processors)) return error;
   const int64_t rows = linear.out_features / (kThreads / kWarp) / processors;
-  return rows >= 3 ? launch_by_rows<Tokens, 4>(linear, x, s, y, stream)
-                   : launch_by_rows<Tokens, 2>(linear, x, s, y, stream);
+  return for_dtype(linear.dtype, [&](auto of_x) {
+    using X = decltype(of_x);
+    if constexpr (Tokens > 4) {
+      if (rows >= 3) return launch_by_rows<X, Tokens, 4>(linear, x, s, y, stream);
+    }
+    return launch_by_rows<X, Tokens, 2>(linear, x, s, y, stream);
+  });
 }
 
 }  // namespace

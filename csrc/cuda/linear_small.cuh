@@ -1,6 +1,4 @@
 // The kernel of linear_small.cu that reads a 4-bit weight by pieces of 32 codes.
-//
-// Compiled for CUDA, but run in emulation only (tests/native/emulation), NOT YET on a device.
 #pragma once
 
 #include "common.cuh"
@@ -81,78 +79,87 @@ struct Piece {
   LoadedScale scale;
 };
 
+// Four columns of x in shared memory, as they lie in x.
+template <typename X>
+struct StagedFour {
+  uint2 words;
+  __device__ void unpack(float* to) const {
+    X::unpack(words.x, to);
+    X::unpack(words.y, to + 2);
+  }
+};
+template <>
+struct StagedFour<Float32> {
+  float4 values;
+  __device__ void unpack(float* to) const {
+    to[0] = values.x;
+    to[1] = values.y;
+    to[2] = values.z;
+    to[3] = values.w;
+  }
+};
+
 // How many chunks of x are in shared memory at once: all of them, or 32 KB, or one.
-template <int Tokens>
+template <typename X, int Tokens>
 __host__ __device__ int64_t staged_chunks(const tunesmith_linear& linear) {
-  constexpr int64_t kMost = Tokens < 8 ? 8 / Tokens : 1;
+  constexpr int64_t kFitting = (32 << 10) / (Tokens * kChunk * int64_t(sizeof(typename X::Storage)));
+  constexpr int64_t kMost = kFitting < 1 ? 1 : kFitting;
   const int64_t chunks = (linear.in_features + kChunk - 1) / kChunk;
   return chunks < kMost ? chunks : kMost;
 }
 
-// Where the float4 lies that lane `lane` multiplies with codes 4 four to 4 four + 3 of its piece.
-// Neighbouring lanes have neighbouring float4, and so, by the xor, do the threads that write them.
+// Where the four columns lie that lane `lane` multiplies with codes 4 four to 4 four + 3 of its
+// piece. Neighbouring lanes have neighbouring fours, and so, by the xor, do the threads that write
+// them.
 __device__ inline int place_of(int chunk_and_token, int four, int lane) {
   return (chunk_and_token * kFours + four) * kWarp + (lane ^ four);
 }
 
-// Puts columns from `first` of x there, as fp32, zeros where there are none. All threads take part;
-// each has several loads under way.
-template <int Tokens, typename T>
+// Puts columns from `first` of x there, zeros where there are none. All threads take part; each has
+// several loads under way.
+template <int Tokens, typename X>
 __device__ void stage_vectors(const tunesmith_linear& linear,
-                              const typename T::Storage* __restrict__ x, int64_t first, int chunks,
-                              float4* __restrict__ staged) {
+                              const typename X::Storage* __restrict__ x, int64_t first, int chunks,
+                              StagedFour<X>* __restrict__ staged) {
   constexpr int kEights = kChunk / 8, kAtOnce = 4;
   const int count = chunks * Tokens * kEights;
   for (int start = threadIdx.x; start < count; start += kAtOnce * kThreads) {
-    Eight<T> loaded[kAtOnce];
+    Eight<X> loaded[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       const int at = start + i * kThreads, row = at / kEights, m = row % Tokens;
       const int64_t k = first + int64_t(row / Tokens) * kChunk + at % kEights * 8;
       loaded[i] = {};
       if (at < count && m < linear.tokens && k < linear.in_features) {
-        loaded[i] = load_eight<T>(x + m * linear.in_features + k);
+        loaded[i] = load_eight<X>(x + m * linear.in_features + k);
       }
     }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       const int at = start + i * kThreads, row = at / kEights, eight = at % kEights;
       if (at >= count) continue;
-      float of_x[8];
-      loaded[i].unpack(of_x);
       const int lane = eight / (kPiece / 8), four = eight % (kPiece / 8) * 2;
-      staged[place_of(row, four, lane)] = make_float4(of_x[0], of_x[1], of_x[2], of_x[3]);
-      staged[place_of(row, four + 1, lane)] = make_float4(of_x[4], of_x[5], of_x[6], of_x[7]);
+      StagedFour<X> fours[2];
+      static_assert(sizeof fours == sizeof loaded[i]);
+      memcpy(fours, &loaded[i], sizeof fours);
+      staged[place_of(row, four, lane)] = fours[0];
+      staged[place_of(row, four + 1, lane)] = fours[1];
     }
   }
 }
 
 // The same for an x that is not aligned to 16 bytes.
-template <int Tokens>
-__device__ void stage_elements(const tunesmith_linear& linear, const void* __restrict__ x,
-                               int64_t first, int chunks, float4* __restrict__ staged) {
+template <int Tokens, typename X>
+__device__ void stage_elements(const tunesmith_linear& linear,
+                               const typename X::Storage* __restrict__ x, int64_t first, int chunks,
+                               StagedFour<X>* __restrict__ staged) {
   for (int at = threadIdx.x; at < chunks * Tokens * kChunk; at += kThreads) {
     const int row = at / kChunk, m = row % Tokens, column = at % kChunk;
     const int64_t k = first + int64_t(row / Tokens) * kChunk + column;
     const bool inside = m < linear.tokens && k < linear.in_features;
-    const float of_x = inside ? load_one(x, linear.dtype, m * linear.in_features + k) : 0.0f;
-    float4* const place = staged + place_of(row, column % kPiece / 4, column / kPiece);
-    reinterpret_cast<float*>(place)[column % 4] = of_x;
-  }
-}
-
-template <int Tokens>
-__device__ void stage(const tunesmith_linear& linear, const void* __restrict__ x, bool by_vectors,
-                      int64_t first, int chunks, float4* __restrict__ staged) {
-  const auto* halves = static_cast<const uint16_t*>(x);
-  if (!by_vectors) {
-    stage_elements<Tokens>(linear, x, first, chunks, staged);
-  } else if (linear.dtype == TUNESMITH_BFLOAT16) {
-    stage_vectors<Tokens, BFloat16>(linear, halves, first, chunks, staged);
-  } else if (linear.dtype == TUNESMITH_FLOAT16) {
-    stage_vectors<Tokens, Float16>(linear, halves, first, chunks, staged);
-  } else {
-    stage_vectors<Tokens, Float32>(linear, static_cast<const float*>(x), first, chunks, staged);
+    StagedFour<X>* const place = staged + place_of(row, column % kPiece / 4, column / kPiece);
+    reinterpret_cast<typename X::Storage*>(place)[column % 4] =
+        inside ? x[m * linear.in_features + k] : typename X::Storage(0);
   }
 }
 
@@ -161,9 +168,9 @@ __device__ inline float value_at(const float* values, unsigned offset) {
 }
 
 // Multiplies pieces of `Rows` rows with the columns of x that they meet.
-template <int Rows, int Tokens>
+template <typename X, int Rows, int Tokens>
 __device__ void multiply(const Piece (&pieces)[Rows], const float (&scales)[Rows],
-                         const float* __restrict__ values, const float4* __restrict__ staged,
+                         const float* __restrict__ values, const StagedFour<X>* __restrict__ staged,
                          int chunk, int lane, float (&sums)[Rows][Tokens]) {
   // one scale for all of a piece: it multiplies the codes' sums where there are fewer of those
   constexpr bool kScaleSums = Tokens <= 4;
@@ -188,14 +195,13 @@ __device__ void multiply(const Piece (&pieces)[Rows], const float (&scales)[Rows
     }
 #pragma unroll
     for (int m = 0; m < Tokens; ++m) {
-      const float4 of_x = staged[place_of(chunk * Tokens + m, four, lane)];
+      float of_x[4];
+      staged[place_of(chunk * Tokens + m, four, lane)].unpack(of_x);
 #pragma unroll
       for (int r = 0; r < Rows; ++r) {
         float& sum = kScaleSums ? unscaled[r][m] : sums[r][m];
-        sum = fmaf(weights[r][0], of_x.x, sum);
-        sum = fmaf(weights[r][1], of_x.y, sum);
-        sum = fmaf(weights[r][2], of_x.z, sum);
-        sum = fmaf(weights[r][3], of_x.w, sum);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum = fmaf(weights[r][e], of_x[e], sum);
       }
     }
   }
@@ -210,13 +216,13 @@ __device__ void multiply(const Piece (&pieces)[Rows], const float (&scales)[Rows
 
 // A warp takes `Rows` rows of W, chunk by chunk, and loads the next while it multiplies with one.
 // Needs whole pieces in a row, and a block size that is a multiple of a piece.
-template <int Tokens, int Rows>
-__global__ void __launch_bounds__(kThreads, Tokens <= 4 ? 2 : 1)
-    linear_by_pieces_kernel(tunesmith_linear linear, const void* __restrict__ x,
+template <typename X, int Tokens, int Rows>
+__global__ void __launch_bounds__(kThreads, Tokens <= 4 ? 3 : 1)
+    linear_by_pieces_kernel(tunesmith_linear linear, const typename X::Storage* __restrict__ x,
                             const float* __restrict__ s, void* __restrict__ y, int blocksize_log2,
                             bool x_by_vectors) {
   Tables& tables = *reinterpret_cast<Tables*>(shared_memory);
-  float4* staged = reinterpret_cast<float4*>(shared_memory + sizeof(Tables) / sizeof(uint4));
+  auto* staged = reinterpret_cast<StagedFour<X>*>(shared_memory + sizeof(Tables) / sizeof(uint4));
   fill(tables, linear.type);
   const bool nested = linear.nested_absmax != nullptr;
   const float offset = nested ? *linear.nested_offset : 0.0f;
@@ -247,14 +253,17 @@ __global__ void __launch_bounds__(kThreads, Tokens <= 4 ? 2 : 1)
 
   float sums[Rows][Tokens] = {};
   const int64_t chunks = (linear.in_features + kChunk - 1) / kChunk;
-  const int64_t most = staged_chunks<Tokens>(linear);
+  const int64_t most = staged_chunks<X, Tokens>(linear);
   Piece pieces[Rows];
   load(pieces);
-  add_adapter(linear, s, first_row, lane, sums);
   for (int64_t first = 0; first < chunks; first += most) {
     const int count = int(chunks - first < most ? chunks - first : most);
     if (first > 0) __syncthreads();  // all are done with the columns before
-    stage<Tokens>(linear, x, x_by_vectors, first * kChunk, count, staged);
+    if (x_by_vectors) {
+      stage_vectors<Tokens>(linear, x, first * kChunk, count, staged);
+    } else {
+      stage_elements<Tokens>(linear, x, first * kChunk, count, staged);
+    }
     __syncthreads();
 #pragma unroll (Tokens <= 2 ? 2 : 1)  // by two, loads go to other registers in turn
     for (int chunk = 0; chunk < count; ++chunk) {
@@ -270,6 +279,8 @@ __global__ void __launch_bounds__(kThreads, Tokens <= 4 ? 2 : 1)
       for (int r = 0; r < Rows; ++r) pieces[r] = loading[r];
     }
   }
+  wait_for_kernel_before();  // which works out s
+  add_adapter(linear, s, first_row, lane, sums);
   write_sums(linear, first_row, lane, sums, y);
 }
 

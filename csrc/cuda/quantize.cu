@@ -1,6 +1,4 @@
 // Quantizing on CUDA: the codes and scales of the CPU kernels, bit for bit.
-//
-// Compiled for CUDA, but run in emulation only (tests/native/emulation), NOT YET on a device.
 #include "common.cuh"
 
 namespace tunesmith {

@@ -327,7 +327,6 @@ HUGE = 2**31
 def test_dequantizing_past_the_first_2_to_31_elements(device: Device) -> None:
     block, rest = HUGE // 4096, 8 * 500 + 3
     numel, start = HUGE + rest, HUGE  # 4096 elements to a block
-    device.set_multiprocessors(2**20)  # so many that no block has a second turn
     tail = torch.arange((rest + 1) // 2).mul(11).to(torch.uint8)
     scale = torch.tensor([3.0])
     with device.buffers() as put:
@@ -343,7 +342,6 @@ def test_dequantizing_past_the_first_2_to_31_elements(device: Device) -> None:
                     *(CODES[torch.bfloat16], out),
                 )
         ours = put.read(out, torch.bfloat16, start * 2)
-    device.set_multiprocessors(132)
     args = ([rest], 4096, "nf4", torch.bfloat16)
     assert torch.equal(ours, reference.dequantize_4bit(tail, scale, None, None, *args))
 
@@ -369,7 +367,7 @@ def test_quantizing_past_the_first_2_to_31_elements(device: Device) -> None:
     assert torch.equal(ours[1], expected[1])
 
 
-@pytest.mark.parametrize(("in_features", "rows"), [(16416, 32), (16415, 8)])
+@pytest.mark.parametrize(("in_features", "rows"), [(16416, 16), (16415, 8)])
 def test_a_linear_layer_of_more_than_2_to_31_weights(
     device: Device, in_features: int, rows: int
 ) -> None:

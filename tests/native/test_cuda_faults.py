@@ -84,13 +84,13 @@ FAULTS = [
         "(first_row + r)",
     ),
     ("linear_small", "linear_small.cu", "linear->in_features % kPiece != 0 ||", ""),
-    ("linear_small", "linear_small.cu", "kChunk * sizeof(float);", "kChunk * sizeof(float) - 16;"),
+    ("linear_small", "linear_small.cu", "sizeof(typename X::Storage);", "sizeof(typename X::Storage) - 16;"),
     ("linear_small", "linear_small.cu", "int warp = 1", "int warp = 2"),
     # barriers
     ("quantize", "quantize.cu", "__syncthreads();", ""),
     ("dequantize", "dequantize.cu", "__syncthreads();", ""),
     ("linear_small", "linear_small.cuh", "if (first > 0) __syncthreads();", ""),
-    ("linear_small", "linear_small.cuh", "staged);\n    __syncthreads();", "staged);"),
+    ("linear_small", "linear_small.cuh", "    }\n    __syncthreads();", "    }"),
     ("linear_small", "linear_small.cu", "= sum;\n  __syncthreads();", "= sum;"),
 ]
 

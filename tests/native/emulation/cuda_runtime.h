@@ -100,7 +100,7 @@ enum cudaError_t {
   cudaErrorInvalidConfiguration = 9,
   cudaErrorLaunchFailure = 719
 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrComputeCapabilityMajor = 75 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 using cudaStream_t = struct CUstream_st*;
 
@@ -114,19 +114,30 @@ cudaError_t launch(const void* kernel, dim3 grid, dim3 block, size_t shared_byte
                    cudaStream_t stream, const std::function<void()>& run_thread);
 cudaError_t allow_shared_bytes(const void* kernel, int bytes);
 
-template <typename... Params, size_t... I>
-void call(void (*kernel)(Params...), void** arguments, std::index_sequence<I...>) {
-  kernel(*static_cast<std::remove_reference_t<Params>*>(arguments[I])...);
-}
-
 }  // namespace emulation
 
+// The attributes say what may overlap; here one kernel follows the other.
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+
 template <typename... Params>
-cudaError_t cudaLaunchKernel(void (*kernel)(Params...), dim3 grid, dim3 block, void** arguments,
-                             size_t shared_bytes, cudaStream_t stream) {
-  return emulation::launch(
-      reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, stream,
-      [=] { emulation::call(kernel, arguments, std::index_sequence_for<Params...>{}); });
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
+                               Params... params) {
+  return emulation::launch(reinterpret_cast<const void*>(kernel), config->gridDim, config->blockDim,
+                           config->dynamicSmemBytes, config->stream,
+                           [=] { kernel(params...); });
 }
 
 template <typename... Params>

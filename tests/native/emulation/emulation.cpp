@@ -375,8 +375,9 @@ cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = multiprocessors;
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  constexpr int kMajor = 9;
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? kMajor : multiprocessors;
   return cudaSuccess;
 }
 

@@ -75,8 +75,7 @@ extern "C" const char* run_faulty(int which, float* data, unsigned threads, size
       right,           missing_barrier, missing_second_barrier, barrier_of_some, barriers_apart,
       shuffle_of_some, reads_behind,    reads_before,           writes_behind,   writes_beside,
       misaligned,      local_index,     shared_behind};
-  void* arguments[] = {&data};
-  const cudaError_t error =
-      cudaLaunchKernel(kernels[which], dim3(1), dim3(threads), arguments, shared_bytes, nullptr);
+  const cudaLaunchConfig_t config = {dim3(1), dim3(threads), shared_bytes, nullptr, nullptr, 0};
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernels[which], data);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
