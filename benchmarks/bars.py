@@ -15,7 +15,8 @@ __all__ = ["BARS", "CUDA_BARS", "NOT_ASKED", "Bar", "Verdict", "bars_of", "judge
 
 NOT_ASKED = "not run: not among the cases of this run"
 _OP = ("ours",)
-_LAYER = ("ours (layer)", "ours (op)")
+_FUSED = ("ours (op)",)
+_LAYER = ("ours (layer)", *_FUSED)
 _PEFT_BNB = (
     "PEFT + bitsandbytes, fp32 adapters",
     "PEFT + bitsandbytes, autocast",
@@ -72,9 +73,7 @@ def _linear(tokens: int, dtype: str, at_least: float) -> Bar:
     return Bar(name, case, _LAYER, ("bitsandbytes",), at_least)
 
 
-def _lora(
-    tokens: int, dtype: str, at_least: float, shape: tuple[int, int] = _SQUARE
-) -> Bar:
+def _lora(tokens: int, dtype: str, at_least: float, shape: tuple[int, int] = _SQUARE) -> Bar:
     case = Case("lora", shape, dtype, tokens=tokens, adapter=True)
     of_shape = "" if shape == _SQUARE else f", {shape[0]}x{shape[1]}"
     name = f"NF4 + LoRA, both ways, M={tokens}, {dtype}{of_shape}: PEFT + bitsandbytes"
@@ -153,13 +152,13 @@ def _cuda_bars(shape: tuple[int, int]) -> tuple[Bar, ...]:
     with_adapter = attrs.evolve(decode, adapter=True)
     return (
         Bar(f"dequantize {size} to bf16: bitsandbytes", dequantize, _OP, ("bitsandbytes",), 2.0),
-        Bar(f"dequantize {size} to bf16: share of copy bandwidth", dequantize, _OP, ("copy",), 0.85),
+        Bar(f"dequantize {size} to bf16: share of a copy's pace", dequantize, _OP, ("copy",), 0.85),
         _lora(4096, "bf16", 1.3, shape),
-        Bar(f"decode {size}, M=1, bf16: share of copy bandwidth", decode, _LAYER[1:], ("copy",), 0.6),
+        Bar(f"decode {size}, M=1, bf16: share of a copy's pace", decode, _FUSED, ("copy",), 0.6),
         Bar(
-            f"decode {size} + LoRA, M=1, bf16: share of copy bandwidth",
+            f"decode {size} + LoRA, M=1, bf16: share of a copy's pace",
             with_adapter,
-            _LAYER[1:],
+            _FUSED,
             ("copy",),
             0.6,
         ),

@@ -110,13 +110,12 @@ class CudaClock:
 
         return timed
 
-
     def graph_timer(self, call: Callable[[], object], calls: int) -> Timer:
         """Return a timer of one of `calls` calls that are captured in a CUDA graph and replayed.
 
         So decoding runs where it is fast: what the host takes for a launch is out of the picture.
         """
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's own
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(calls):

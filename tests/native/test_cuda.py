@@ -1,8 +1,9 @@
 """The CUDA kernels on a device: the bits of the reference, streams, graphs, devices, large tensors.
 
-No machine with a device has run these yet; test_cuda_emulated.py runs the same kernels without one.
+test_cuda_emulated.py runs the same kernels without a device.
 """
 
+from collections.abc import Callable
 from types import ModuleType
 
 import attrs
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.errors import OpError
-from tunesmith.ops import reference
+from tunesmith.ops import NF4Weight, dequantize_nf4, linear_nf4, quantize_nf4, reference
 from tunesmith.ops.schema import DTYPES, QUANT_TYPES
 
 pytestmark = [
@@ -186,3 +187,34 @@ def test_a_linear_layer_runs_on_the_device_of_its_tensors() -> None:
     x = torch.randn(3, 4096, dtype=torch.bfloat16, device="cuda:1")
     layer.check(x, layer(x))
     assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [3, 16, 17, 300])
+def test_both_ways_agree_with_fp64(tokens: int, adapter_dtype: torch.dtype) -> None:
+    in_features, out_features = 1024, 640
+    weight = quantize_nf4(torch.randn(out_features, in_features, dtype=torch.bfloat16) / 32)
+    on_gpu = NF4Weight(**{
+        each.name: part.cuda() if isinstance(part := getattr(weight, each.name), Tensor) else part
+        for each in attrs.fields(NF4Weight)
+    })  # fmt: skip
+    x = torch.randn(tokens, in_features, dtype=torch.bfloat16)
+    a = (torch.randn(16, in_features) / 32).to(adapter_dtype)
+    b = (torch.randn(out_features, 16) / 4).to(adapter_dtype)
+    grad_y = torch.randn(tokens, out_features, dtype=torch.bfloat16)
+
+    def both(x: Tensor, y_of: Callable[..., Tensor], *adapter: Tensor) -> list[Tensor]:
+        leaves = [each.detach().requires_grad_() for each in (x, *adapter)]
+        y = y_of(*leaves)
+        grads = torch.autograd.grad(y, leaves, grad_y.to(y.device, y.dtype))
+        return [y.detach().cpu().double(), *(grad.cpu().double() for grad in grads)]
+
+    dense = dequantize_nf4(weight).double()
+    expected = both(
+        x.double(), lambda x, a, b: x @ dense.T + 0.5 * x @ a.T @ b.T, a.double(), b.double()
+    )
+    ours = both(
+        x.cuda(), lambda x, a, b: linear_nf4(x, on_gpu, lora=(a, b, 0.5)), a.cuda(), b.cuda()
+    )
+    for mine, right in zip(ours, expected, strict=True):
+        assert (mine - right).norm() <= 8e-3 * right.norm()

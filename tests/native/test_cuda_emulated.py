@@ -15,7 +15,7 @@ from emulation.device import CODES, CSRC, KERNELS, Device, EmulationError, Linea
 from torch import Tensor
 
 from tunesmith.ops import reference
-from tunesmith.ops.schema import BLOCKSIZES, DTYPES, QUANT_TYPES
+from tunesmith.ops.schema import BLOCKSIZES, DTYPES, QUANT_TYPES, SMALL_TOKENS
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 
@@ -317,7 +317,7 @@ def test_a_linear_layer_is_at_most_two_launches_on_the_given_stream(device: Devi
 def test_what_the_kernels_do_not_take_is_an_error(device: Device) -> None:
     with pytest.raises(EmulationError, match="invalid argument"):
         check_linear(device, 17, 64, 8)
-    assert device.lib.tunesmith_small_tokens() == 16
+    assert device.lib.tunesmith_small_tokens() == SMALL_TOKENS == 16
 
 
 # Of the grids that follow only the last block is run, and only what it touches takes up memory.

@@ -84,7 +84,7 @@ FAULTS = [
         "(first_row + r)",
     ),
     ("linear_small", "linear_small.cu", "linear->in_features % kPiece != 0 ||", ""),
-    ("linear_small", "linear_small.cu", "sizeof(typename X::Storage);", "sizeof(typename X::Storage) - 16;"),
+    ("linear_small", "linear_small.cu", "(typename X::Storage);", "(typename X::Storage) - 16;"),
     ("linear_small", "linear_small.cu", "int warp = 1", "int warp = 2"),
     # barriers
     ("quantize", "quantize.cu", "__syncthreads();", ""),

@@ -1,4 +1,4 @@
-"""The AVX-512 and AMX kernels, with emulated instructions, agree with the scalar ones and with fp64.
+"""AVX-512 and AMX kernels, with emulated instructions, agree with scalar ones and with fp64.
 
 So they are tested on a CPU that has neither; where there is one, the other tests of this folder
 run them natively as well. emulation/avx512.h says what is emulated: whatever a real CPU might do

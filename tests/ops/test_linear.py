@@ -25,6 +25,7 @@ from tunesmith.ops import (
     quantize_fp4,
     quantize_nf4,
     reference,
+    schema,
 )
 from tunesmith.ops.schema import DTYPES
 
@@ -595,7 +596,7 @@ def test_the_way_over_cuda_gives_the_formula_too(
         calls.append(same[0])
         native._native.linear(*same, False)
 
-    monkeypatch.setattr(native._native, "small_tokens", lambda: small_tokens)
+    monkeypatch.setattr(schema, "SMALL_TOKENS", small_tokens)
     monkeypatch.setattr(native._native, "linear_small", linear_small)
     tolerance = {torch.float64: 1e-6, torch.float32: 1e-5}.get(dtype, 2e-2)
     for tokens in (0, 1, 5, 16, 17):

@@ -287,6 +287,8 @@ def frozen_linear(
             f"or leave dropout at 0"
         )
     lora_a, lora_b, scaling = (None, None, 1.0) if lora is None else lora
+    if lora_a is not None and lora_b is not None and x.device.type == "cuda":
+        lora_a, lora_b = _for_cuda(x, lora_a, lora_b)
     keep, keep_scale = None, 1.0
     if dropout:
         # laid out as x is: the numbers are drawn in the order of the memory
@@ -300,3 +302,13 @@ def frozen_linear(
     )  # fmt: skip
     out: Tensor = y
     return out
+
+
+def _for_cuda(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the adapter in x's dtype if there is more than a few tokens for it.
+
+    Tensor cores take x in 16 bits; cast here, it is cast once for both ways.
+    """
+    if x.shape.numel() <= schema.SMALL_TOKENS * x.shape[-1]:
+        return lora_a, lora_b
+    return lora_a.to(x.dtype), lora_b.to(x.dtype)

@@ -342,7 +342,7 @@ def _linear_cuda(
         quant_type != ""
         and keep is None
         and x.dtype != torch.float64
-        and tokens <= _native.small_tokens()
+        and tokens <= schema.SMALL_TOKENS
         and tokens * in_features * out_features > 0
     )
     if not small:

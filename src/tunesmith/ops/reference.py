@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tunesmith.errors import OpError
 from tunesmith.ops import schema
-from tunesmith.ops.schema import NESTED_BLOCKSIZE, count_blocks, sum_dtype
+from tunesmith.ops.schema import NESTED_BLOCKSIZE, count_blocks, s_dtype, sum_dtype
 
 __all__ = [
     "CODES",
@@ -321,7 +321,7 @@ def dense_linear(
     x = x.reshape(math.prod(leading), in_features)
     if lora_a is None or lora_b is None:
         y = F.linear(x, dense, bias)  # [tokens, out_features]
-        s = x.new_empty((len(x), 0), dtype=sum_dtype(x.dtype))
+        s = x.new_empty((len(x), 0), dtype=s_dtype(x))
     else:
         s = _dropped(x, keep, keep_scale, dtype) @ lora_a.to(dtype).t()  # [tokens, rank]
         b = lora_b.to(dtype).t()
@@ -331,7 +331,7 @@ def dense_linear(
             y.addmm_(x, dense.t())
         else:
             y = F.linear(x, dense, bias).add_(_product(s, b, scaling))
-        s = s.to(sum_dtype(x.dtype))
+        s = s.to(s_dtype(x))
     return y.view(*leading, dense.shape[0]), s
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "DTYPES",
     "NESTED_BLOCKSIZE",
     "QUANT_TYPES",
+    "SMALL_TOKENS",
     "check_absmax",
     "check_finite",
     "check_linear",
@@ -28,6 +29,7 @@ __all__ = [
     "check_packed",
     "check_weight",
     "count_blocks",
+    "s_dtype",
     "sum_dtype",
     "word",
 ]
@@ -53,6 +55,21 @@ def count_blocks(numel: int, blocksize: int) -> int:
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which s = x Aᵀ is kept for an x of that dtype: fp32, or fp64 for fp64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+SMALL_TOKENS = 16
+"""Up to this many rows of x, CUDA multiplies with a 4-bit weight without dequantizing it first."""
+
+
+def s_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of s = x Aᵀ [tokens, rank] as `linear` returns it for x [..., in_features].
+
+    It is `sum_dtype`, but x's own where CUDA has more than a few tokens: there a tensor core sums
+    in fp32, and takes and leaves 16 bits.
+    """
+    if x.device.type == "cuda" and math.prod(x.shape[:-1]) > SMALL_TOKENS:
+        return x.dtype
+    return sum_dtype(x.dtype)
 
 
 _WEIGHT = "Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_offset"
@@ -130,7 +147,7 @@ def _fake_linear(
     )  # fmt: skip
     rank = 0 if lora_a is None else lora_a.shape[0]
     y = x.new_empty((*x.shape[:-1], out_features))
-    s = x.new_empty((math.prod(x.shape[:-1]), rank), dtype=sum_dtype(x.dtype))
+    s = x.new_empty((math.prod(x.shape[:-1]), rank), dtype=s_dtype(x))
     return y, s
 
 
@@ -272,7 +289,7 @@ def _differentiable(op: Any, function: type[torch.autograd.Function]) -> Callabl
         if torch.is_grad_enabled() and any(
             isinstance(arg, Tensor) and arg.requires_grad for arg in args
         ):
-            return function.apply(*args)
+            return function.apply(*args)  # type: ignore[no-untyped-call]  # torch's own
         return _below_autograd(op, args)
 
     return call
@@ -434,7 +451,7 @@ def check_linear_backward(
         if s is None:
             raise OpError("got need_b without s, from which grad_b is made; pass linear's s")
         s_shape = (math.prod(leading), lora_a.shape[0])
-        _check_tensor("s", s, (sum_dtype(grad_y.dtype),), s_shape, grad_y.device)
+        _check_tensor("s", s, (s_dtype(grad_y),), s_shape, grad_y.device)
 
 
 def _check_x(name: str, x: Tensor) -> None:
