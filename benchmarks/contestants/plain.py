@@ -25,7 +25,18 @@ def _linear(dtype: torch.dtype) -> Callable[[Case, Inputs], Entry | None]:
     return prepare
 
 
+def _without_adapter(case: Case, inputs: Inputs) -> Entry:
+    x = inputs.x.clone().requires_grad_()
+    weight = inputs.weight
+
+    def both_ways() -> None:  # not to be compared: the others have an adapter
+        torch.autograd.grad(F.linear(x, weight), x, inputs.grad_y)
+
+    return Entry(both_ways, note=lambda: "the large products alone")
+
+
 CONTESTANTS = (
+    Contestant("torch 16 bit, no adapter", ("lora",), _without_adapter),
     Contestant("torch bf16", ("linear", "decode"), _linear(torch.bfloat16)),
     Contestant("torch fp32", ("linear", "decode"), _linear(torch.float32)),
 )

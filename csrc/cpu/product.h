@@ -692,6 +692,29 @@ void for_few_rows(const Product& product, Use use) {
   }
 }
 
+// Whether a sum of values times codes, which is scaled last, might overflow or lose what is small
+// where the product of the scaled ones does not.
+inline bool has_extreme_values(const Matrix& matrix, int64_t rows) {
+  const int64_t count = rows * matrix.columns;
+  bool extreme = false;
+  if (matrix.type == TUNESMITH_FLOAT32) {
+    constexpr float kInfinity = __builtin_inff();
+    const auto* values = static_cast<const float*>(matrix.data);
+    for (int64_t i = 0; i < count; ++i) {
+      const float size = values[i] < 0.0f ? -values[i] : values[i];
+      extreme |= ((size > 1e30f) & (size < kInfinity)) | ((size > 0.0f) & (size < 1e-30f));
+    }
+  } else if (matrix.type == TUNESMITH_BFLOAT16) {
+    constexpr int kLarge = 0x7149, kSmall = 0x0DA2, kInfinity = 0x7F80;  // 1e30, 1e-30
+    const auto* values = static_cast<const uint16_t*>(matrix.data);
+    for (int64_t i = 0; i < count; ++i) {
+      const int size = values[i] & 0x7FFF;
+      extreme |= ((size > kLarge) & (size < kInfinity)) | ((size > 0) & (size < kSmall));
+    }
+  }
+  return extreme;
+}
+
 template <typename Simd>
 void multiply_few(const Product& product) {
   for_few_rows(product, [&](auto count, int64_t row) {

@@ -84,7 +84,9 @@ struct Avx2 {
 }  // namespace
 
 void multiply_avx2(const Product& product) {
-  if (has_few_tokens(product)) return multiply_few<Avx2>(product);
+  if (has_few_tokens(product) && !has_extreme_values(product.left, product.rows)) {
+    return multiply_few<Avx2>(product);
+  }
   if (product.transposed) return multiply_transposed<Fp32Arithmetic<Avx2>>(product);
   multiply_plain<Fp32Arithmetic<Avx2>>(product);
 }

@@ -6,7 +6,9 @@
 namespace tunesmith {
 
 void multiply_avx512(const Product& product) {
-  if (has_few_tokens(product)) return multiply_few<Avx512>(product);
+  if (has_few_tokens(product) && !has_extreme_values(product.left, product.rows)) {
+    return multiply_few<Avx512>(product);
+  }
   if (product.transposed) return multiply_transposed<Fp32Arithmetic<Avx512>>(product);
   multiply_plain<Fp32Arithmetic<Avx512>>(product);
 }

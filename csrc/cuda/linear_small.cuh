@@ -217,7 +217,7 @@ __device__ void multiply(const Piece (&pieces)[Rows], const float (&scales)[Rows
 // A warp takes `Rows` rows of W, chunk by chunk, and loads the next while it multiplies with one.
 // Needs whole pieces in a row, and a block size that is a multiple of a piece.
 template <typename X, int Tokens, int Rows>
-__global__ void __launch_bounds__(kThreads, Tokens <= 4 ? 3 : 1)
+__global__ void __launch_bounds__(kThreads, Tokens <= 2 ? 4 : Tokens <= 4 ? 3 : 1)
     linear_by_pieces_kernel(tunesmith_linear linear, const typename X::Storage* __restrict__ x,
                             const float* __restrict__ s, void* __restrict__ y, int blocksize_log2,
                             bool x_by_vectors) {

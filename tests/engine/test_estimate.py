@@ -18,7 +18,7 @@ from tunesmith.plugin.registry import registry
 
 model, out, checkpointing = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "yes"
 rows = [{"instruction": f"write {n}", "output": "the quick brown fox " * 200} for n in range(4)]
-tuner = Tuner(model).quantize("nf4").lora(r=16).sft(
+tuner = Tuner(model, precision=sys.argv[4]).quantize("nf4").lora(r=16).sft(
     rows, max_steps=2, batch_size=4, gradient_accumulation=1, max_length=512,
     gradient_checkpointing=checkpointing,
 )
@@ -30,8 +30,11 @@ print(json.dumps([predicted, peak.bytes]))
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("checkpointing", ["no", "yes"])
-def test_predicted_memory_is_within_half_of_what_is_measured(tmp_path, measured, checkpointing):
+def test_predicted_memory_is_within_half_of_what_is_measured(
+    tmp_path, measured, checkpointing, precision
+):
     model = tiny_llama(
         tmp_path / "model",
         hidden_size=512,
@@ -41,5 +44,5 @@ def test_predicted_memory_is_within_half_of_what_is_measured(tmp_path, measured,
         num_key_value_heads=4,
         vocab_size=16000,
     )
-    predicted, peak = measured(MEASURE, model, tmp_path / "run", checkpointing)
+    predicted, peak = measured(MEASURE, model, tmp_path / "run", checkpointing, precision)
     assert 1 / 1.5 < predicted / peak < 1.5

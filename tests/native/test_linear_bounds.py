@@ -256,6 +256,32 @@ def test_nan_in_one_token_stays_there(
         assert torch.equal(s[others], sound_s[others])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("of_x", "of_scale"), [(2.9e38, 1e-30), (1e-40, 1e30)])
+def test_large_and_small_numbers_that_balance(
+    isa: str, of_x: float, of_scale: float, dtype: torch.dtype
+) -> None:
+    if dtype == torch.bfloat16 and "bf16" in isa:
+        pytest.skip("its bf16 products take what is subnormal for zero")
+    layer = random_layer(2, 128, 8, rank=0, dtype=dtype)
+    packed, absmax = reference.quantize_4bit(torch.randn(8, 128) * of_scale, 64, "nf4")
+    values = reference.dequantize_4bit(
+        packed, absmax, None, None, (8, 128), 64, "nf4", torch.float32
+    )
+    layer = attrs.evolve(
+        layer,
+        x=torch.full((2, 128), of_x, dtype=dtype),
+        weight=packed,
+        scales=(absmax, None, None),
+        dense=values.double(),
+        quant_type="nf4",
+        blocksize=64,
+        bias=None,
+    )
+    y, _ = linear_of(torch.ops.tunesmith, layer)
+    assert_close(y, layer.formula()[0])
+
+
 # --- processes and threads ---
 
 # nothing that is large here is left to torch: of its own threads it makes no such promise

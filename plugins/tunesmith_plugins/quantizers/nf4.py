@@ -124,6 +124,17 @@ class NF4(Quantizer[NF4Config]):
             f"weights are taken as they are: {step}, or start from the unquantized checkpoint"
         )
 
+    def dense_weight(self, module: torch.nn.Module) -> torch.Tensor:
+        """Return the weight as the codes and scales say, not rounded to the compute dtype first."""
+        import torch
+
+        from tunesmith.nn.nf4_linear import NF4Linear
+        from tunesmith.ops import dequantize_4bit
+
+        if isinstance(module, NF4Linear):
+            return dequantize_4bit(module.nf4, torch.float32)
+        return super().dense_weight(module)
+
     def nbytes(self, shape: tuple[int, ...], itemsize: int) -> int:
         """Return half a byte a weight and the scales; `itemsize` plays no part."""
         count = 1

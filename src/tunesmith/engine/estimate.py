@@ -134,9 +134,10 @@ def estimate_step(
     rows_a_pass = config.batch_size * _sequences(examples[0])
     batch_tokens = rows_a_pass * (config.max_length if config.packing else longest)
     # Korthikanti et al. count 34 bytes a token and hidden unit in 16 bits, without the attention
-    # matrix (fused attention does not keep it); what scales is the compute dtype
+    # matrix (fused attention does not keep it); what scales is the compute dtype. A fused LoRA layer
+    # keeps its input and s = x At, and no copies of its input
     linear_inputs = sum(into for _, into in shapes.linears) / max(1, shapes.layers)
-    a_layer = batch_tokens * itemsize * (2.5 * linear_inputs + 4.5 * shapes.hidden)
+    a_layer = batch_tokens * itemsize * (1.6 * linear_inputs + 4.5 * shapes.hidden)
     kept = shapes.layers * batch_tokens * itemsize * shapes.hidden
     activations = a_layer + kept if config.gradient_checkpointing else shapes.layers * a_layer
     # logits in the compute dtype; in fp32 shifted, their log-softmax, and two gradients
