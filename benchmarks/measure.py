@@ -85,8 +85,8 @@ class WallClock:
 class CudaClock:
     """Time on the GPU between two events, with a cold L2 before each call.
 
-    The GPU is kept waiting until the call is enqueued, so that this is the GPU's own time: in a step
-    of training it is behind the host, unless the model is small.
+    The GPU is kept waiting until the call is enqueued, so that this is the GPU's own time: in
+    training it runs behind the host, unless the model is small.
     """
 
     _WAIT = 10_000_000

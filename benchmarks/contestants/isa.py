@@ -84,5 +84,6 @@ def _under(isa: str, case: Case, inputs: Inputs) -> Entry:
 
 CONTESTANTS = (
     Contestant(BEST, ("isa",), functools.partial(_under, "")),
+    Contestant("ours, avx512", ("isa",), functools.partial(_under, "avx512")),
     Contestant("ours, avx2", ("isa",), functools.partial(_under, "avx2")),
 )

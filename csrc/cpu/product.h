@@ -626,7 +626,7 @@ void multiply_few_rows(const Product& product, int64_t row) {
   const Output output = {product};
   parallel_for(product.columns, divide_up(kGrain, depth), [&](int64_t first, int64_t last) {
     // two rows of right at a time, so that one need not wait for the other
-    constexpr int kMost = kRows <= 2 ? 2 : 1;
+    constexpr int kMost = 2;  // rows of right at a time, which share what is loaded of left
     Scratch row2(sizeof(float) * rank);
     Scratch scales(sizeof(float) * kMost * groups * kBlocks);
     const auto multiply_columns = [&](int64_t n, auto together) {
@@ -644,7 +644,7 @@ void multiply_few_rows(const Product& product, int64_t row) {
         const float* values = left.as<float>() + g * kGroup;
         for (int c = 0; c < kTogether; ++c) {
           const uint8_t* at = codes_of_row + (c * depth + g * kGroup) / 2;
-          __builtin_prefetch(at + kBytesAhead);
+          __builtin_prefetch(at + kTogether * depth / 2);  // the same place of the next rows
           // two sums for each row of left, so that one need not wait for the other
           typename Simd::V sums[kRows][2];
           for (int m = 0; m < kRows; ++m) sums[m][0] = sums[m][1] = Simd::set(0.0f);

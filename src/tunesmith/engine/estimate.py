@@ -134,8 +134,8 @@ def estimate_step(
     rows_a_pass = config.batch_size * _sequences(examples[0])
     batch_tokens = rows_a_pass * (config.max_length if config.packing else longest)
     # Korthikanti et al. count 34 bytes a token and hidden unit in 16 bits, without the attention
-    # matrix (fused attention does not keep it); what scales is the compute dtype. A fused LoRA layer
-    # keeps its input and s = x At, and no copies of its input
+    # matrix (fused attention does not keep it); what scales is the compute dtype. A fused LoRA
+    # layer keeps its input and s = x At, and no copies of its input
     linear_inputs = sum(into for _, into in shapes.linears) / max(1, shapes.layers)
     a_layer = batch_tokens * itemsize * (1.6 * linear_inputs + 4.5 * shapes.hidden)
     kept = shapes.layers * batch_tokens * itemsize * shapes.hidden

@@ -90,6 +90,8 @@ def native_status() -> NativeStatus:
 # up to this many rows of x, our own product beats dequantizing for the library's: it reads 4 bits a
 # weight where that writes and reads 16 or 32
 _OWN_TOKENS = 128
+# AMX multiplies so fast that what is saved by not writing W out counts for longer
+_OWN_TOKENS_AMX = 256
 
 # CPU outputs of this many bytes and more come from the pool: smaller ones malloc recycles itself
 _POOLED_NBYTES = 1 << 20
@@ -99,7 +101,10 @@ _FP16_FLAGS = frozenset({"avx512_fp16", "amx_fp16", "asimdhp"})
 
 def _own_product(tokens: int, dtype: torch.dtype) -> bool:
     """Return whether the CPU does x Wᵀ in one call of ours, or dequantizes W for the library."""
-    return tokens <= _OWN_TOKENS or not _multiplies(dtype)
+    if not _multiplies(dtype):
+        return True
+    amx = dtype == torch.bfloat16 and _native.isa() == "amx_bf16"
+    return tokens <= (_OWN_TOKENS_AMX if amx else _OWN_TOKENS)
 
 
 def _in_one_call(tokens: int, dtype: torch.dtype, weight: Tensor, quant_type: str) -> bool:
