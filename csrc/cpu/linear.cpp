@@ -109,12 +109,12 @@ void tunesmith_linear_cpu(const tunesmith_linear* linear, const void* x, float* 
   if (linear->weight == nullptr && rank > 0 && linear->bias == nullptr) {
     Scratch lora_b(sizeof(float) * parts.out() * rank);
     transpose(linear->lora_b, linear->adapter_dtype, parts.out(), rank, lora_b.as<float>());
-    Product product = product_of(plain(s, TUNESMITH_FLOAT32, rank),
-                                 plain(lora_b.as<float>(), TUNESMITH_FLOAT32, parts.out()), y,
-                                 linear->dtype, tokens, parts.out());
-    product.alpha = linear->scaling;
+    const Matrix nothing = plain(nullptr, linear->dtype, 0);
+    Product product = product_of(nothing, nothing, y, linear->dtype, tokens, parts.out());
+    product.left2 = plain(s, TUNESMITH_FLOAT32, rank);
+    product.right2 = plain(lora_b.as<float>(), TUNESMITH_FLOAT32, parts.out());
+    product.alpha2 = linear->scaling;
     product.accumulate = accumulate;
-    product.exact = true;
     return multiply(product);
   }
   Matrix input = plain(x, linear->dtype, parts.in());

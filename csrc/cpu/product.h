@@ -458,9 +458,54 @@ void multiply_transposed(const Product& product) {
   });
 }
 
+// Does a product of which left2 right2 is all there is. It is so shallow that the output, read and
+// written once, is most of the work: whole rows of it are done one after the other.
+template <typename Simd>
+void multiply_low_rank(const Product& product) {
+  using Exact = Fp32Arithmetic<Simd>;
+  constexpr int kRows = Simd::kTileRows;
+  constexpr int64_t kWidth = 2 * Simd::kLanes;
+  const int64_t rank = product.left2.columns, panels = divide_up(product.columns, kWidth);
+  const Source<Simd> from_left2(product.left2), from_right2(product.right2);
+  Scratch right(sizeof(float) * panels * kWidth * rank);
+  Exact::panels(from_right2, 0, rank, 0, product.columns, kWidth * rank, right.as<float>());
+  const Output output = {product};
+  const int64_t groups = divide_up(product.rows, kRows);
+  const int64_t grain = divide_up(kGrain, kRows * rank * product.columns);
+  parallel_for(groups, grain, [&](int64_t first, int64_t last) {
+    Scratch left(sizeof(float) * kRows * Exact::kRowStride);
+    alignas(64) float sums[kRows * kWidth];
+    for (int64_t group = first; group < last; ++group) {
+      const int64_t m = group * kRows, rows = std::min<int64_t>(kRows, product.rows - m);
+      std::fill(left.as<float>(), left.as<float>() + kRows * Exact::kRowStride, 0.0f);
+      Exact::rows(from_left2, m, rows, 0, rank, left.as<float>());
+      scale_sums<Simd>(left.as<float>(), rows * Exact::kRowStride, product.alpha2);
+      for (int64_t n = 0; n < product.columns; n += kWidth) {
+        std::fill(sums, sums + kRows * kWidth, 0.0f);
+        Exact::template tile<kRows, 2>(rank, left.as<float>(), right.as<float>() + n * rank, sums);
+        const int64_t columns = std::min(kWidth, product.columns - n);
+        for (int64_t r = 0; r < rows; ++r) {
+          float* const row = sums + r * kWidth;
+          if (product.keep != nullptr) {
+            const uint8_t* keep = product.keep + (m + r) * product.columns + n;
+            for (int64_t i = 0; i < columns; ++i) {
+              row[i] = keep[i] ? row[i] * product.keep_scale : 0.0f;
+            }
+          }
+          output.template row<Simd>(m + r, n, columns, row);
+        }
+      }
+    }
+  });
+}
+
 // right is [P, N]: it gives the panels, left the rows.
 template <typename A>
 void multiply_plain(const Product& product) {
+  if (product.left.columns == 0 && product.left2.columns > 0 &&
+      product.left2.columns <= Fp32Arithmetic<typename A::Vectors>::kDepth) {
+    return multiply_low_rank<typename A::Vectors>(product);
+  }
   using Element = typename A::Element;
   using Simd = typename A::Vectors;
   using Exact = Fp32Arithmetic<Simd>;
