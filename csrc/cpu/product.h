@@ -294,7 +294,7 @@ struct Panels {
 // decoding is a small part, and the sums still fit the cache.
 constexpr int64_t kTokens = 512;
 // right's rows (transposed) or columns that one core decodes and multiplies at a time
-constexpr int64_t kBlockRows = 32;
+constexpr int64_t kBlockRows = 64;
 constexpr int64_t kBlockColumns = 256;
 // sums that a core keeps in its second-level cache
 constexpr int64_t kSums = int64_t(1) << 15;

@@ -25,7 +25,7 @@ struct alignas(64) TileConfig {
 // The rows that this thread's tiles 0 to 5 have; 0 while they are not set up.
 thread_local int configured_rows = 0;
 
-// 0 to 3 are sums and 4 to 5 rows of the left factor; 6 and 7 are panels.
+// 0 to 3 are sums and 4 and 5 rows of the left factor; 6 and 7 are panels.
 void configure(int rows) {
   if (configured_rows == rows) return;
   TileConfig config;
@@ -37,18 +37,28 @@ void configure(int rows) {
   configured_rows = rows;
 }
 
-// Adds Rows rows, times two if Twice, and Count panels of 16 lanes.
-template <bool Twice, int Count>
+// Adds Blocks times the configured rows, and Count panels of 16 lanes: four tiles of sums at the
+// most, and four are wanted, for a product takes as long as three others can be started.
+template <int Blocks, int Count>
 void add_products(int64_t steps, const uint16_t* rows, const uint16_t* panel, float* sums) {
+  static_assert(Blocks * Count <= 4);
   constexpr int64_t kRowStride = 2 * BFloat16Arithmetic::kRowStride;  // in bytes
   constexpr int64_t kPanelStride = Count * kRowBytes;
-  const uint16_t* const below = rows + kTile * BFloat16Arithmetic::kRowStride;
-  float* const sums_below = sums + kTile * Count * kTile;
+  const auto rows_of = [&](int block) {
+    return rows + block * kTile * BFloat16Arithmetic::kRowStride;
+  };
+  const auto sums_of = [&](int block) { return sums + block * kTile * Count * kTile; };
+  // tiles are named by literals
   _tile_loadd(0, sums, kPanelStride);
   if constexpr (Count == 2) _tile_loadd(1, sums + kTile, kPanelStride);
-  if constexpr (Twice) {
-    _tile_loadd(2, sums_below, kPanelStride);
-    if constexpr (Count == 2) _tile_loadd(3, sums_below + kTile, kPanelStride);
+  if constexpr (Blocks == 2 && Count == 2) {
+    _tile_loadd(2, sums_of(1), kPanelStride);
+    _tile_loadd(3, sums_of(1) + kTile, kPanelStride);
+  }
+  if constexpr (Blocks >= 2 && Count == 1) _tile_loadd(1, sums_of(1), kPanelStride);
+  if constexpr (Blocks == 4) {
+    _tile_loadd(2, sums_of(2), kPanelStride);
+    _tile_loadd(3, sums_of(3), kPanelStride);
   }
   for (int64_t step = 0; step < steps; ++step) {
     const int64_t at = step * 2 * kTilePairs;
@@ -58,17 +68,32 @@ void add_products(int64_t steps, const uint16_t* rows, const uint16_t* panel, fl
     _tile_loadd(4, rows + at, kRowStride);
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (Count == 2) _tile_dpbf16ps(1, 4, 7);
-    if constexpr (Twice) {
-      _tile_loadd(5, below + at, kRowStride);
-      _tile_dpbf16ps(2, 5, 6);
-      if constexpr (Count == 2) _tile_dpbf16ps(3, 5, 7);
+    if constexpr (Blocks >= 2) {
+      _tile_loadd(5, rows_of(1) + at, kRowStride);
+      if constexpr (Count == 2) {
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      } else {
+        _tile_dpbf16ps(1, 5, 6);
+      }
+    }
+    if constexpr (Blocks == 4) {
+      _tile_loadd(4, rows_of(2) + at, kRowStride);
+      _tile_dpbf16ps(2, 4, 6);
+      _tile_loadd(5, rows_of(3) + at, kRowStride);
+      _tile_dpbf16ps(3, 5, 6);
     }
   }
   _tile_stored(0, sums, kPanelStride);
   if constexpr (Count == 2) _tile_stored(1, sums + kTile, kPanelStride);
-  if constexpr (Twice) {
-    _tile_stored(2, sums_below, kPanelStride);
-    if constexpr (Count == 2) _tile_stored(3, sums_below + kTile, kPanelStride);
+  if constexpr (Blocks == 2 && Count == 2) {
+    _tile_stored(2, sums_of(1), kPanelStride);
+    _tile_stored(3, sums_of(1) + kTile, kPanelStride);
+  }
+  if constexpr (Blocks >= 2 && Count == 1) _tile_stored(1, sums_of(1), kPanelStride);
+  if constexpr (Blocks == 4) {
+    _tile_stored(2, sums_of(2), kPanelStride);
+    _tile_stored(3, sums_of(3), kPanelStride);
   }
 }
 
@@ -85,25 +110,22 @@ struct AmxArithmetic : BFloat16Arithmetic {
     }
   };
 
+  // R is what add_panel takes at once, or what is left of that: 64 and 32 for one panel and two, then
+  // a power of two or three.
   template <int R, int Count>
   static void tile(int64_t pairs, const uint16_t* rows, const uint16_t* panel, float* sums) {
-    constexpr int kMost = R < kTileRows ? R : kTileRows;
     const int64_t steps = pairs / kTilePairs, done = steps * kTilePairs;
-    for (int r = 0; r < R; r += kMost) {
-      const uint16_t* const from = rows + r * kRowStride;
-      float* const to = sums + r * Count * kTile;
-      if (steps > 0) {
-        configure(kMost < kTile ? kMost : kTile);
-        add_products<(kMost > kTile), Count>(steps, from, panel, to);
-      }
-      // what fills no tile
-      if (done == pairs) continue;
-      constexpr int kAtOnce = kMost < 8 ? kMost : 8;
-      for (int i = 0; i < kMost; i += kAtOnce) {
-        BFloat16Arithmetic::tile<kAtOnce, Count>(pairs - done, from + i * kRowStride + 2 * done,
-                                                 panel + done * Count * 2 * kTile,
-                                                 to + i * Count * kTile);
-      }
+    if (steps > 0) {
+      configure(R < kTile ? R : kTile);
+      add_products<(R < kTile ? 1 : R / kTile), Count>(steps, rows, panel, sums);
+    }
+    // what fills no tile
+    if (done == pairs) return;
+    constexpr int kAtOnce = R < 8 ? R : 8;
+    for (int i = 0; i < R; i += kAtOnce) {
+      BFloat16Arithmetic::tile<kAtOnce, Count>(pairs - done, rows + i * kRowStride + 2 * done,
+                                               panel + done * Count * 2 * kTile,
+                                               sums + i * Count * kTile);
     }
   }
 };
@@ -111,8 +133,8 @@ struct AmxArithmetic : BFloat16Arithmetic {
 }  // namespace
 
 void multiply_amx_bf16(const Product& product) {
-  // decoding into blocks is more work than a row or two are
-  const bool few = has_few_tokens(product) && product.rows <= 2;
+  // decoding into blocks is more work than a few rows are
+  const bool few = has_few_tokens(product) && product.rows <= 4;
   if (few || product.exact || product.left.type != TUNESMITH_BFLOAT16 || product.left.keep != nullptr) {
     return multiply_avx512(product);
   }

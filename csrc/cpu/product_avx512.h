@@ -48,23 +48,19 @@ struct Avx512 {
   }
 
   static void fetch_scales(const Matrix& matrix, int64_t first, int64_t count, float* out) {
-    int64_t i = 0;
-    if (matrix.nested_absmax != nullptr) {
-      const auto* codes = static_cast<const uint8_t*>(matrix.absmax);
-      for (; i + kLanes <= count; i += kLanes) {
-        const int64_t group = (first + i) / kNestedBlocksize;
-        if ((first + i + kLanes - 1) / kNestedBlocksize != group) {
-          tunesmith::fetch_scales(matrix, first + i, kLanes, out + i);
-          continue;
-        }
-        const __m512i places = _mm512_cvtepu8_epi32(
-            _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + first + i)));
-        const V values = _mm512_i32gather_ps(places, kScales.values, sizeof(float));
-        const V scaled = mul(values, set(matrix.nested_absmax[group]));
-        store(out + i, add(scaled, set(matrix.nested_offset)));
-      }
+    if (matrix.nested_absmax == nullptr) return tunesmith::fetch_scales(matrix, first, count, out);
+    const auto* codes = static_cast<const uint8_t*>(matrix.absmax);
+    for (int64_t i = 0; i < count;) {
+      // those that share one nested scale
+      const int64_t group = (first + i) / kNestedBlocksize;
+      const int64_t left = std::min(count, (group + 1) * kNestedBlocksize - first) - i;
+      const auto mask = uint16_t(left < kLanes ? (1u << left) - 1u : 0xFFFFu);
+      const __m512i places = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, codes + first + i));
+      const V values = _mm512_i32gather_ps(places, kScales.values, sizeof(float));
+      const V scaled = mul(values, set(matrix.nested_absmax[group]));
+      _mm512_mask_storeu_ps(out + i, mask, add(scaled, set(matrix.nested_offset)));
+      i += std::min<int64_t>(left, kLanes);
     }
-    tunesmith::fetch_scales(matrix, first + i, count - i, out + i);
   }
 
   template <typename At>

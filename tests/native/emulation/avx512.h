@@ -259,6 +259,20 @@ inline __m512 i32gather_ps(__m512i places, const float* from, int size) {
   });
 }
 
+inline __m128i maskz_loadu_epi8(uint16_t mask, const uint8_t* from) {
+  alignas(16) uint8_t out[16] = {};
+  for (int i = 0; i < 16; ++i) {
+    if (mask >> i & 1) out[i] = from[i];  // the others are not touched
+  }
+  return _mm_load_si128(reinterpret_cast<const __m128i*>(out));
+}
+inline void mask_storeu_ps(float* to, uint16_t mask, __m512 a) {
+  const auto x = lanes<float>(a);
+  for (int i = 0; i < 16; ++i) {
+    if (mask >> i & 1) to[i] = x.at[i];
+  }
+}
+
 inline __m512i cvtepu8_epi32(__m128i a) { return widen<uint8_t, uint32_t>(a); }
 inline __m512i cvtepu16_epi32(__m256i a) { return widen<uint16_t, uint32_t>(a); }
 inline __m512i cvtepu8_epi64(__m128i a) { return widen<uint8_t, uint64_t>(a); }
@@ -403,6 +417,8 @@ inline void tile_dpbf16ps(int sums, int left, int right) {
 #define _mm512_set1_epi16 ::emulated::set1_epi16
 #define _mm512_set1_epi32 ::emulated::set1_epi32
 #define _mm512_set1_ps ::emulated::set1_ps
+#define _mm_maskz_loadu_epi8 ::emulated::maskz_loadu_epi8
+#define _mm512_mask_storeu_ps ::emulated::mask_storeu_ps
 #define _mm512_i32gather_ps ::emulated::i32gather_ps
 #define _mm512_setzero_ps() ::emulated::set1_ps(0.0f)
 #define _mm512_setzero_si512() ::emulated::set1_epi32(0)
