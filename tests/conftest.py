@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def fp32_on_every_machine() -> Iterator[None]:
+    """Let precision "auto" take fp32 where the CPU has bf16 products, too: results are compared."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tunesmith.ops.machine.cpu_multiplies_bf16", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -116,6 +116,7 @@ class Verbs:
         max_length: int = 1024,
         packing: bool = False,
         gradient_checkpointing: bool = False,
+        chunked_loss: bool = True,
         optimizer: str = "auto",
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
@@ -150,6 +151,9 @@ class Verbs:
         packing: Fill sequences of max_length with several examples, which do not see each other.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a
             third more time.
+        chunked_loss: Compute the loss some tokens at a time, so that the logits of all are never
+            held; where the model cannot be taken apart for that, and if false, all are. The loss is
+            the same.
         optimizer: auto takes AdamW as torch has it; the 8-bit ones come from bitsandbytes.
         weight_decay: AdamW's decoupled weight decay; 0 as QLoRA and Alpaca.
         max_grad_norm: Gradients are scaled down to this norm; 1.0 is transformers' default, QLoRA
@@ -186,6 +190,7 @@ class Verbs:
         max_length: int = 1024,
         packing: bool = False,
         gradient_checkpointing: bool = False,
+        chunked_loss: bool = True,
         optimizer: str = "auto",
         weight_decay: float = 0.0,
         seed: int | None = None,
@@ -219,6 +224,9 @@ class Verbs:
         packing: Fill sequences of max_length with several examples, which do not see each other.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a
             third more time.
+        chunked_loss: Compute the loss some tokens at a time, so that the logits of all are never
+            held; where the model cannot be taken apart for that, and if false, all are. The loss is
+            the same.
         optimizer: auto takes AdamW as torch has it; the 8-bit ones come from bitsandbytes.
         weight_decay: AdamW's decoupled weight decay; 0 as QLoRA and Alpaca.
         seed: Seed of shuffling and dropout; unset takes the recipe's.

@@ -422,7 +422,8 @@ def test_bitsandbytes_takes_what_it_has_stored(theirs: Path, alpaca_file: Path, 
         theirs / name, dtype=torch.float32, device=CPU
     )
     if name != "int8":
-        assert distance(logits_of(model), torch.load(theirs / f"{name}.pt")) <= 1e-5
+        # in eval mode and with AVX512-BF16 it packs its weights anew, and rounds their scales
+        assert distance(logits_of(model.train()), torch.load(theirs / f"{name}.pt")) <= 1e-5
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "mxfp4", "tunesmith_nf4"])

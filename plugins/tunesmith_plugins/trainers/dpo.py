@@ -20,12 +20,14 @@ from tunesmith.plugin.trainers import (
     reading,
     training_arguments,
 )
+from tunesmith_plugins.trainers._head import headless_model
 
 if TYPE_CHECKING:
     import torch
     import transformers
 
     from tunesmith.data.examples import Preference, Sourced
+    from tunesmith.nn.head_logps import Headless
     from tunesmith.plugin.session import Session
 
 __all__ = ["DPO", "DPOConfig"]
@@ -65,11 +67,13 @@ class DPO(Trainer[DPOConfig]):
                 f"dpo: none of {len(data.train)} pairs fits max_length={self.config.max_length} "
                 "with an answer token left; raise max_length, or see the list of dropped rows"
             )
+        arguments = training_arguments(self, session, data, directory, label_names=["labels"])
         trainer = _trainer_class()(
+            headless=headless_model(session, self.config, arguments),
             beta=self.config.beta,
             label_smoothing=self.config.label_smoothing,
             model=session.model,
-            args=training_arguments(self, session, data, directory, label_names=["labels"]),
+            args=arguments,
             train_dataset=train,
             eval_dataset=evaluation or None,
             data_collator=collator,
@@ -126,8 +130,11 @@ def _trainer_class() -> Any:
     class DPOTrainer(transformers.Trainer):  # type: ignore[misc]
         """Computes the DPO loss and logs rewards as TRL names them."""
 
-        def __init__(self, *, beta: float, label_smoothing: float, **kwargs: Any) -> None:
+        def __init__(
+            self, *, headless: Headless | None, beta: float, label_smoothing: float, **kwargs: Any
+        ) -> None:
             super().__init__(**kwargs)
+            self._headless = headless
             self.beta = beta
             self.label_smoothing = label_smoothing
             # the loss below is a mean over pairs: let the loop divide by the accumulation steps
@@ -214,7 +221,11 @@ def _trainer_class() -> Any:
             self, model: Any, inputs: dict[str, torch.Tensor]
         ) -> tuple[torch.Tensor, torch.Tensor]:
             return completion_logps(
-                model, inputs["input_ids"], inputs["attention_mask"], inputs["labels"]
+                model,
+                inputs["input_ids"],
+                inputs["attention_mask"],
+                inputs["labels"],
+                self._headless,
             )
 
     return DPOTrainer

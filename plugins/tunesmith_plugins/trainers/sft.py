@@ -16,6 +16,7 @@ from tunesmith.plugin.trainers import (
     reading,
     training_arguments,
 )
+from tunesmith_plugins.trainers._head import headless_model
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from tunesmith.data.examples import Conversation, Sourced
     from tunesmith.data.render import Rendered, Renderer
+    from tunesmith.nn.head_logps import Headless
     from tunesmith.plugin.session import Session
 
 __all__ = ["SFT", "SFTConfig"]
@@ -49,13 +51,11 @@ class SFT(Trainer[SFTConfig]):
     """Minimises the mean negative log-likelihood of the trained tokens of a batch."""
 
     def build(self, session: Session, data: TrainingData, directory: Path) -> transformers.Trainer:
-        """Render, pack if asked, and return a stock `transformers.Trainer`.
+        """Render, pack if asked, and return a `transformers.Trainer`, stock but for its loss.
 
         The loss of an optimizer step is normalised by the trained tokens of all its forward passes,
         so gradient accumulation changes nothing but memory.
         """
-        import transformers
-
         from tunesmith.data.pack import (
             PackingCollator,
             PaddingCollator,
@@ -86,14 +86,47 @@ class SFT(Trainer[SFTConfig]):
             collator = PackingCollator(pad)
             train_rows = pack(train, config.max_length)
             evaluation_rows = pack(evaluation, config.max_length)
-        return transformers.Trainer(
+        arguments = training_arguments(self, session, data, directory)
+        trainer: transformers.Trainer = _trainer_class()(
+            headless=headless_model(session, config, arguments),
             model=model,
-            args=training_arguments(self, session, data, directory),
+            args=arguments,
             train_dataset=train_rows,
             eval_dataset=evaluation_rows or None,
             data_collator=collator,
             processing_class=session.tokenizer,
         )
+        return trainer
+
+
+def _trainer_class() -> Any:
+    """Return the `transformers.Trainer` subclass; a function, so that listing imports no torch."""
+    import torch
+    import transformers
+
+    class SFTTrainer(transformers.Trainer):  # type: ignore[misc]
+        """Takes the loss from hidden states where the model has been taken apart for that."""
+
+        def __init__(self, *, headless: Headless | None, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            self._headless = headless
+
+        def compute_loss(
+            self,
+            model: torch.nn.Module,
+            inputs: dict[str, Any],
+            return_outputs: bool = False,
+            num_items_in_batch: Any = None,
+        ) -> Any:
+            if self._headless is None:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            others = {name: value for name, value in inputs.items() if name != "labels"}
+            logps, wanted = self._headless.token_logps(others, inputs["labels"])
+            count = wanted.sum() if num_items_in_batch is None else num_items_in_batch
+            loss = -logps.sum() / count
+            return (loss, {}) if return_outputs else loss
+
+    return SFTTrainer
 
 
 def _render(renderer: Renderer, rows: Sequence[Sourced], data: TrainingData) -> list[Rendered]:

@@ -75,6 +75,9 @@ class TrainerConfig:
     """Fill sequences of max_length with several examples, which do not see each other."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    chunked_loss: bool = True
+    """Compute the loss some tokens at a time, so that the logits of all are never held; where the
+    model cannot be taken apart for that, and if false, all are. The loss is the same."""
     optimizer: str = attrs.field(default="auto", validator=one_of(*OPTIMIZERS))
     """auto takes AdamW as torch has it; the 8-bit ones come from bitsandbytes."""
     weight_decay: float = attrs.field(default=0.0, validator=at_least(0))

@@ -1,0 +1,40 @@
+"""Whether a trainer's loss can be computed without holding the logits."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import transformers
+
+    from tunesmith.nn.head_logps import Headless
+    from tunesmith.plugin.session import Session
+    from tunesmith.plugin.trainers import TrainerConfig
+
+__all__ = ["headless_model"]
+
+
+def headless_model(
+    session: Session, config: TrainerConfig, arguments: transformers.TrainingArguments
+) -> Headless | None:
+    """Return the model in two parts, or None where the loss is taken from the logits as ever.
+
+    Which it is, and why, is logged.
+    """
+    from tunesmith.nn.head_logps import split_head
+
+    log = logging.getLogger("tunesmith")
+    if not config.chunked_loss:
+        found: Headless | str = "chunked_loss is off"
+    elif arguments.bf16 or arguments.fp16:
+        found = "in mixed precision the model is wrapped as a whole"
+    elif arguments.world_size > 1:
+        found = "with several processes the model is wrapped as a whole"
+    else:
+        found = split_head(session.model)
+    if isinstance(found, str):
+        log.info("loss: from the logits of all tokens at once (%s)", found)
+        return None
+    log.info("loss: from hidden states, without holding the logits")
+    return found

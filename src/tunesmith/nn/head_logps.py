@@ -1,0 +1,157 @@
+"""Log-probabilities from hidden states, without ever holding the logits.
+
+The logits of a batch are its largest tensor by far: [tokens, vocabulary], once in the compute dtype
+and several times in fp32. Here they exist for some tokens at a time, and the gradient of the hidden
+states is worked out while they do, so that nothing of that size is kept for the backward pass.
+Liger (arXiv:2410.10989) and Cut Cross-Entropy (arXiv:2411.09009) do this on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from tunesmith.errors import OpError
+
+__all__ = ["CHUNK_BYTES", "Headless", "head_logps", "split_head"]
+
+CHUNK_BYTES = 32 << 20
+"""How much the logits of a chunk may take in fp32; a chunk has one token at least."""
+
+IGNORED = -100
+"""The label of a token that counts for nothing, as in transformers."""
+
+
+def head_logps(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """Return the log-probability of each label: fp32 [tokens].
+
+    `hidden` [tokens, hidden size] is what the head would be given; `weight` [vocabulary, hidden
+    size] and `bias` [vocabulary] are the head's own, frozen, in the dtype of `hidden`; `labels` is
+    int64 [tokens] with values from 0 to vocabulary - 1. Logits are products in that dtype,
+    everything after them is fp32. Gradients flow to `hidden` only. Raises OpError for a head that
+    is trained.
+    """
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        raise OpError(
+            "got a head whose weight requires a gradient; this has one for the hidden states only; "
+            "use torch.nn.functional.cross_entropy on the logits"
+        )
+    logps: Tensor = _HeadLogps.apply(hidden, weight, labels, bias)  # type: ignore[no-untyped-call]
+    return logps
+
+
+class _HeadLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        logps = hidden.new_empty(len(hidden), dtype=torch.float32)
+        # what a logp of 1 would send back to each hidden state
+        slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        size = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        for start in range(0, len(hidden), size):
+            part = slice(start, start + size)
+            logits = nn.functional.linear(hidden[part], weight, bias).float()  # [chunk, vocabulary]
+            wanted = labels[part, None]
+            total = logits.logsumexp(dim=1, keepdim=True)
+            logps[part] = (logits.gather(1, wanted) - total).squeeze(1)
+            if slopes is None:
+                continue
+            # d logp / d logits = onehot - softmax
+            slope = logits.sub_(total).exp_().neg_()
+            slope.scatter_add_(1, wanted, torch.ones_like(total))
+            torch.mm(slope.to(weight.dtype), weight, out=slopes[part])
+        if slopes is not None:
+            ctx.save_for_backward(slopes)
+        return logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (slopes,) = ctx.saved_tensors
+        return (grad[:, None] * slopes).to(slopes.dtype), None, None, None
+
+
+@attrs.frozen(eq=False)
+class Headless:
+    """A causal language model in two: a body of hidden states, a head that makes logits of them."""
+
+    body: nn.Module
+    head: nn.Linear
+
+    def token_logps(self, inputs: dict[str, Any], labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the log-probability of each labelled token, and where these tokens are.
+
+        `inputs` go to the body as they are; `labels` is int64 [rows, length], -100 for tokens that
+        count for nothing. A token is predicted by the one before it, so the first of a row has no
+        say. Returns fp32 [labelled tokens] and bool [rows, length - 1], true where a label is.
+        """
+        hidden = self.body(**{"use_cache": False, **inputs})[0]  # [rows, length, hidden size]
+        targets = labels[:, 1:]
+        wanted = targets != IGNORED
+        logps = head_logps(
+            hidden[:, :-1][wanted], self.head.weight, targets[wanted], self.head.bias
+        )
+        return logps, wanted
+
+
+def split_head(model: Any) -> Headless | str:
+    """Take a causal language model apart, or return why that cannot be done.
+
+    It is found out by trying: a model of any architecture will do whose logits are a frozen linear
+    layer's of what its body returns. `model` may be wrapped by PEFT.
+    """
+    base = model
+    if hasattr(model, "get_base_model"):
+        if getattr(model.active_peft_config, "is_prompt_learning", False):
+            return "its adapter adds tokens to the prompt, which the body knows nothing of"
+        base = model.get_base_model()
+    head, body = base.get_output_embeddings(), base.base_model
+    if body is base or not isinstance(body, nn.Module):
+        return f"a {type(base).__name__} has no body apart from its head"
+    if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter:
+        return f"its head is no plain linear layer, but a {type(head).__name__}"
+    if any(parameter.requires_grad for parameter in head.parameters()):
+        return "its head is trained"
+    if base._forward_hooks or base._forward_pre_hooks or head._forward_hooks:
+        return "something hooks into its forward pass"
+    headless = Headless(body, head)
+    off = _difference(base, headless)
+    if off > 0.0:
+        return f"its logits are not what its head makes of its hidden states (off by {off:.2g})"
+    return headless
+
+
+def _difference(model: Any, headless: Headless) -> float:
+    """Return how far the logits of both ways are apart on a few tokens; 0 if they are the same.
+
+    Both passes are as in training, with the same random numbers: some layers change their weights
+    when they are first used in eval mode.
+    """
+    weight = headless.head.weight
+    tokens = (
+        torch.arange(1, 9, device=weight.device).mul(7919).remainder(len(weight))[None]
+    )  # [1, 8]
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    devices = [weight.device] if weight.device.type == "cuda" else []
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            torch.manual_seed(0)
+            logits = model(input_ids=tokens, use_cache=False).logits
+            torch.manual_seed(0)
+            ours = headless.head(headless.body(input_ids=tokens, use_cache=False)[0])
+    finally:
+        for module, training in modes:
+            module.training = training
+    if logits.shape != ours.shape:
+        return float("inf")
+    off = (logits.float() - ours.float()).abs().max()
+    # the same kernels on the same numbers: only a different formula makes a difference
+    return float(off) if float(off) > 1e-6 * float(logits.abs().max()) else 0.0
