@@ -139,9 +139,18 @@ def estimate_step(
     linear_inputs = sum(into for _, into in shapes.linears) / max(1, shapes.layers)
     a_layer = batch_tokens * itemsize * (1.6 * linear_inputs + 4.5 * shapes.hidden)
     kept = shapes.layers * batch_tokens * itemsize * shapes.hidden
-    activations = a_layer + kept if config.gradient_checkpointing else shapes.layers * a_layer
+    # a layer that is recomputed holds its activations and their gradients, and the allocator much
+    # of the one before
+    recomputed = 3 * a_layer + kept
+    activations = recomputed if config.gradient_checkpointing else shapes.layers * a_layer
     # logits in the compute dtype; in fp32 shifted, their log-softmax, and two gradients
     logits = batch_tokens * shapes.vocabulary * (itemsize + 16)
+    if config.chunked_loss:
+        from tunesmith.nn.head_logps import CHUNK_BYTES  # imports torch
+
+        # those of a chunk, and what flows back into the hidden states
+        chunk = CHUNK_BYTES // 4 * (itemsize + 16)
+        logits = min(logits, chunk) + batch_tokens * shapes.hidden * itemsize
     epochs_tokens = sum(min(length, config.max_length) for length in lengths) * _sequences(
         examples[0]
     )

@@ -96,7 +96,13 @@ def test_a_million_executions_are_clean(targets: Path) -> None:
     [
         ("dequantize", "scalar", "if (i + 1 < end)", "if (i + 1 <= end)", "heap-buffer-overflow"),
         ("dequantize", "scalar", "job.nested_offset, kDynamic", "0.0f, kDynamic", "WRONG"),
-        ("linear", "linear", "product.alpha2 = linear->scaling", "product.alpha2 = 1", "WRONG"),
+        (
+            "linear",
+            "linear",
+            "lora_b();\n    product.alpha2 = linear->scaling",
+            "lora_b();\n    product.alpha2 = 1",
+            "WRONG",
+        ),
         ("pool", "pool", "if (size < total ||", "if (", "AddressSanitizer"),
     ],
 )
