@@ -14,8 +14,8 @@ __all__ = ["BARS", "CUDA_BARS", "NOT_ASKED", "Bar", "Verdict", "bars_of", "judge
 
 NOT_ASKED = "not run: not among the cases of this run"
 _OP = ("ours",)
-_FUSED = ("ours (op)",)
-_LAYER = ("ours (layer)", *_FUSED)
+_LINEAR_OP = ("ours (op)",)
+_LAYER = ("ours (layer)", *_LINEAR_OP)
 _PEFT_BNB = (
     "PEFT + bitsandbytes, fp32 adapters",
     "PEFT + bitsandbytes, autocast",
@@ -153,11 +153,13 @@ def _cuda_bars(shape: tuple[int, int]) -> tuple[Bar, ...]:
         Bar(f"dequantize {size} to bf16: bitsandbytes", dequantize, _OP, ("bitsandbytes",), 2.0),
         Bar(f"dequantize {size} to bf16: share of a copy's pace", dequantize, _OP, ("copy",), 0.85),
         _lora(4096, "bf16", 1.3, shape),
-        Bar(f"decode {size}, M=1, bf16: share of a copy's pace", decode, _FUSED, ("copy",), 0.6),
+        Bar(
+            f"decode {size}, M=1, bf16: share of a copy's pace", decode, _LINEAR_OP, ("copy",), 0.6
+        ),
         Bar(
             f"decode {size} + LoRA, M=1, bf16: share of a copy's pace",
             with_adapter,
-            _FUSED,
+            _LINEAR_OP,
             ("copy",),
             0.6,
         ),

@@ -18,7 +18,7 @@ SUITES = {
     "linear": "y = x Wt as in training: grad mode on, x requires a gradient",
     "lora": f"forward and backward of a linear layer with LoRA r={RANK}: y, dX, dA, dB",
     "decode": "y = x Wt in inference mode, weights taken in turn so that caches do not hold them",
-    "isa": "our kernels under two instruction sets, one process each, in turn",
+    "isa": "our kernels under several instruction sets, one process each, in turn",
 }
 
 _SQUARE = (4096, 4096)

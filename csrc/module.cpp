@@ -116,14 +116,6 @@ void linear_small([[maybe_unused]] const tunesmith_linear& layer, [[maybe_unused
   ON_STREAM(linear_small, &layer, at<void>(x), at<float>(s), at<void>(y));
 }
 
-int64_t small_tokens() {
-#ifdef TUNESMITH_CUDA
-  return tunesmith_small_tokens();
-#else
-  return 0;
-#endif
-}
-
 // A vector of bytes from the pool, as DLPack hands it over: the layout of its version 0, which torch
 // takes (https://dmlc.github.io/dlpack/latest/c_api.html).
 struct DLTensor {
@@ -217,7 +209,6 @@ PYBIND11_MODULE(_native, m) {
         py::arg("accumulate"), Unlocked());
   m.def("linear_small", linear_small, py::arg("layer"), py::arg("x"), py::arg("s"), py::arg("y"),
         py::arg("stream"), Unlocked());
-  m.def("small_tokens", small_tokens);
   m.def("empty", empty, py::arg("nbytes"));
 
   m.def("isa", tunesmith_isa);

@@ -36,7 +36,7 @@ def _without_adapter(case: Case, inputs: Inputs) -> Entry:
 
 
 CONTESTANTS = (
-    Contestant("torch 16 bit, no adapter", ("lora",), _without_adapter),
+    Contestant("torch, no adapter", ("lora",), _without_adapter),
     Contestant("torch bf16", ("linear", "decode"), _linear(torch.bfloat16)),
     Contestant("torch fp32", ("linear", "decode"), _linear(torch.float32)),
 )

@@ -42,20 +42,18 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+bool has_pairs() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
 // Intel's pairs of bf16 take two passes through one port, and so twice the time of fp32 on two.
-bool has_avx512_bf16() {
-  return has_avx512() && __builtin_cpu_supports("avx512bf16") && !__builtin_cpu_is("intel");
-}
+bool has_avx512_bf16() { return has_pairs() && !__builtin_cpu_is("intel"); }
 
 // Whether the CPU has the tiles and the system saves them; Linux wants to be asked for that first.
 bool has_amx_bf16() {
 #ifdef __linux__
   unsigned a = 0, b = 0, c = 0, d = 0;
   constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;
-  if (!has_avx512() || !__builtin_cpu_supports("avx512bf16") || __get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kBf16) == 0 ||
-      (d & kTiles) == 0) {
-    return false;
-  }
+  if (!has_pairs() || __get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
+  if ((d & kBf16) == 0 || (d & kTiles) == 0) return false;
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else

@@ -83,6 +83,13 @@ void transpose(const void* from, int type, int64_t rows, int64_t columns, float*
   }
 }
 
+// B [out, rank] as [rank, out] fp32, which `to` has room for.
+Matrix transposed_b(const Parts& parts, float* to) {
+  const tunesmith_linear& linear = parts.linear;
+  transpose(linear.lora_b, linear.adapter_dtype, parts.out(), parts.rank(), to);
+  return plain(to, TUNESMITH_FLOAT32, parts.out());
+}
+
 // Does out [tokens, rank] = alpha x smallᵀ for a small [rank, P]. The small factor is what is brought
 // into panels as a whole; x, the large one, is read once, some tokens at a time.
 void project(const Matrix& x, int64_t tokens, const Matrix& small, int64_t rank, float alpha,
@@ -106,13 +113,13 @@ void tunesmith_linear_cpu(const tunesmith_linear* linear, const void* x, float* 
   const Parts parts = {*linear};
   const int64_t tokens = parts.tokens(), rank = parts.rank();
   if (rank > 0) project(parts.dropped(x), tokens, parts.lora_a(), rank, 1.0f, s);
-  if (linear->weight == nullptr && rank > 0 && linear->bias == nullptr) {
+  if (linear->weight == nullptr && rank > 0) {
     Scratch lora_b(sizeof(float) * parts.out() * rank);
-    transpose(linear->lora_b, linear->adapter_dtype, parts.out(), rank, lora_b.as<float>());
     const Matrix nothing = plain(nullptr, linear->dtype, 0);
     Product product = product_of(nothing, nothing, y, linear->dtype, tokens, parts.out());
+    product.bias = linear->bias;
     product.left2 = plain(s, TUNESMITH_FLOAT32, rank);
-    product.right2 = plain(lora_b.as<float>(), TUNESMITH_FLOAT32, parts.out());
+    product.right2 = transposed_b(parts, lora_b.as<float>());
     product.alpha2 = linear->scaling;
     product.accumulate = accumulate;
     return multiply(product);
@@ -142,9 +149,8 @@ void tunesmith_linear_backward_cpu(const tunesmith_linear* linear, const void* x
   Scratch grad_s(sizeof(float) * tokens * rank);
   if (rank > 0 && (grad_x != nullptr || grad_a != nullptr)) {
     Scratch lora_b(sizeof(float) * parts.out() * rank);
-    transpose(linear->lora_b, linear->adapter_dtype, parts.out(), rank, lora_b.as<float>());
-    project(grad_out, tokens, plain(lora_b.as<float>(), TUNESMITH_FLOAT32, parts.out()), rank,
-            linear->scaling, grad_s.as<float>());
+    project(grad_out, tokens, transposed_b(parts, lora_b.as<float>()), rank, linear->scaling,
+            grad_s.as<float>());
   }
   if (grad_x != nullptr) {
     Matrix left = grad_out;

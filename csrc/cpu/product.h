@@ -59,13 +59,15 @@ inline void fetch_scales(const Matrix& matrix, int64_t first, int64_t count, flo
 
 // By how many bits an element's index is shifted for that of its block; a block size is a power of 2.
 inline int shift_of(const Matrix& matrix) {
-  return is_4bit(matrix.type) && matrix.blocksize > 0 ? __builtin_ctzll(uint64_t(matrix.blocksize)) : 0;
+  if (!is_4bit(matrix.type) || matrix.blocksize <= 0) return 0;
+  return __builtin_ctzll(uint64_t(matrix.blocksize));
 }
 
 // Asks for elements [column, column + count) of a row that will be fetched soon. Blocks are read a
 // little of many rows at a time, which the hardware does not foresee. Inlined always: GCC takes a
 // function that only prefetches for one that does nothing.
-[[gnu::always_inline]] inline void prefetch(const Matrix& matrix, int64_t row, int64_t column, int64_t count) {
+[[gnu::always_inline]] inline void prefetch(const Matrix& matrix, int64_t row, int64_t column,
+                                            int64_t count) {
   const int64_t begin = row * matrix.columns + column;
   const auto* data = static_cast<const char*>(matrix.data);
   const bool packed = is_4bit(matrix.type);
@@ -600,9 +602,6 @@ void multiply_plain(const Product& product) {
     }
   });
 }
-
-// How far ahead of its turn a row's codes are asked for; the hardware's own foresight ends with a page.
-constexpr int64_t kBytesAhead = 1024;
 
 // At most this many rows of `left` are multiplied without a block: decoding is then most of the work,
 // and each value is used as it leaves the register, by up to 4 rows.

@@ -37,6 +37,17 @@ void configure(int rows) {
   configured_rows = rows;
 }
 
+// A macro, for tiles are named by literals.
+#define TUNESMITH_EACH_TILE_OF_SUMS(load_or_store)                    \
+  load_or_store(0, sums_of(0), kPanelStride);                         \
+  if constexpr (Blocks * Count > 1) {                                 \
+    load_or_store(1, sums_of(1), kPanelStride);                       \
+  }                                                                   \
+  if constexpr (Blocks * Count > 2) {                                 \
+    load_or_store(2, sums_of(2), kPanelStride);                       \
+    load_or_store(3, sums_of(3), kPanelStride);                       \
+  }
+
 // Adds Blocks times the configured rows, and Count panels of 16 lanes: four tiles of sums at the
 // most, and four are wanted, for a product takes as long as three others can be started.
 template <int Blocks, int Count>
@@ -47,19 +58,9 @@ void add_products(int64_t steps, const uint16_t* rows, const uint16_t* panel, fl
   const auto rows_of = [&](int block) {
     return rows + block * kTile * BFloat16Arithmetic::kRowStride;
   };
-  const auto sums_of = [&](int block) { return sums + block * kTile * Count * kTile; };
-  // tiles are named by literals
-  _tile_loadd(0, sums, kPanelStride);
-  if constexpr (Count == 2) _tile_loadd(1, sums + kTile, kPanelStride);
-  if constexpr (Blocks == 2 && Count == 2) {
-    _tile_loadd(2, sums_of(1), kPanelStride);
-    _tile_loadd(3, sums_of(1) + kTile, kPanelStride);
-  }
-  if constexpr (Blocks >= 2 && Count == 1) _tile_loadd(1, sums_of(1), kPanelStride);
-  if constexpr (Blocks == 4) {
-    _tile_loadd(2, sums_of(2), kPanelStride);
-    _tile_loadd(3, sums_of(3), kPanelStride);
-  }
+  // tile t is of block t / Count and panel t % Count
+  const auto sums_of = [&](int t) { return sums + (t / Count * kTile * Count + t % Count) * kTile; };
+  TUNESMITH_EACH_TILE_OF_SUMS(_tile_loadd)
   for (int64_t step = 0; step < steps; ++step) {
     const int64_t at = step * 2 * kTilePairs;
     const uint16_t* const lanes = panel + at * Count * kTile;
@@ -84,17 +85,7 @@ void add_products(int64_t steps, const uint16_t* rows, const uint16_t* panel, fl
       _tile_dpbf16ps(3, 5, 6);
     }
   }
-  _tile_stored(0, sums, kPanelStride);
-  if constexpr (Count == 2) _tile_stored(1, sums + kTile, kPanelStride);
-  if constexpr (Blocks == 2 && Count == 2) {
-    _tile_stored(2, sums_of(1), kPanelStride);
-    _tile_stored(3, sums_of(1) + kTile, kPanelStride);
-  }
-  if constexpr (Blocks >= 2 && Count == 1) _tile_stored(1, sums_of(1), kPanelStride);
-  if constexpr (Blocks == 4) {
-    _tile_stored(2, sums_of(2), kPanelStride);
-    _tile_stored(3, sums_of(3), kPanelStride);
-  }
+  TUNESMITH_EACH_TILE_OF_SUMS(_tile_stored)
 }
 
 struct AmxArithmetic : BFloat16Arithmetic {

@@ -44,7 +44,7 @@ void multiply_few_pairs(const Product& product, int64_t row) {
         __m512i decoded[kTogether][4];
         for (int c = 0; c < kTogether; ++c) {
           const int64_t begin = (n + c) * depth + g * kGroup;
-          __builtin_prefetch(packed + begin / 2 + kBytesAhead);
+          __builtin_prefetch(packed + (begin + kTogether * depth) / 2);
           decode_group(packed + begin / 2, blocks, *right.table,
                        scales.as<float>() + (c * groups + g) * 2,
                        [&](int i, __m512i values) { decoded[c][i] = values; });

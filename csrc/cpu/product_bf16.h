@@ -244,7 +244,7 @@ struct BFloat16Arithmetic {
 
  private:
   static constexpr int64_t kMostColumns = kBlockColumns;
-  static_assert( kMostColumns % (2 * kLanes) == 0);
+  static_assert(kMostColumns % (2 * kLanes) == 0);
 };
 
 }  // namespace

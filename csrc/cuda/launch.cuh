@@ -21,15 +21,12 @@ inline const char* error_of(cudaError_t error) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-// Sets `count` to how many multiprocessors the current device has; returns null or the error.
-inline const char* multiprocessors(int64_t& count) {
-  int device = 0, found = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&found, cudaDevAttrMultiProcessorCount, device);
-  }
-  count = found;
-  return error_of(error);
+// Sets `value` to what the current device says of itself; returns null or the error.
+inline const char* ask_device(cudaDeviceAttr attribute, int& value) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error_of(error);
+  return error_of(cudaDeviceGetAttribute(&value, attribute, device));
 }
 
 inline const char* not_supported() { return error_of(cudaErrorInvalidValue); }
@@ -43,7 +40,7 @@ struct Given {
 //
 // An early one may start before the kernel before it has ended, once that has called
 // let_next_kernel_start, and must call wait_for_kernel_before ahead of reading what that writes
-// ("programmatic dependent launch", which takes a device that `starts_early`).
+// ("programmatic dependent launch", which takes compute capability 9).
 template <typename... Params>
 const char* launch_early(bool early, void (*kernel)(Params...), dim3 grid, int threads,
                          size_t shared_bytes, void* stream,
@@ -71,17 +68,6 @@ template <typename... Params>
 const char* launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes,
                    void* stream, typename Given<Params>::Type... params) {
   return launch_early(false, kernel, grid, threads, shared_bytes, stream, params...);
-}
-
-// Sets `early` to whether kernels may start early on the current device; returns null or the error.
-inline const char* starts_early(bool& early) {
-  int device = 0, major = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  }
-  early = major >= 9;
-  return error_of(error);
 }
 
 __device__ inline void let_next_kernel_start() {

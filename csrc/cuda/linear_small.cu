@@ -103,11 +103,11 @@ const char* launch_by_rows(const tunesmith_linear& linear, const void* x, const 
   const size_t shared_bytes = sizeof(Tables) + staged_chunks<X, Tokens>(linear) * Tokens * kChunk *
                                                    sizeof(typename X::Storage);
   // what comes before it is the adapter's kernel, and all else is complete since that has begun
-  bool early = false;
+  int major = 0;
   if (linear.rank > 0) {
-    if (const char* error = starts_early(early)) return error;
+    if (const char* error = ask_device(cudaDevAttrComputeCapabilityMajor, major)) return error;
   }
-  return launch_early(early, linear_by_pieces_kernel<X, Tokens, Rows>, grid, kThreads, shared_bytes,
+  return launch_early(major >= 9, linear_by_pieces_kernel<X, Tokens, Rows>, grid, kThreads, shared_bytes,
                       stream, linear, static_cast<const typename X::Storage*>(x), s, y,
                       log2_of(linear.blocksize), is_aligned(x, 16));
 }
@@ -117,8 +117,8 @@ const char* launch_by_rows(const tunesmith_linear& linear, const void* x, const 
 template <int Tokens>
 const char* launch_by_pieces(const tunesmith_linear& linear, const void* x, const float* s, void* y,
                              void* stream) {
-  int64_t processors = 0;
-  if (const char* error = multiprocessors(processors)) return error;
+  int processors = 0;
+  if (const char* error = ask_device(cudaDevAttrMultiProcessorCount, processors)) return error;
   const int64_t rows = linear.out_features / (kThreads / kWarp) / processors;
   return for_dtype(linear.dtype, [&](auto of_x) {
     using X = decltype(of_x);

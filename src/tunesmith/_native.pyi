@@ -91,9 +91,6 @@ def linear_backward(
 def linear_small(layer: Linear, x: int, s: int, y: int, stream: int | None) -> None:
     """Do what `linear` does on CUDA, for a 4-bit weight, no mask and few tokens."""
 
-def small_tokens() -> int:
-    """Return how many tokens `linear_small` takes at most; 0 where there is no CUDA."""
-
 def empty(nbytes: int) -> Any:
     """Return uint8 [nbytes] on the CPU as a DLPack capsule; its memory is used again."""
 

@@ -38,9 +38,7 @@ class Loss(Metric[MetricConfig]):
         for start in range(0, len(rows), self.config.batch_size):
             batch = collator(rows[start : start + self.config.batch_size])
             moved = {name: value.to(session.device) for name, value in batch.items()}
-            logps, counts = completion_logps(
-                session.model, moved["input_ids"], moved["attention_mask"], moved["labels"]
-            )
+            logps, counts = completion_logps(session.model, **moved)
             total -= float(logps.double().sum())
             tokens += int(counts.sum())
         loss = total / tokens

@@ -41,9 +41,7 @@ class PreferenceAccuracy(Metric[MetricConfig]):
         for start in range(0, len(pairs), self.config.batch_size):
             batch = collator(pairs[start : start + self.config.batch_size])
             moved = {name: value.to(session.device) for name, value in batch.items()}
-            logps, _ = completion_logps(
-                session.model, moved["input_ids"], moved["attention_mask"], moved["labels"]
-            )
+            logps, _ = completion_logps(session.model, **moved)
             chosen_logps, rejected_logps = logps.chunk(2)
             margins.extend((chosen_logps - rejected_logps).tolist())
         return {

@@ -221,11 +221,10 @@ def _trainer_class() -> Any:
             self, model: Any, inputs: dict[str, torch.Tensor]
         ) -> tuple[torch.Tensor, torch.Tensor]:
             return completion_logps(
-                model,
+                self._headless or model,
                 inputs["input_ids"],
                 inputs["attention_mask"],
                 inputs["labels"],
-                self._headless,
             )
 
     return DPOTrainer

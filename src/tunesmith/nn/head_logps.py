@@ -15,15 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from tunesmith.data.render import IGNORE_INDEX
 from tunesmith.errors import OpError
 
-__all__ = ["CHUNK_BYTES", "Headless", "head_logps", "split_head"]
+__all__ = ["CHUNK_BYTES", "Headless", "head_logps", "shifted", "split_head"]
 
 CHUNK_BYTES = 32 << 20
 """How much the logits of a chunk may take in fp32; a chunk has one token at least."""
-
-IGNORED = -100
-"""The label of a token that counts for nothing, as in transformers."""
 
 
 def head_logps(
@@ -93,12 +91,20 @@ class Headless:
         say. Returns fp32 [labelled tokens] and bool [rows, length - 1], true where a label is.
         """
         hidden = self.body(**{"use_cache": False, **inputs})[0]  # [rows, length, hidden size]
-        targets = labels[:, 1:]
-        wanted = targets != IGNORED
-        logps = head_logps(
-            hidden[:, :-1][wanted], self.head.weight, targets[wanted], self.head.bias
-        )
+        targets, wanted = shifted(labels)
+        logps = head_logps(hidden[:, :-1][wanted], self.head.weight, targets, self.head.bias)
         return logps, wanted
+
+
+def shifted(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the labels that are to be predicted, and where: each by the token before it.
+
+    `labels` is int64 [rows, length], -100 for tokens that count for nothing. Returns int64
+    [labelled tokens] and bool [rows, length - 1].
+    """
+    targets = labels[:, 1:]
+    wanted = targets != IGNORE_INDEX
+    return targets[wanted], wanted
 
 
 def split_head(model: Any) -> Headless | str:
