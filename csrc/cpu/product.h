@@ -88,6 +88,53 @@ struct InPanels {
   int64_t operator()(int64_t i) const { return i / kWidth * stride + i % kWidth; }
 };
 
+// The blocks of a 4-bit matrix and their scales, those of some rows at hand: to fetch them one by one
+// takes as long as to decode what they scale.
+template <typename Simd>
+class Scales {
+ public:
+  explicit Scales(const Matrix& matrix) : matrix_(matrix), shift_(shift_of(matrix)) {}
+
+  // How many floats the scales of `rows` rows take at most, be they of blocks or of every 64 elements.
+  static int64_t count(const Matrix& matrix, int64_t rows) {
+    return is_4bit(matrix.type) ? rows * matrix.columns / 64 + 2 : 0;
+  }
+
+  // Fetches those of rows [row, row + rows) to `to`, which has to live as long as they are read.
+  void hold(int64_t row, int64_t rows, float* to) {
+    if (!is_4bit(matrix_.type)) return;
+    const int64_t begin = row * matrix_.columns, end = begin + rows * matrix_.columns;
+    first_ = block_of(begin);
+    held_ = to;
+    Simd::fetch_scales(matrix_, first_, block_of(end - 1) + 1 - first_, to);
+  }
+
+  int64_t block_of(int64_t at) const { return at >> shift_; }
+  int64_t end_of(int64_t block) const { return (block + 1) << shift_; }
+  float operator()(int64_t block) const {
+    return held_ != nullptr ? held_[block - first_] : scale_of(matrix_, block);
+  }
+
+ private:
+  const Matrix& matrix_;
+  int shift_;  // a block size is a power of two
+  int64_t first_ = 0;
+  const float* held_ = nullptr;
+};
+
+// The scale of each 64 elements of rows [row, row + rows), which are multiples of 64 long.
+template <typename Simd>
+void fetch_scales(const Matrix& matrix, int64_t row, int64_t rows, float* out) {
+  const int64_t chunks = rows * matrix.columns / 64, shift = shift_of(matrix) - 6;
+  const int64_t chunk = row * matrix.columns / 64, block = chunk >> shift;
+  const int64_t blocks = ((chunk + chunks - 1) >> shift) - block + 1;
+  Simd::fetch_scales(matrix, block, blocks, out);
+  if (shift == 0) return;
+  for (int64_t i = chunks - 1; i >= 0; --i) {  // in place, from behind: no scale moves forward
+    out[i] = out[((chunk + i) >> shift) - block];
+  }
+}
+
 // A matrix, ready to be read as fp32.
 template <typename Simd>
 class Source {
@@ -95,9 +142,10 @@ class Source {
   explicit Source(const Matrix& matrix)
       : matrix_(matrix),
         codes_(matrix.table == nullptr ? kNoTable : *matrix.table),
-        shift_(shift_of(matrix)) {}
+        scales_(matrix) {}
 
   int64_t columns() const { return matrix_.columns; }
+  void hold_scales(int64_t row, int64_t rows, float* to) { scales_.hold(row, rows, to); }
 
   [[gnu::always_inline]] void prefetch(int64_t row, int64_t column, int64_t count) const {
     tunesmith::prefetch(matrix_, row, column, count);
@@ -138,9 +186,9 @@ class Source {
   void decode(int64_t begin, int64_t count, float* out, Place place) const {
     const auto* packed = static_cast<const uint8_t*>(matrix_.data);
     for (int64_t i = 0; i < count;) {
-      const int64_t block = (begin + i) >> shift_;
-      const int64_t end = std::min(count, ((block + 1) << shift_) - begin);
-      const float scale = scale_of(matrix_, block);
+      const int64_t block = scales_.block_of(begin + i);
+      const int64_t end = std::min(count, scales_.end_of(block) - begin);
+      const float scale = scales_(block);
       while (i < end) {
         const int64_t at = begin + i;
         if (at % 2 == 0 && i + 64 <= end && i % Simd::kLanes == 0) {
@@ -161,7 +209,7 @@ class Source {
 
   const Matrix& matrix_;
   typename Simd::Codes codes_;
-  int shift_;  // a block size is a power of two
+  Scales<Simd> scales_;
 };
 
 // How many rows before its turn a row of a panel is asked for.
@@ -181,6 +229,11 @@ struct Fp32Arithmetic {
   static constexpr int kRowStride = kDepth + 16;
 
   static void agree(From&, From&) {}
+
+  // May add all of rows [row, row + rows) times `tokens` tokens in a way of its own, and say so.
+  static bool add_few_tokens(const From&, int64_t, int64_t, int64_t, const float*, float*, float*) {
+    return false;
+  }
 
   // What a thread holds while it multiplies.
   struct Session {};
@@ -415,9 +468,12 @@ void multiply_transposed(const Product& product) {
     Scratch block(grid.columns *
                   std::max(sizeof(Element) * A::kRowStride, sizeof(float) * Exact::kRowStride));
     Scratch sums_of_block(sizeof(float) * grid.columns * round_up(grid.tokens, kWidth));
+    Scratch scales(sizeof(float) * Scales<Simd>::count(product.right, grid.columns));
+    typename A::From rows_from = from_right;
     for (int64_t task = first; task < last; ++task) {
       const int64_t n = task / grid.token_blocks * grid.columns;
       const int64_t rows = std::min(grid.columns, product.columns - n);
+      if (depth > 0) rows_from.hold_scales(n, rows, scales.as<float>());
       const int64_t token = task % grid.token_blocks * grid.tokens;
       const int64_t first_panel = token / kWidth;
       const int64_t last_panel = divide_up(std::min(token + grid.tokens, product.rows), kWidth);
@@ -425,9 +481,11 @@ void multiply_transposed(const Product& product) {
         return sums_of_block.as<float>() + (i - first_panel) * kWidth * grid.columns;
       };
       std::fill(sums_at(first_panel), sums_at(last_panel), 0.0f);
-      for (int64_t p = 0; p < depth; p += A::kDepth) {
+      const bool done = A::add_few_tokens(rows_from, n, rows, tokens.count, left.as<Element>(),
+                                          block.as<Element>(), sums_at(first_panel));
+      for (int64_t p = 0; p < depth && !done; p += A::kDepth) {
         const int64_t count = std::min<int64_t>(A::kDepth, depth - p);
-        A::rows(from_right, n, rows, p, count, block.as<Element>());
+        A::rows(rows_from, n, rows, p, count, block.as<Element>());
         for (int64_t i = first_panel; i < last_panel; ++i) {
           const int64_t width = tokens.width(i);
           add_panel<A>(rows, divide_up(count, A::kPair), width, block.as<Element>(),
@@ -624,18 +682,11 @@ float dot(const float* a, const float* b, int64_t count) {
   return sum;
 }
 
-// The scale of each 64 elements of a row that is a multiple of 64 long, and zeros after the last
-// up to a whole group.
+// The scale of each 64 elements of a row, and zeros after the last up to a whole group.
 template <typename Simd>
-void fetch_scales(const Matrix& matrix, int64_t row, float* out) {
-  const int64_t chunks = matrix.columns / 64, shift = shift_of(matrix) - 6;
-  const int64_t chunk = row * chunks, block = chunk >> shift;
-  const int64_t blocks = ((chunk + chunks - 1) >> shift) - block + 1;
-  Simd::fetch_scales(matrix, block, blocks, out);
-  if (shift > 0) {  // in place, from behind: no scale moves forward
-    for (int64_t i = chunks - 1; i >= 0; --i) out[i] = out[((chunk + i) >> shift) - block];
-  }
-  for (int64_t i = chunks; i % (Simd::kGroup / 64) != 0; ++i) out[i] = 0.0f;
+void fetch_scales_of_row(const Matrix& matrix, int64_t row, float* out) {
+  fetch_scales<Simd>(matrix, row, 1, out);
+  for (int64_t i = matrix.columns / 64; i % (Simd::kGroup / 64) != 0; ++i) out[i] = 0.0f;
 }
 
 // Rows [row, row + kRows) of the product. Simd decodes a group of codes at a time, in an order that
@@ -676,7 +727,7 @@ void multiply_few_rows(const Product& product, int64_t row) {
     const auto multiply_columns = [&](int64_t n, auto together) {
       constexpr int kTogether = decltype(together)::value;
       for (int c = 0; c < kTogether; ++c) {
-        fetch_scales<Simd>(right, n + c, scales.as<float>() + c * groups * kBlocks);
+        fetch_scales_of_row<Simd>(right, n + c, scales.as<float>() + c * groups * kBlocks);
       }
       typename Simd::V total[kTogether][kRows];
       for (auto& sums : total) {

@@ -88,6 +88,27 @@ void add_products(int64_t steps, const uint16_t* rows, const uint16_t* panel, fl
   TUNESMITH_EACH_TILE_OF_SUMS(_tile_stored)
 }
 
+// A group of codes of each of 64 rows: its 4 vectors, one after the other a row of a tile each.
+constexpr int64_t kTileSize = kTile * 2 * kTilePairs, kGroupTiles = 4;
+
+// Adds a group of codes of 64 rows times one panel to the tiles of sums.
+inline void add_group(const uint16_t* decoded, const uint16_t* panel) {
+  const auto rows_of = [&](int block, int v) {
+    return decoded + (block * kGroupTiles + v) * kTileSize;
+  };
+  for (int v = 0; v < kGroupTiles; ++v) {
+    _tile_loadd(6, panel + v * kTileSize, kRowBytes);
+    _tile_loadd(4, rows_of(0, v), kRowBytes);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(5, rows_of(1, v), kRowBytes);
+    _tile_dpbf16ps(1, 5, 6);
+    _tile_loadd(4, rows_of(2, v), kRowBytes);
+    _tile_dpbf16ps(2, 4, 6);
+    _tile_loadd(5, rows_of(3, v), kRowBytes);
+    _tile_dpbf16ps(3, 5, 6);
+  }
+}
+
 struct AmxArithmetic : BFloat16Arithmetic {
   static_assert(kLanes == kTile);
   static constexpr int kTileRows = 2 * kTile;
@@ -100,6 +121,39 @@ struct AmxArithmetic : BFloat16Arithmetic {
       configured_rows = 0;
     }
   };
+
+  // Tiles cannot be loaded from what has only just been stored, and decoding is most of the work for
+  // one panel. So one group is decoded while that before it is multiplied.
+  static bool add_few_tokens(const From& from, int64_t row, int64_t rows, int64_t tokens,
+                             const uint16_t* panel, uint16_t* block, float* sums) {
+    constexpr int kBlocks = 4;
+    constexpr int64_t kHalf = kBlocks * kGroupTiles * kTileSize;
+    static_assert(2 * kHalf <= kBlocks * kTile * kRowStride);
+    if (tokens > kTile || rows > kBlocks * kTile || !from.grouped()) return false;
+    configure(kTile);
+    for (int64_t i = 0; i < 2 * kHalf && rows < kBlocks * kTile; ++i) block[i] = 0;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    const int64_t groups = from.columns() / kGroup;
+    for (int64_t g = 0; g <= groups; ++g) {
+      if (g < groups) {
+        uint16_t* const decoded = block + g % 2 * kHalf;
+        from.fetch_group(row, rows, g * kGroup, 2 * kGroup, [=](int64_t r, int v) {
+          return decoded + (r / kTile * kGroupTiles + v) * kTileSize + r % kTile * 2 * kTilePairs;
+        });
+      }
+      if (g > 0) add_group(block + (g - 1) % 2 * kHalf, panel + (g - 1) * kGroup * kTile);
+    }
+    alignas(64) float found[kBlocks * kTile * kTile];
+    _tile_stored(0, found, kRowBytes);
+    _tile_stored(1, found + kTile * kTile, kRowBytes);
+    _tile_stored(2, found + 2 * kTile * kTile, kRowBytes);
+    _tile_stored(3, found + 3 * kTile * kTile, kRowBytes);
+    std::copy(found, found + rows * kTile, sums);
+    return true;
+  }
 
   // R is what add_panel takes at once, or what is left of that: 64 and 32 for one panel and two, then
   // a power of two or three.
@@ -124,8 +178,8 @@ struct AmxArithmetic : BFloat16Arithmetic {
 }  // namespace
 
 void multiply_amx_bf16(const Product& product) {
-  // decoding into blocks is more work than a few rows are
-  const bool few = has_few_tokens(product) && product.rows <= 4;
+  // decoding into blocks is more work than two rows are
+  const bool few = has_few_tokens(product) && product.rows <= 2;
   if (few || product.exact || product.left.type != TUNESMITH_BFLOAT16 || product.left.keep != nullptr) {
     return multiply_avx512(product);
   }

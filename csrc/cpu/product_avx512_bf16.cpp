@@ -37,7 +37,7 @@ void multiply_few_pairs(const Product& product, int64_t row) {
         for (auto& sum : sums) sum = _mm512_setzero_ps();
       }
       for (int c = 0; c < kTogether; ++c) {
-        fetch_scales<Avx512>(right, n + c, scales.as<float>() + c * 2 * groups);
+        fetch_scales_of_row<Avx512>(right, n + c, scales.as<float>() + c * 2 * groups);
       }
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t blocks = std::min(kGroup, depth - g * kGroup) / 64;

@@ -59,7 +59,7 @@ inline void decode_group(const uint8_t* packed, int64_t blocks, const FourBitTab
 class BFloat16Source {
  public:
   explicit BFloat16Source(const Matrix& matrix)
-      : matrix_(matrix), as_float_(matrix), shift_(shift_of(matrix)) {}
+      : matrix_(matrix), as_float_(matrix), scales_(matrix) {}
 
   int64_t columns() const { return matrix_.columns; }
   bool grouped() const { return grouped_; }
@@ -86,24 +86,32 @@ class BFloat16Source {
     }
   }
 
-  // The same in the order of groups, for whole groups of a 4-bit matrix.
-  void fetch_groups(int64_t row, int64_t column, int64_t count, uint16_t* out) const {
-    const auto* packed = static_cast<const uint8_t*>(matrix_.data);
-    const int64_t begin = row * matrix_.columns + column;
-    constexpr int64_t kMost = 16;  // scales at once: of 1024 codes or more
-    alignas(64) float of_blocks[kMost];
-    int64_t first_block = 0, end_block = 0;
-    for (int64_t i = 0; i < count; i += kGroup) {
-      const int64_t at = begin + i;
-      const int64_t block = at >> shift_, second = (at + 64) >> shift_;
-      if (second >= end_block) {
-        first_block = block;
-        end_block = std::min(block + kMost, ((begin + count - 1) >> shift_) + 1);
-        Avx512::fetch_scales(matrix_, block, end_block - block, of_blocks);
-      }
-      const float scales[2] = {of_blocks[block - first_block], of_blocks[second - first_block]};
-      decode_group(packed + at / 2, 2, *matrix_.table, scales,
-                   [&](int v, __m512i values) { store_bits(out + i + 32 * v, values); });
+  // Fetches the scales of rows [row, row + rows) to `to`, which has to live as long as they are read.
+  void hold_scales(int64_t row, int64_t rows, float* to) {
+    if (!grouped_) return scales_.hold(row, rows, to);
+    fetch_scales<Avx512>(matrix_, row, rows, to);
+    first_row_ = row;
+    of_chunks_ = to;
+  }
+
+  // Fetches the group at `column` of rows [row, row + rows), whose scales are held: vector v of row r
+  // goes to place(r, v). What lies `ahead` elements further is asked for on the way.
+  //
+  // A function of its own, for in the midst of a product the compiler runs out of registers.
+  template <typename Place>
+  [[gnu::noinline]] void fetch_group(int64_t row, int64_t rows, int64_t column, int64_t ahead,
+                                     Place place) const {
+    const FourBitTable& table = *matrix_.table;
+    const int64_t columns = matrix_.columns;
+    const auto* packed =
+        static_cast<const uint8_t*>(matrix_.data) + (row * columns + column) / 2;
+    const float* scales = of_chunks_ + ((row - first_row_) * columns + column) / 64;
+    for (int64_t r = 0; r < rows; ++r) {
+      __builtin_prefetch(packed + ahead / 2, 0, 2);
+      decode_group(packed, 2, table, scales,
+                   [&](int v, __m512i values) { store_bits(place(r, v), values); });
+      packed += columns / 2;
+      scales += columns / 64;
     }
   }
 
@@ -111,9 +119,9 @@ class BFloat16Source {
   void decode(int64_t begin, int64_t count, uint16_t* out) const {
     const auto* packed = static_cast<const uint8_t*>(matrix_.data);
     for (int64_t i = 0; i < count;) {
-      const int64_t block = (begin + i) >> shift_;
-      const int64_t end = std::min(count, ((block + 1) << shift_) - begin);
-      const float scale = scale_of(matrix_, block);
+      const int64_t block = scales_.block_of(begin + i);
+      const int64_t end = std::min(count, scales_.end_of(block) - begin);
+      const float scale = scales_(block);
       const __m512i values = twice(rounded_values(*matrix_.table, scale));
       while (i < end) {
         const int64_t at = begin + i;
@@ -132,8 +140,10 @@ class BFloat16Source {
 
   const Matrix& matrix_;
   Source<Avx512> as_float_;
-  int shift_;  // a block size is a power of two
+  Scales<Avx512> scales_;
   bool grouped_ = false;
+  int64_t first_row_ = 0;
+  const float* of_chunks_ = nullptr;  // of every 64 elements, from the first row on
 };
 
 struct BFloat16Arithmetic {
@@ -148,6 +158,11 @@ struct BFloat16Arithmetic {
 
   struct Session {};
 
+  static bool add_few_tokens(const From&, int64_t, int64_t, int64_t, const uint16_t*, uint16_t*,
+                             float*) {
+    return false;
+  }
+
   // The depth of a transposed product may run in any order that both factors have.
   static void agree(From& left, From& right) {
     left.set_grouped(right.can_be_grouped());
@@ -156,16 +171,20 @@ struct BFloat16Arithmetic {
 
   static void rows(const From& source, int64_t row, int64_t rows, int64_t p, int64_t depth,
                    uint16_t* out) {
+    if (source.grouped()) {
+      for (int64_t i = 0; i < depth; i += kGroup) {
+        source.fetch_group(row, rows, p + i, kDepth, [=](int64_t r, int v) {
+          return out + r * kRowStride + i + 32 * v;
+        });
+      }
+      return;
+    }
     const int64_t next = std::min<int64_t>(kDepth, source.columns() - p - depth);
     for (int64_t r = 0; r < rows; ++r) {
       uint16_t* to = out + r * kRowStride;
       source.prefetch(row + r, p + depth, next);
-      if (source.grouped()) {
-        source.fetch_groups(row + r, p, depth, to);
-      } else {
-        source.fetch(row + r, p, depth, to);
-        if (depth % 2 != 0) to[depth] = 0;
-      }
+      source.fetch(row + r, p, depth, to);
+      if (depth % 2 != 0) to[depth] = 0;
     }
   }
 

@@ -18,6 +18,10 @@ struct Scalar {
 
   using Codes = const FourBitTable&;
 
+  static void fetch_scales(const Matrix& matrix, int64_t first, int64_t count, float* out) {
+    tunesmith::fetch_scales(matrix, first, count, out);
+  }
+
   static V set(float value) { return {{value, value, value, value}}; }
   static V broadcast(const float* at) { return set(*at); }
   static V load(const float* at) {

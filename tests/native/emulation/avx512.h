@@ -340,9 +340,12 @@ inline void tile_loadconfig(const void* from) {
   memcpy(tiles.rows, bytes + 48, sizeof tiles.rows);
 }
 inline void tile_release() { tiles = {}; }
-inline void tile_loadd(int tile, const void* from, int64_t stride) {
+inline void tile_zero(int tile) {
   require_tiles();
   memset(tiles.data[tile], 0, sizeof tiles.data[tile]);
+}
+inline void tile_loadd(int tile, const void* from, int64_t stride) {
+  tile_zero(tile);
   for (int r = 0; r < tiles.rows[tile]; ++r) {
     memcpy(tiles.data[tile][r], static_cast<const uint8_t*>(from) + r * stride,
            tiles.row_bytes[tile]);
@@ -372,11 +375,13 @@ inline void tile_dpbf16ps(int sums, int left, int right) {
 
 #undef _tile_loadconfig
 #undef _tile_release
+#undef _tile_zero
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_dpbf16ps
 #define _tile_loadconfig ::emulated::tile_loadconfig
 #define _tile_release ::emulated::tile_release
+#define _tile_zero ::emulated::tile_zero
 #define _tile_loadd ::emulated::tile_loadd
 #define _tile_stored ::emulated::tile_stored
 #define _tile_dpbf16ps ::emulated::tile_dpbf16ps
