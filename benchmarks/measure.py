@@ -25,7 +25,7 @@ class Budget:
     seconds: float = 2.0
     limit: float = 30.0
     """From here on three rounds will do; who takes half of it for one call is called once."""
-    sample: float = 1e-3
+    sample: float = 2e-2
     """What is faster than this is called several times a round."""
 
 

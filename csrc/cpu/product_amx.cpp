@@ -88,15 +88,15 @@ void add_products(int64_t steps, const uint16_t* rows, const uint16_t* panel, fl
   TUNESMITH_EACH_TILE_OF_SUMS(_tile_stored)
 }
 
-// A group of codes of each of 64 rows: its 4 vectors, one after the other a row of a tile each.
-constexpr int64_t kTileSize = kTile * 2 * kTilePairs, kGroupTiles = 4;
+// A group of codes of each of 16 rows is two tiles, one for each of its vectors.
+constexpr int64_t kTileSize = kTile * 2 * kTilePairs;
 
 // Adds a group of codes of 64 rows times one panel to the tiles of sums.
 inline void add_group(const uint16_t* decoded, const uint16_t* panel) {
   const auto rows_of = [&](int block, int v) {
-    return decoded + (block * kGroupTiles + v) * kTileSize;
+    return decoded + (block * kGroupVectors + v) * kTileSize;
   };
-  for (int v = 0; v < kGroupTiles; ++v) {
+  for (int v = 0; v < kGroupVectors; ++v) {
     _tile_loadd(6, panel + v * kTileSize, kRowBytes);
     _tile_loadd(4, rows_of(0, v), kRowBytes);
     _tile_dpbf16ps(0, 4, 6);
@@ -127,7 +127,7 @@ struct AmxArithmetic : BFloat16Arithmetic {
   static bool add_few_tokens(const From& from, int64_t row, int64_t rows, int64_t tokens,
                              const uint16_t* panel, uint16_t* block, float* sums) {
     constexpr int kBlocks = 4;
-    constexpr int64_t kHalf = kBlocks * kGroupTiles * kTileSize;
+    constexpr int64_t kHalf = kBlocks * kGroupVectors * kTileSize;
     static_assert(2 * kHalf <= kBlocks * kTile * kRowStride);
     if (tokens > kTile || rows > kBlocks * kTile || !from.grouped()) return false;
     configure(kTile);
@@ -141,7 +141,7 @@ struct AmxArithmetic : BFloat16Arithmetic {
       if (g < groups) {
         uint16_t* const decoded = block + g % 2 * kHalf;
         from.fetch_group(row, rows, g * kGroup, 2 * kGroup, [=](int64_t r, int v) {
-          return decoded + (r / kTile * kGroupTiles + v) * kTileSize + r % kTile * 2 * kTilePairs;
+          return decoded + (r / kTile * kGroupVectors + v) * kTileSize + r % kTile * 2 * kTilePairs;
         });
       }
       if (g > 0) add_group(block + (g - 1) % 2 * kHalf, panel + (g - 1) * kGroup * kTile);

@@ -11,17 +11,16 @@ namespace {
 template <int kRows>
 void multiply_few_pairs(const Product& product, int64_t row) {
   const Matrix& right = product.right;
-  const int64_t depth = product.left.columns, groups = divide_up(depth, kGroup);
+  const int64_t depth = product.left.columns, groups = depth / kGroup;
   const int64_t rank = product.left2.columns;
   const Source<Avx512> from_left2(product.left2), from_right2(product.right2);
-  Scratch left(sizeof(uint16_t) * kRows * groups * kGroup);
+  Scratch left(sizeof(uint16_t) * kRows * depth);
   Scratch left2(sizeof(float) * kRows * rank);
   for (int64_t m = 0; m < kRows; ++m) {
     const auto* from = static_cast<const uint16_t*>(product.left.data) + (row + m) * depth;
-    uint16_t* to = left.as<uint16_t>() + m * groups * kGroup;
-    for (int64_t at = 0; at < groups * kGroup; ++at) {
-      const int64_t i = at / kGroup * kGroup + source(at % kGroup);
-      to[at] = i < depth ? from[i] : uint16_t(0);
+    uint16_t* to = left.as<uint16_t>() + m * depth;
+    for (int64_t at = 0; at < depth; ++at) {
+      to[at] = from[at / kGroup * kGroup + source(at % kGroup)];
     }
     if (rank > 0) from_left2.fetch(row + m, 0, rank, left2.as<float>() + m * rank, InOrder());
   }
@@ -29,30 +28,26 @@ void multiply_few_pairs(const Product& product, int64_t row) {
   const Output output = {product};
   parallel_for(product.columns, divide_up(kGrain, depth), [&](int64_t first, int64_t last) {
     Scratch row2(sizeof(float) * rank);
-    Scratch scales(sizeof(float) * 2 * 2 * groups);
+    Scratch scales(sizeof(float) * 2 * groups);
     const auto multiply_columns = [&](int64_t n, auto together) {
       constexpr int kTogether = decltype(together)::value;
       __m512 total[kTogether][kRows];
       for (auto& sums : total) {
         for (auto& sum : sums) sum = _mm512_setzero_ps();
       }
-      for (int c = 0; c < kTogether; ++c) {
-        fetch_scales_of_row<Avx512>(right, n + c, scales.as<float>() + c * 2 * groups);
-      }
+      fetch_scales<Avx512>(right, n, kTogether, scales.as<float>());
       for (int64_t g = 0; g < groups; ++g) {
-        const int64_t blocks = std::min(kGroup, depth - g * kGroup) / 64;
-        __m512i decoded[kTogether][4];
+        __m512i decoded[kTogether][kGroupVectors];
         for (int c = 0; c < kTogether; ++c) {
           const int64_t begin = (n + c) * depth + g * kGroup;
           __builtin_prefetch(packed + (begin + kTogether * depth) / 2);
-          decode_group(packed + begin / 2, blocks, *right.table,
-                       scales.as<float>() + (c * groups + g) * 2,
+          decode_group(packed + begin / 2, *right.table, scales.as<float>()[c * groups + g],
                        [&](int i, __m512i values) { decoded[c][i] = values; });
         }
         const uint16_t* values = left.as<uint16_t>() + g * kGroup;
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < kGroupVectors; ++i) {
           for (int m = 0; m < kRows; ++m) {
-            const __m512i lanes = load_bits(values + m * groups * kGroup + 32 * i);
+            const __m512i lanes = load_bits(values + m * depth + 32 * i);
             for (int c = 0; c < kTogether; ++c) {
               total[c][m] = add_pairs(total[c][m], decoded[c][i], lanes);
             }

@@ -27,32 +27,26 @@ inline __m256i rounded_values(const FourBitTable& table, float scale) {
 #endif
 }
 
-// A group is 128 codes, 4 in each of 32 words: vector i holds the i-th of every word. Decoding into that
-// order saves the shuffles that the natural one takes; the other factor is brought into it once.
-constexpr int64_t kGroup = 128;
+// A group is 64 codes, 4 in each of 16 words: vector 0 holds the first of every word and then the second
+// of every word, vector 1 the third and the fourth. Decoding into that order saves the shuffles that the
+// natural one takes; the other factor is brought into it once.
+constexpr int64_t kGroup = 64;
+constexpr int kGroupVectors = 2;
 
-inline int64_t source(int64_t at) { return at % 32 * 4 + at / 32; }
+inline int64_t source(int64_t at) { return at % 16 * 4 + at / 16; }
 
-// Calls use(i, vector) for the four vectors of a group, or of half a group.
+// Calls use(i, vector) for the two vectors of a group.
 template <typename Use>
-inline void decode_group(const uint8_t* packed, int64_t blocks, const FourBitTable& table,
-                         const float* scales, Use use) {
-  const __m512i words =
-      blocks == 2 ? load_bits(packed) : _mm512_zextsi256_si512(load_half_bits(packed));
-  // the fifth bit of an index says which block's values are meant
-  const __m512i values =
-      _mm512_inserti64x4(_mm512_castsi256_si512(rounded_values(table, scales[0])),
-                         rounded_values(table, scales[1]), 1);
-  const __m512i second =
-      _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
-  const __m512i nibble = _mm512_set1_epi16(0xF);
-  constexpr int kShifts[4] = {4, 0, 12, 8};  // the high nibble comes first
-  for (int i = 0; i < 4; ++i) {
-    const __m512i shifted = _mm512_srli_epi16(words, kShifts[i]);
-    constexpr int kAndOr = 0xEA;  // (a & b) | c
-    const __m512i codes = _mm512_ternarylogic_epi32(shifted, nibble, second, kAndOr);
-    use(i, _mm512_permutexvar_epi16(codes, values));
-  }
+inline void decode_group(const uint8_t* packed, const FourBitTable& table, float scale, Use use) {
+  const __m512i words = twice(load_half_bits(packed));
+  const __m512i values = twice(rounded_values(table, scale));
+  const auto shifts = [](int first, int second) {
+    return _mm512_inserti64x4(_mm512_set1_epi16(int16_t(first)),
+                              _mm256_set1_epi16(int16_t(second)), 1);
+  };
+  // the high nibble comes first
+  use(0, _mm512_permutexvar_epi16(_mm512_srlv_epi16(words, shifts(4, 0)), values));
+  use(1, _mm512_permutexvar_epi16(_mm512_srlv_epi16(words, shifts(12, 8)), values));
 }
 
 // A matrix, ready to be read as bf16.
@@ -91,7 +85,7 @@ class BFloat16Source {
     if (!grouped_) return scales_.hold(row, rows, to);
     fetch_scales<Avx512>(matrix_, row, rows, to);
     first_row_ = row;
-    of_chunks_ = to;
+    of_groups_ = to;
   }
 
   // Fetches the group at `column` of rows [row, row + rows), whose scales are held: vector v of row r
@@ -105,13 +99,13 @@ class BFloat16Source {
     const int64_t columns = matrix_.columns;
     const auto* packed =
         static_cast<const uint8_t*>(matrix_.data) + (row * columns + column) / 2;
-    const float* scales = of_chunks_ + ((row - first_row_) * columns + column) / 64;
+    const float* scales = of_groups_ + ((row - first_row_) * columns + column) / kGroup;
     for (int64_t r = 0; r < rows; ++r) {
       __builtin_prefetch(packed + ahead / 2, 0, 2);
-      decode_group(packed, 2, table, scales,
+      decode_group(packed, table, *scales,
                    [&](int v, __m512i values) { store_bits(place(r, v), values); });
       packed += columns / 2;
-      scales += columns / 64;
+      scales += columns / kGroup;
     }
   }
 
@@ -143,7 +137,7 @@ class BFloat16Source {
   Scales<Avx512> scales_;
   bool grouped_ = false;
   int64_t first_row_ = 0;
-  const float* of_chunks_ = nullptr;  // of every 64 elements, from the first row on
+  const float* of_groups_ = nullptr;  // of every group, from the first row on
 };
 
 struct BFloat16Arithmetic {

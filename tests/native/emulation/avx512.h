@@ -178,6 +178,9 @@ inline __m512i srli_epi64(__m512i a, unsigned by) {
 inline __m512i srli_epi16(__m512i a, unsigned by) {
   return map<uint16_t>(a, [&](uint16_t x) { return by > 15 ? 0 : x >> by; });
 }
+inline __m512i srlv_epi16(__m512i a, __m512i by) {
+  return map<uint16_t>(a, by, [](uint16_t x, uint16_t y) { return y > 15 ? 0 : x >> y; });
+}
 inline __m512i mask_add_epi32(__m512i otherwise, uint16_t mask, __m512i a, __m512i b) {
   const auto o = lanes<uint32_t>(otherwise), x = lanes<uint32_t>(a), y = lanes<uint32_t>(b);
   return make<__m512i, uint32_t>(
@@ -430,6 +433,7 @@ inline void tile_dpbf16ps(int sums, int left, int right) {
 #define _mm512_slli_epi32 ::emulated::slli_epi32
 #define _mm512_slli_epi64 ::emulated::slli_epi64
 #define _mm512_srli_epi16 ::emulated::srli_epi16
+#define _mm512_srlv_epi16 ::emulated::srlv_epi16
 #define _mm512_srli_epi32 ::emulated::srli_epi32
 #define _mm512_srli_epi64 ::emulated::srli_epi64
 #define _mm512_storeu_ps ::emulated::storeu_ps
