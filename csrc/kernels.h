@@ -56,6 +56,33 @@ struct tunesmith_linear {
   float keep_scale;
 };
 
+// Queries [start, stop) of a row of a batch see the keys from first_key on, each up to itself if causal
+// and all up to last_key otherwise. The last query of a causal run is its last key.
+struct tunesmith_run {
+  int64_t row, start, stop, first_key, last_key, causal;
+};
+
+// What attention was computed from and gave: q, out and grad_out [rows, tokens, heads, head_size], k and
+// v the same with key_heads, of which heads is a multiple; lse [rows, heads, tokens] is the log-sum-exp
+// of each query's scores, which are `scale` q kt.
+struct tunesmith_attention {
+  int64_t rows, tokens, heads, key_heads, head_size;
+  int dtype;
+  const void* q;
+  const void* k;
+  const void* v;
+  const void* out;
+  const void* grad_out;
+  const float* lse;
+  float scale;
+  const struct tunesmith_run* runs;
+  int64_t run_count;
+};
+
+// Writes the gradients of q, k and v, shaped as those; not of keys that no run sees.
+void tunesmith_attention_backward_cpu(const struct tunesmith_attention* attention, void* grad_q,
+                                      void* grad_k, void* grad_v);
+
 // Writes s [tokens, rank] (fp32) and y [tokens, out_features], which it adds to if `accumulate`.
 void tunesmith_linear_cpu(const struct tunesmith_linear* linear, const void* x, float* s, void* y,
                           bool accumulate);

@@ -110,6 +110,16 @@ void linear_backward(const tunesmith_linear& layer, Pointer x, Pointer s, Pointe
                                 at<void>(grad_x), at<void>(grad_a), at<void>(grad_b), accumulate);
 }
 
+void attention_backward(const std::vector<int64_t>& shape, int dtype, Pointer q, Pointer k, Pointer v,
+                        Pointer out, Pointer grad_out, Pointer lse, float scale, Pointer runs,
+                        int64_t run_count, Pointer grad_q, Pointer grad_k, Pointer grad_v) {
+  const tunesmith_attention job = {
+      shape.at(0),   shape.at(1), shape.at(2),   shape.at(3),       shape.at(4),
+      dtype,         at<void>(q), at<void>(k),   at<void>(v),       at<void>(out),
+      at<void>(grad_out), at<float>(lse), scale, at<tunesmith_run>(runs), run_count};
+  tunesmith_attention_backward_cpu(&job, at<void>(grad_q), at<void>(grad_k), at<void>(grad_v));
+}
+
 void linear_small([[maybe_unused]] const tunesmith_linear& layer, [[maybe_unused]] Pointer x,
                   [[maybe_unused]] Pointer s, [[maybe_unused]] Pointer y, Stream stream) {
   if (!stream) throw std::runtime_error("linear_small is for CUDA; call linear");
@@ -207,6 +217,10 @@ PYBIND11_MODULE(_native, m) {
   m.def("linear_backward", linear_backward, py::arg("layer"), py::arg("x"), py::arg("s"),
         py::arg("grad_y"), py::arg("grad_x"), py::arg("grad_a"), py::arg("grad_b"),
         py::arg("accumulate"), Unlocked());
+  m.def("attention_backward", attention_backward, py::arg("shape"), py::arg("dtype"), py::arg("q"),
+        py::arg("k"), py::arg("v"), py::arg("out"), py::arg("grad_out"), py::arg("lse"),
+        py::arg("scale"), py::arg("runs"), py::arg("run_count"), py::arg("grad_q"),
+        py::arg("grad_k"), py::arg("grad_v"), Unlocked());
   m.def("linear_small", linear_small, py::arg("layer"), py::arg("x"), py::arg("s"), py::arg("y"),
         py::arg("stream"), Unlocked());
   m.def("empty", empty, py::arg("nbytes"));

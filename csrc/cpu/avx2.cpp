@@ -7,6 +7,7 @@
 
 #include "blocks.h"
 #include "products.h"
+#include "softmax.h"
 
 namespace tunesmith {
 namespace {
@@ -193,6 +194,6 @@ struct Avx2Blocks {
 
 }  // namespace
 
-const Isa avx2_isa = {"avx2", quantize<Avx2Blocks>, dequantize<Avx2Blocks>, multiply_avx2};
+const Isa avx2_isa = {"avx2", quantize<Avx2Blocks>, dequantize<Avx2Blocks>, multiply_avx2, softmax_backward};
 
 }  // namespace tunesmith

@@ -5,6 +5,7 @@
 
 #include "blocks.h"
 #include "products.h"
+#include "softmax.h"
 
 namespace tunesmith {
 namespace {
@@ -141,11 +142,11 @@ struct Avx512Blocks {
 }  // namespace
 
 const Isa avx512_isa = {"avx512", quantize<Avx512Blocks>, dequantize<Avx512Blocks>,
-                        multiply_avx512};
+                        multiply_avx512, softmax_backward};
 // the multiplications are what it is for
 const Isa avx512_bf16_isa = {"avx512_bf16", quantize<Avx512Blocks>, dequantize<Avx512Blocks>,
-                             multiply_avx512_bf16};
+                             multiply_avx512_bf16, softmax_backward};
 const Isa amx_bf16_isa = {"amx_bf16", quantize<Avx512Blocks>, dequantize<Avx512Blocks>,
-                          multiply_amx_bf16};
+                          multiply_amx_bf16, softmax_backward};
 
 }  // namespace tunesmith

@@ -140,6 +140,8 @@ void multiply(Product product) {
   }
 }
 
+void softmax_backward(const SoftmaxJob& job) { current().load()->softmax_backward(job); }
+
 const FourBitTable* table_of(int type) {
   if (type == TUNESMITH_NF4) return &kNf4;
   return type == TUNESMITH_FP4 ? &kFp4 : nullptr;

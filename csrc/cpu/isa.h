@@ -94,6 +94,21 @@ struct Product {
   bool exact;  // multiply in fp32 even where bf16 would do
 };
 
+// A block of attention's backward pass, everything [keys, queries]: from scaled scores and the gradients
+// of the probabilities to the probabilities and the gradients of the unscaled scores, both of `dtype`.
+// Key k is seen by queries from k + offset on.
+struct SoftmaxJob {
+  const float* scores;
+  const float* grads;
+  int64_t keys, queries, offset;
+  const float* lse;    // [queries], the log-sum-exp of all scores
+  const float* delta;  // [queries], output times its gradient
+  float scale;
+  int dtype;
+  void* probabilities;
+  void* score_grads;
+};
+
 // Does the groups of 256 absmax [first, last). One in 64 of the work at most, so every set shares it.
 void quantize_absmax(const AbsmaxJob& job, int64_t first, int64_t last);
 
@@ -104,6 +119,7 @@ struct Isa {
   void (*quantize)(const QuantizeJob& job, int64_t first, int64_t last);
   void (*dequantize)(const DequantizeJob& job, int64_t first, int64_t last);
   void (*multiply)(const Product& product);
+  void (*softmax_backward)(const SoftmaxJob& job);
 };
 
 extern const Isa scalar_isa;

@@ -421,6 +421,23 @@ struct Output {
     }
     for (; i < count; ++i) (*this)(m, n + i, sums[i]);
   }
+
+  // Whether rows [m, m + count) of a column lie side by side, for `column` to write them.
+  bool has_columns() const { return product.row_stride == 1 && product.bias == nullptr; }
+
+  template <typename Simd>
+  void column(int64_t m, int64_t n, int64_t count, const float* sums) const {
+    const int64_t at = m + n * product.column_stride;
+    int64_t i = 0;
+    for (; i + Simd::kLanes <= count; i += Simd::kLanes) {
+      auto values = Simd::load(sums + i);
+      if (product.accumulate) {
+        values = Simd::add(values, Simd::load(product.out, product.out_type, at + i));
+      }
+      Simd::store(product.out, product.out_type, at + i, values);
+    }
+    for (; i < count; ++i) (*this)(m + i, n, sums[i]);
+  }
 };
 
 template <typename Simd>
@@ -508,6 +525,12 @@ void multiply_transposed(const Product& product) {
       alignas(64) float row[kBlockRows + A::kTileRows];
       for (int64_t i = first_panel; i < last_panel; ++i) {
         const int64_t width = tokens.width(i);
+        if (output.has_columns()) {
+          for (int64_t r = 0; r < rows; ++r) {
+            output.template column<Simd>(i * kWidth, n + r, tokens.used(i), sums_at(i) + r * width);
+          }
+          continue;
+        }
         for (int64_t lane = 0; lane < tokens.used(i); ++lane) {
           const float* sums = sums_at(i) + lane;
           for (int64_t r = 0; r < rows; ++r) row[r] = sums[r * width];

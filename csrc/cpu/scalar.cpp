@@ -3,6 +3,7 @@
 #include "../nf4.h"
 #include "isa.h"
 #include "products.h"
+#include "softmax.h"
 
 namespace tunesmith {
 namespace {
@@ -107,6 +108,6 @@ void quantize_absmax(const AbsmaxJob& job, int64_t first, int64_t last) {
   }
 }
 
-const Isa scalar_isa = {"scalar", quantize, dequantize, multiply_scalar};
+const Isa scalar_isa = {"scalar", quantize, dequantize, multiply_scalar, softmax_backward};
 
 }  // namespace tunesmith

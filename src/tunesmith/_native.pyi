@@ -88,6 +88,27 @@ def linear_backward(
 ) -> None:
     """Write the gradients whose pointer is not 0, or add to grad_x. On the CPU."""
 
+def attention_backward(
+    shape: list[int],
+    dtype: int,
+    q: int,
+    k: int,
+    v: int,
+    out: int,
+    grad_out: int,
+    lse: int,
+    scale: float,
+    runs: int,
+    run_count: int,
+    grad_q: int,
+    grad_k: int,
+    grad_v: int,
+) -> None:
+    """Write the gradients of attention's inputs; `shape` is rows, tokens, heads, key heads, size.
+
+    `runs` is int64 [run_count, 6]: row, start, stop, first key, last key, whether causal.
+    """
+
 def linear_small(layer: Linear, x: int, s: int, y: int, stream: int | None) -> None:
     """Do what `linear` does on CUDA, for a 4-bit weight, no mask and few tokens."""
 

@@ -117,6 +117,7 @@ class Verbs:
         packing: bool = False,
         gradient_checkpointing: bool = False,
         chunked_loss: bool = True,
+        varlen_attention: bool = True,
         optimizer: str = "auto",
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
@@ -154,6 +155,9 @@ class Verbs:
         chunked_loss: Compute the loss some tokens at a time, so that the logits of all are never
             held; where the model cannot be taken apart for that, and if false, all are. The loss is
             the same.
+        varlen_attention: Attend to each sample of a batch on its own, not to a whole row under a
+            mask: on the CPU, and where the model takes its attention from transformers' registry.
+            The numbers are the same.
         optimizer: auto takes AdamW as torch has it; the 8-bit ones come from bitsandbytes.
         weight_decay: AdamW's decoupled weight decay; 0 as QLoRA and Alpaca.
         max_grad_norm: Gradients are scaled down to this norm; 1.0 is transformers' default, QLoRA
@@ -191,6 +195,7 @@ class Verbs:
         packing: bool = False,
         gradient_checkpointing: bool = False,
         chunked_loss: bool = True,
+        varlen_attention: bool = True,
         optimizer: str = "auto",
         weight_decay: float = 0.0,
         seed: int | None = None,
@@ -227,6 +232,9 @@ class Verbs:
         chunked_loss: Compute the loss some tokens at a time, so that the logits of all are never
             held; where the model cannot be taken apart for that, and if false, all are. The loss is
             the same.
+        varlen_attention: Attend to each sample of a batch on its own, not to a whole row under a
+            mask: on the CPU, and where the model takes its attention from transformers' registry.
+            The numbers are the same.
         optimizer: auto takes AdamW as torch has it; the 8-bit ones come from bitsandbytes.
         weight_decay: AdamW's decoupled weight decay; 0 as QLoRA and Alpaca.
         seed: Seed of shuffling and dropout; unset takes the recipe's.

@@ -161,8 +161,8 @@ def test_an_output_too_large_for_the_caches_has_the_bits_of_the_scalar_kernels(
     assert torch.equal(*results)
 
 
-# tokens, in_features, out_features: few tokens, several groups of codes for one tile of them, rows that begin at an odd
-# element, more tokens than are multiplied at once, a depth of several blocks
+# tokens, in_features, out_features: few tokens, several groups of codes for one tile of them, rows
+# that begin at an odd element, more tokens than are multiplied at once, a depth of several blocks
 SHAPES = [
     *((1, 64, 33), (2, 192, 7), (3, 128, 40), (4, 320, 20), (5, 64, 1), (8, 576, 30)),
     *((9, 128, 96), (33, 256, 25), (17, 384, 64), (64, 64, 65)),

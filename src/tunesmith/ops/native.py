@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from tunesmith.ops import reference, schema
+from tunesmith.ops import attention, reference, schema
 from tunesmith.ops.machine import cpu_flags, cpu_multiplies_bf16
 from tunesmith.ops.reference import mean_absmax, no_autocast
 from tunesmith.ops.schema import NESTED_BLOCKSIZE, count_blocks
@@ -321,6 +321,40 @@ def _linear_backward_cpu(
     return (grad_x.view(*leading, in_features) if need_x else grad_x), grad_a, grad_b
 
 
+def _attention_backward_cpu(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, runs: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    attention.check(q, k, v, runs, grad_out, out)
+    if q.dtype == torch.float64:
+        return attention.reference_backward(grad_out, q, k, v, out, lse, runs, scale)
+    q, k, v, out, grad_out, lse, runs = (
+        tensor.contiguous() for tensor in (q, k, v, out, grad_out, lse, runs)
+    )
+    covered = sum(stop - start for _, start, stop, *_ in runs.tolist())
+    # a query or key of no run is not written
+    whole = covered == q.shape[0] * q.shape[1] and bool(runs[:, 5].all())
+    new = torch.empty_like if whole else torch.zeros_like
+    grad_q, grad_k, grad_v = (new(tensor) for tensor in (q, k, v))
+    _native.attention_backward(
+        [*q.shape[:3], k.shape[2], q.shape[3]],
+        _CODES[q.dtype],
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        out.data_ptr(),
+        grad_out.data_ptr(),
+        lse.data_ptr(),
+        scale,
+        runs.data_ptr(),
+        len(runs),
+        grad_q.data_ptr(),
+        grad_k.data_ptr(),
+        grad_v.data_ptr(),
+    )
+    return grad_q, grad_k, grad_v
+
+
 def _linear_cuda(
     x: Tensor,
     weight: Tensor,
@@ -506,6 +540,7 @@ else:
     _bind("cpu")
     torch.library.impl("tunesmith::linear", "cpu", _linear_cpu)
     torch.library.impl("tunesmith::linear_backward", "cpu", _linear_backward_cpu)
+    torch.library.impl("tunesmith::attention_backward", "cpu", _attention_backward_cpu)
     if _native.has_cuda():
         _bind("cuda")
         torch.library.impl("tunesmith::linear", "cuda", _linear_cuda)

@@ -78,6 +78,9 @@ class TrainerConfig:
     chunked_loss: bool = True
     """Compute the loss some tokens at a time, so that the logits of all are never held; where the
     model cannot be taken apart for that, and if false, all are. The loss is the same."""
+    varlen_attention: bool = True
+    """Attend to each sample of a batch on its own, not to a whole row under a mask: on the CPU, and
+    where the model takes its attention from transformers' registry. The numbers are the same."""
     optimizer: str = attrs.field(default="auto", validator=one_of(*OPTIMIZERS))
     """auto takes AdamW as torch has it; the 8-bit ones come from bitsandbytes."""
     weight_decay: float = attrs.field(default=0.0, validator=at_least(0))

@@ -36,7 +36,7 @@ SANITIZED = (
 )
 
 # the longest to compile first
-PORTABLE = ("product_scalar", "dispatch", "linear", "parallel", "scalar")
+PORTABLE = ("product_scalar", "attention", "dispatch", "linear", "parallel", "scalar")
 AVX2 = ("product_avx2", "avx2")
 AVX512 = ("product_amx", "product_avx512_bf16", "product_avx512", "avx512")
 

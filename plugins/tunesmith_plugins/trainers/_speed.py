@@ -1,4 +1,4 @@
-"""Whether a trainer's loss can be computed without holding the logits."""
+"""What makes a training step faster, each piece where the model at hand lets it be used."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tunesmith.plugin.session import Session
     from tunesmith.plugin.trainers import TrainerConfig
 
-__all__ = ["headless_model"]
+__all__ = ["attend_by_sample", "headless_model"]
 
 
 def headless_model(
@@ -38,3 +38,20 @@ def headless_model(
         return None
     log.info("loss: from hidden states, without holding the logits")
     return found
+
+
+def attend_by_sample(session: Session, config: TrainerConfig) -> None:
+    """Let the model attend to each sample of a batch on its own, if it can; log which it is."""
+    from tunesmith.nn import varlen_attention
+
+    log = logging.getLogger("tunesmith")
+    if not config.varlen_attention:
+        why: str | None = "varlen_attention is off"
+    elif session.device.type != "cpu":
+        why = f"on {session.device.type} attention is torch's"
+    else:
+        why = varlen_attention.use(session.model)
+    if why is not None:
+        log.info("attention: as the model has it (%s)", why)
+    else:
+        log.info("attention: sample by sample, with its own backward pass")

@@ -1,0 +1,241 @@
+// The backward pass of attention, without holding the probabilities (FlashAttention-2,
+// arXiv:2307.08691, algorithm 2): those of a block of queries and keys are worked out anew from the
+// log-sum-exp that the forward pass has left.
+//
+// Everything is held with the queries running, so that what belongs to a query (log-sum-exp, delta) is
+// a vector, and the products need no transposing but that of the keys.
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "../kernels.h"
+#include "dispatch.h"
+#include "parallel.h"
+#include "pool.h"
+
+namespace tunesmith {
+namespace {
+
+constexpr int64_t kQueries = 128, kKeys = 256;  // of one block
+
+// Runs that see the same keys: what flows into those comes from all of them.
+struct Group {
+  int64_t row, first_key, keys;
+  std::vector<const tunesmith_run*> runs;
+};
+
+std::vector<Group> groups_of(const tunesmith_attention& job) {
+  std::vector<Group> groups;
+  for (int64_t i = 0; i < job.run_count; ++i) {
+    const tunesmith_run& run = job.runs[i];
+    const int64_t keys = run.last_key - run.first_key + 1;
+    auto same = [&](const Group& group) {
+      return group.row == run.row && group.first_key == run.first_key && group.keys == keys;
+    };
+    auto found = std::find_if(groups.begin(), groups.end(), same);
+    if (found == groups.end()) {
+      groups.push_back({run.row, run.first_key, keys, {}});
+      found = groups.end() - 1;
+    }
+    found->runs.push_back(&run);
+  }
+  return groups;
+}
+
+Matrix plain(const void* data, int type, int64_t columns) {
+  Matrix matrix = {};
+  matrix.data = data;
+  matrix.type = type;
+  matrix.columns = columns;
+  return matrix;
+}
+
+Product product_of(const Matrix& left, const Matrix& right, int64_t rows, int64_t columns, float* out) {
+  Product product = {};
+  product.left = left;
+  product.right = right;
+  product.alpha = 1.0f;
+  product.out = out;
+  product.out_type = TUNESMITH_FLOAT32;
+  product.row_stride = columns;
+  product.column_stride = 1;
+  product.rows = rows;
+  product.columns = columns;
+  return product;
+}
+
+// out [keys, queries] = alpha x (left rightᵀ)ᵀ for a left [queries, P] and a right [keys, P].
+Product for_keys(const Matrix& left, const Matrix& right, int64_t keys, int64_t queries, float alpha,
+                 float* out) {
+  Product product = product_of(left, right, queries, keys, out);
+  product.transposed = true;
+  product.alpha = alpha;
+  product.row_stride = 1;
+  product.column_stride = queries;
+  return product;
+}
+
+// One head of one group.
+class Task {
+ public:
+  Task(const tunesmith_attention& job, const Group& group, int64_t key_head)
+      : job_(job),
+        group_(group),
+        key_head_(key_head),
+        size_(job.head_size),
+        bytes_(size_of(job.dtype)),
+        keys_(bytes_ * group.keys * size_),
+        values_(bytes_ * group.keys * size_),
+        turned_keys_(bytes_ * group.keys * size_),
+        grad_keys_(sizeof(float) * group.keys * size_),
+        grad_values_(sizeof(float) * group.keys * size_),
+        queries_(bytes_ * kQueries * size_),
+        grad_out_(bytes_ * kQueries * size_),
+        scores_(sizeof(float) * kQueries * kKeys),
+        grad_scores_(sizeof(float) * kQueries * kKeys),
+        probabilities_(bytes_ * kQueries * kKeys),
+        score_grads_(bytes_ * kQueries * kKeys),
+        grad_queries_(sizeof(float) * kQueries * size_) {}
+
+  void run(void* grad_q, void* grad_k, void* grad_v) {
+    gather(job_.k, job_.key_heads, key_head_, group_.first_key, group_.keys, keys_.as<char>());
+    gather(job_.v, job_.key_heads, key_head_, group_.first_key, group_.keys, values_.as<char>());
+    for (int64_t at = 0; at < group_.keys; at += kKeys) {
+      turn(keys_.as<char>() + at * size_ * bytes_, std::min(kKeys, group_.keys - at),
+           turned_keys_.as<char>() + at * size_ * bytes_);
+    }
+    std::memset(grad_keys_.as<char>(), 0, sizeof(float) * group_.keys * size_);
+    std::memset(grad_values_.as<char>(), 0, sizeof(float) * group_.keys * size_);
+    const int64_t shared = job_.heads / job_.key_heads;
+    for (int64_t head = key_head_ * shared; head < (key_head_ + 1) * shared; ++head) {
+      for (const tunesmith_run* run : group_.runs) {
+        for (int64_t at = run->start; at < run->stop; at += kQueries) {
+          block_of_queries(*run, head, at, std::min(kQueries, run->stop - at), grad_q);
+        }
+      }
+    }
+    scatter(grad_keys_.as<float>(), grad_k);
+    scatter(grad_values_.as<float>(), grad_v);
+  }
+
+ private:
+  int64_t place(int64_t heads, int64_t head, int64_t token) const {
+    return ((group_.row * job_.tokens + token) * heads + head) * size_;
+  }
+
+  void gather(const void* from, int64_t heads, int64_t head, int64_t token, int64_t count,
+              char* to) const {
+    for (int64_t i = 0; i < count; ++i) {
+      std::memcpy(to + i * size_ * bytes_,
+                  static_cast<const char*>(from) + place(heads, head, token + i) * bytes_,
+                  size_t(size_ * bytes_));
+    }
+  }
+
+  // [count, size] to [size, count]
+  void turn(const char* from, int64_t count, char* to) const {
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t d = 0; d < size_; ++d) {
+        std::memcpy(to + (d * count + i) * bytes_, from + (i * size_ + d) * bytes_, size_t(bytes_));
+      }
+    }
+  }
+
+  void scatter(const float* from, void* to) const {
+    for (int64_t i = 0; i < group_.keys; ++i) {
+      const int64_t at = place(job_.key_heads, key_head_, group_.first_key + i);
+      for (int64_t d = 0; d < size_; ++d) store(to, at + d, from[i * size_ + d]);
+    }
+  }
+
+  float load(const void* data, int64_t at) const {
+    switch (job_.dtype) {
+      case TUNESMITH_FLOAT16: return float16_to_float(static_cast<const uint16_t*>(data)[at]);
+      case TUNESMITH_BFLOAT16: return bfloat16_to_float(static_cast<const uint16_t*>(data)[at]);
+      default: return static_cast<const float*>(data)[at];
+    }
+  }
+
+  void store(void* data, int64_t at, float value) const {
+    switch (job_.dtype) {
+      case TUNESMITH_FLOAT16: static_cast<uint16_t*>(data)[at] = float_to_float16(value); break;
+      case TUNESMITH_BFLOAT16: static_cast<uint16_t*>(data)[at] = float_to_bfloat16(value); break;
+      default: static_cast<float*>(data)[at] = value;
+    }
+  }
+
+  void block_of_queries(const tunesmith_run& run, int64_t head, int64_t start, int64_t count,
+                        void* grad_q) {
+    gather(job_.q, job_.heads, head, start, count, queries_.as<char>());
+    gather(job_.grad_out, job_.heads, head, start, count, grad_out_.as<char>());
+    float lse[kQueries], delta[kQueries];
+    const float* const all_lse = job_.lse + (group_.row * job_.heads + head) * job_.tokens;
+    for (int64_t i = 0; i < count; ++i) {
+      lse[i] = all_lse[start + i];
+      delta[i] = 0.0f;
+      const int64_t out = place(job_.heads, head, start + i);
+      for (int64_t d = 0; d < size_; ++d) {
+        delta[i] += load(job_.out, out + d) * load(grad_out_.as<void>(), i * size_ + d);
+      }
+    }
+    std::memset(grad_queries_.as<char>(), 0, sizeof(float) * count * size_);
+    const Matrix queries = plain(queries_.as<void>(), job_.dtype, size_);
+    const Matrix grad_out = plain(grad_out_.as<void>(), job_.dtype, size_);
+    const int64_t seen = run.causal ? start + count - group_.first_key : group_.keys;
+    for (int64_t key = 0; key < seen; key += kKeys) {
+      const int64_t keys = std::min(kKeys, group_.keys - key), at = key * size_;
+      multiply(for_keys(queries, plain(keys_.as<char>() + at * bytes_, job_.dtype, size_), keys, count,
+                        job_.scale, scores_.as<float>()));
+      multiply(for_keys(grad_out, plain(values_.as<char>() + at * bytes_, job_.dtype, size_), keys,
+                        count, 1.0f, grad_scores_.as<float>()));
+
+      // key k is seen by queries from the one that stands where it stands
+      const int64_t offset = run.causal ? group_.first_key + key - start : -keys;
+      softmax_backward({scores_.as<float>(), grad_scores_.as<float>(), keys, count, offset, lse, delta,
+                        job_.scale, job_.dtype, probabilities_.as<void>(), score_grads_.as<void>()});
+
+      const Matrix probabilities = plain(probabilities_.as<void>(), job_.dtype, count);
+      const Matrix score_grads = plain(score_grads_.as<void>(), job_.dtype, count);
+      Product into_values =
+          product_of(probabilities, grad_out, keys, size_, grad_values_.as<float>() + at);
+      into_values.accumulate = true;
+      multiply(into_values);
+      Product into_keys = product_of(score_grads, queries, keys, size_, grad_keys_.as<float>() + at);
+      into_keys.accumulate = true;
+      multiply(into_keys);
+      Product into_queries =
+          product_of(plain(turned_keys_.as<char>() + at * bytes_, job_.dtype, keys),
+                     plain(score_grads_.as<void>(), job_.dtype, count), size_, count,
+                     grad_queries_.as<float>());
+      into_queries.accumulate = true;
+      multiply(into_queries);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t to = place(job_.heads, head, start + i);
+      for (int64_t d = 0; d < size_; ++d) {
+        store(grad_q, to + d, grad_queries_.as<float>()[d * count + i]);
+      }
+    }
+  }
+
+  const tunesmith_attention& job_;
+  const Group& group_;
+  int64_t key_head_, size_, bytes_;
+  Scratch keys_, values_, turned_keys_, grad_keys_, grad_values_, queries_, grad_out_;
+  Scratch scores_, grad_scores_, probabilities_, score_grads_, grad_queries_;
+};
+
+}  // namespace
+}  // namespace tunesmith
+
+using namespace tunesmith;
+
+void tunesmith_attention_backward_cpu(const tunesmith_attention* job, void* grad_q, void* grad_k,
+                                      void* grad_v) {
+  const std::vector<Group> groups = groups_of(*job);
+  parallel_for(int64_t(groups.size()) * job->key_heads, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      Task(*job, groups[size_t(i / job->key_heads)], i % job->key_heads).run(grad_q, grad_k, grad_v);
+    }
+  });
+}

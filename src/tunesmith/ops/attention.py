@@ -1,0 +1,251 @@
+"""Attention over runs: queries side by side that see one stretch of keys, with its derivative.
+
+Its own op, for torch's backward pass on the CPU is slow, and computes what a mask then throws away.
+Layouts are [rows, tokens, heads, head size], as projections leave them. `check_runs` says what runs
+are; the last axis of `runs` is (row, start, stop, first key, last key, causal).
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from tunesmith.errors import OpError
+from tunesmith.ops.schema import DTYPES, word
+
+__all__ = ["attention", "check_runs"]
+
+_VECTOR = 16  # fp32 of AVX-512
+
+torch.library.define(
+    "tunesmith::attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor runs, float scale) -> (Tensor out, Tensor lse)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "tunesmith::attention_backward",
+    "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor runs, "
+    "float scale) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, runs: Tensor, scale: float) -> Tensor:
+    """Return softmax(scale q kᵀ) v, each query over the keys that its run sees.
+
+    `q` is [rows, tokens, heads, head size], `k` and `v` the same with key heads, of which heads is
+    a multiple; bf16, fp16 or fp32. `runs` is int64 [runs, 6] on the CPU, see `check_runs`. Returns
+    q's shape and dtype; a query of no run gets zeros. Raises OpError for tensors or runs that do
+    not fit together.
+    """
+    out: Tensor = torch.ops.tunesmith.attention(q, k, v, runs, scale)[0]
+    return out
+
+
+def check_runs(runs: Tensor, rows: int, tokens: int) -> list[tuple[int, ...]]:
+    """Return the runs as tuples: row, start, stop, first key, last key, causal.
+
+    Queries [start, stop) see the keys from the first on: up to themselves if causal, else all up to
+    the last. The last query of a causal run is its last key. No query is in two runs, and what two
+    runs see of a row is the same or disjoint, so that they can be worked on at once. Raises OpError
+    otherwise.
+    """
+    if runs.dtype != torch.int64 or runs.dim() != 2 or runs.shape[1] != 6 or runs.is_cuda:
+        raise OpError(
+            f"runs: got {word(runs.dtype)} {list(runs.shape)} on {runs.device}; allowed is int64 "
+            "[runs, 6] on the CPU: row, start, stop, first key, last key, causal"
+        )
+    found = [tuple(run) for run in runs.tolist()]
+    ends: dict[int, int] = {}
+    stretches: dict[int, set[tuple[int, int]]] = {}
+    for row, start, stop, first, last, causal in sorted(found):
+        fits = 0 <= row < rows and 0 <= start < stop <= tokens and 0 <= first <= last < tokens
+        if not fits or (causal and (last != stop - 1 or first > start)):
+            raise OpError(
+                f"runs: got queries [{start}, {stop}) of row {row} on keys {first} to {last}, "
+                f"causal={causal}, among {rows} rows of {tokens} tokens; a run lies within its "
+                "row, and a causal one ends with its last key"
+            )
+        if start < ends.get(row, 0):
+            raise OpError(f"runs: got query {start} of row {row} twice; allowed is one run each")
+        ends[row] = stop
+        stretches.setdefault(row, set()).add((first, last))
+    for row, seen in stretches.items():
+        ordered = sorted(seen)
+        for (_, last), (first, _) in itertools.pairwise(ordered):
+            if first <= last:
+                raise OpError(
+                    f"runs: got key {first} of row {row} in two stretches; what two runs see is "
+                    "the same or disjoint"
+                )
+    return found
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, runs: Tensor, *like_q: Tensor) -> list[tuple[int, ...]]:
+    """Refuse tensors that do not fit together; return the runs."""
+    if q.dim() != 4 or k.dim() != 4 or q.dtype not in (*DTYPES, torch.float64):
+        raise OpError(
+            f"attention: got a {word(q.dtype)} {list(q.shape)} and k {list(k.shape)}; allowed is "
+            "bfloat16, float16 or float32 [rows, tokens, heads, head size]"
+        )
+    rows, tokens, heads, size = q.shape
+    key_heads = k.shape[2]
+    if k.shape != (rows, tokens, key_heads, size) or v.shape != k.shape or heads % key_heads:
+        raise OpError(
+            f"attention: got q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)}; k and v "
+            "have q's rows, tokens and head size, and a number of heads that divides q's"
+        )
+    for tensor in (k, v, *like_q):
+        if tensor.dtype != q.dtype or tensor.device != q.device:
+            raise OpError(
+                f"attention: got {word(tensor.dtype)} on {tensor.device} beside "
+                f"{word(q.dtype)} on {q.device}; all tensors are of one dtype on one device"
+            )
+    return check_runs(runs, rows, tokens)
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, runs: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    rows, tokens, heads, _ = q.shape
+    sums = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return torch.empty_like(q), q.new_empty((rows, heads, tokens), dtype=sums)
+
+
+def _fake_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, runs: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+torch.library.register_fake("tunesmith::attention", _fake)
+torch.library.register_fake("tunesmith::attention_backward", _fake_backward)
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, runs: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Do the op in plain PyTorch; also returns the log-sum-exp, [rows, heads, tokens]."""
+    out, lse = _fake(q, k, v, runs, scale)
+    out.zero_()
+    lse.fill_(-torch.inf)
+    for run in check(q, k, v, runs):
+        _write_run(q, k, v, run, scale, out, lse)
+    return out, lse
+
+
+def reference_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, runs: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the gradients of q, k and v, from the formula of FlashAttention (arXiv:2205.14135)."""
+    grads = [torch.zeros_like(t, dtype=lse.dtype) for t in (q, k, v)]
+    shared = q.shape[2] // k.shape[2]
+    for run in check(q, k, v, runs, grad_out, out):
+        row, start, stop, first, last, _ = run
+        queries, keys, values, mask = _of_run(q, k, v, run, lse.dtype)
+        grad = grad_out[row, start:stop].to(lse.dtype).transpose(0, 1)  # [heads, queries, size]
+        delta = (grad * out[row, start:stop].to(lse.dtype).transpose(0, 1)).sum(-1, keepdim=True)
+        scores = (queries @ keys.mT * scale).masked_fill(~mask, -torch.inf)
+        p = (scores - lse[row, :, start:stop, None]).exp()
+        grad_scores = p * (grad @ values.mT - delta) * scale
+        for at, of_run in ((1, grad_scores.mT @ queries), (2, p.mT @ grad)):
+            # [key heads, keys, head size]
+            by_key_head = of_run.view(-1, shared, *of_run.shape[1:]).sum(1)
+            grads[at][row, first : last + 1] += by_key_head.transpose(0, 1)
+        grads[0][row, start:stop] = (grad_scores @ keys).transpose(0, 1)
+    return grads[0].to(q.dtype), grads[1].to(k.dtype), grads[2].to(v.dtype)
+
+
+def _write_run(
+    q: Tensor, k: Tensor, v: Tensor, run: tuple[int, ...], scale: float, out: Tensor, lse: Tensor
+) -> None:
+    queries, keys, values, mask = _of_run(q, k, v, run, lse.dtype)
+    scores = (queries @ keys.mT * scale).masked_fill(~mask, -torch.inf)
+    row, start, stop = run[:3]
+    lse[row, :, start:stop] = scores.logsumexp(-1)
+    out[row, start:stop] = (scores.softmax(-1) @ values).transpose(0, 1).to(out.dtype)
+
+
+def _of_run(
+    q: Tensor, k: Tensor, v: Tensor, run: tuple[int, ...], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return a run's q, k and v, [heads, tokens, head size], and which key each query sees."""
+    row, start, stop, first, last, causal = run
+    queries = q[row, start:stop].to(dtype).transpose(0, 1)
+    shared = q.shape[2] // k.shape[2]
+    keys, values = (
+        t[row, first : last + 1].to(dtype).transpose(0, 1).repeat_interleave(shared, 0)
+        for t in (k, v)
+    )
+    at = torch.arange(start, stop, device=q.device)[:, None]
+    seen = torch.arange(first, last + 1, device=q.device)[None]
+    return queries, keys, values, seen <= (at if causal else last)
+
+
+def by_torch(q: Tensor, k: Tensor, v: Tensor, runs: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Do the op on the CPU with torch's own kernel, run by run."""
+    found = check(q, k, v, runs)
+    kernel = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+    if kernel is None or q.dtype == torch.float64:
+        return reference(q, k, v, runs, scale)
+    out, lse = _fake(q, k, v, runs, scale)
+    if sum(run[2] - run[1] for run in found) < q.shape[0] * q.shape[1]:
+        out.zero_()
+        lse.fill_(-torch.inf)
+    shared = q.shape[2] // k.shape[2]
+    for run in found:
+        row, start, stop, first, last, causal = run
+        # torch turns the NaN of less than a vector of keys into zeros (2.13), and its causal is
+        # that of a square
+        if last - first < _VECTOR or (causal and start > first):
+            _write_run(q, k, v, run, scale, out, lse)
+            continue
+        keys, values = (
+            t[row, first : last + 1].transpose(0, 1).repeat_interleave(shared, 0)[None]
+            for t in (k, v)
+        )
+        queries = q[row : row + 1, start:stop].transpose(1, 2)
+        part, sums = kernel(queries, keys, values, 0.0, bool(causal), scale=scale)
+        out[row, start:stop] = part[0].transpose(0, 1)
+        lse[row, :, start:stop] = sums[0]
+    return out, lse
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse = torch.ops.tunesmith.attention(*args)
+        q, k, v, runs, ctx.scale = args
+        ctx.save_for_backward(q, k, v, out, lse, runs)
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            _no_second_derivative()
+        *saved, runs = ctx.saved_tensors
+        grads = torch.ops.tunesmith.attention_backward(grad_out, *saved, runs, ctx.scale)
+        return (*grads, None, None)
+
+
+def _no_second_derivative() -> NoReturn:
+    raise OpError(
+        "got a second backward pass through attention over runs; it has first derivatives only; "
+        "leave create_graph=False, or attn_implementation='sdpa'"
+    )
+
+
+def _differentiable(*args: Any) -> Any:
+    if torch.is_grad_enabled() and any(t.requires_grad for t in args[:3]):
+        return _Attention.apply(*args)  # type: ignore[no-untyped-call]  # torch's own
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.tunesmith.attention(*args)
+
+
+torch.library.impl("tunesmith::attention", "Autograd", _differentiable)
+torch.library.impl("tunesmith::attention", "default", reference)
+torch.library.impl("tunesmith::attention", "cpu", by_torch)
+torch.library.impl("tunesmith::attention_backward", "default", reference_backward)

@@ -1,0 +1,148 @@
+"""Attention sample by sample gives what it gives under a mask, and steps back where it cannot."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PhiConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers.models.auto import AutoModelForCausalLM
+
+from tunesmith.data.pack import PackingCollator, PaddingCollator
+from tunesmith.nn import varlen_attention
+from tunesmith.nn.varlen_attention import NAME, runs_of, use
+from tunesmith.ops import attention as op
+from tunesmith.ops import native_status
+
+pytestmark = pytest.mark.skipif(
+    native_status().isa in ("", "scalar"), reason="there are no vector kernels on this machine"
+)
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+_NO_GROUPS = {**_SIZES, "num_key_value_heads": 4}
+CONFIGS = {
+    "llama": LlamaConfig(**_SIZES),
+    "mistral": MistralConfig(**_SIZES, sliding_window=5),
+    "qwen2": Qwen2Config(**_SIZES),
+    "qwen3": Qwen3Config(**_SIZES, head_dim=16),
+    "phi": PhiConfig(**_NO_GROUPS),
+    "gpt2": GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+}
+ROWS = [
+    {"input_ids": [(7 * k + s) % 64 for k in range(length)], "labels": list(range(length))}
+    for s, length in enumerate((11, 5, 17, 3, 8))
+]
+
+
+def model_of(name: str) -> Any:
+    torch.manual_seed(0)
+    config = copy.deepcopy(CONFIGS[name])
+    for part in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+        if hasattr(config, part):
+            setattr(config, part, 0.0)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
+
+
+def loss_and_gradients(model: Any, batch: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
+    model.zero_grad()
+    loss = model(**{"use_cache": False, **batch}).loss
+    loss.backward()
+    return loss.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many runs each call of the op was given."""
+    seen: list[int] = []
+    real = op.attention
+
+    def counted(q: Tensor, k: Tensor, v: Tensor, runs: Tensor, scale: float) -> Tensor:
+        seen.append(len(runs))
+        return real(q, k, v, runs, scale)
+
+    monkeypatch.setattr(varlen_attention, "attention", counted)
+    return seen
+
+
+BATCHES = {
+    "packed": PackingCollator(0)([ROWS[:3], ROWS[3:]]),
+    "padded": PaddingCollator(0)(ROWS[:3]),
+    "one length": PaddingCollator(0)([ROWS[0], ROWS[0]]),
+}
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_loss_and_gradients_are_those_under_a_mask(name: str, batch: str, calls: list[int]) -> None:
+    model = model_of(name)
+    loss, gradients = loss_and_gradients(model, BATCHES[batch])
+    assert use(model) is None
+    ours, ours_gradients = loss_and_gradients(model, BATCHES[batch])
+    torch.testing.assert_close(ours, loss, rtol=1e-6, atol=0)
+    for a, b in zip(ours_gradients, gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    windowed = name == "mistral"  # some row is longer than its window
+    assert bool(calls) != windowed
+
+
+def test_packed_samples_and_padding_are_runs_of_their_own(calls: list[int]) -> None:
+    model = model_of("llama")
+    use(model)
+    loss_and_gradients(model, BATCHES["packed"])
+    assert calls == [3 + 2 + 1] * 2  # and what pads the second block
+    calls.clear()
+    loss_and_gradients(model, BATCHES["padded"])
+    assert calls == [2 + 2 + 1] * 2  # two rows are padded
+
+
+def test_generating_is_left_to_torch(calls: list[int]) -> None:
+    model = model_of("llama").eval()
+    prompt = torch.tensor([[1, 2, 3]])
+    before = model.generate(prompt, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    use(model)
+    after = model.generate(prompt, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert torch.equal(before, after)
+    assert not calls
+
+
+def test_what_is_not_torchs_attention_is_left_alone() -> None:
+    model = AutoModelForCausalLM.from_config(
+        Gemma2Config(**_SIZES, head_dim=8), attn_implementation="eager"
+    )
+    assert "'eager'" in str(use(model))
+    assert model.config._attn_implementation != NAME
+
+
+def test_a_mask_of_anything_else_has_no_runs() -> None:
+    at = torch.arange(6)
+    causal = at[:, None] >= at
+    assert runs_of(causal[None, None], 2) is not None
+    window = causal & (at[:, None] - at < 3)
+    assert runs_of(window[None, None], 1) is None
+    holes = causal.clone()
+    holes[5, 2] = False
+    assert runs_of(holes[None, None], 1) is None
+    blind = causal.clone()
+    blind[3] = False
+    assert runs_of(blind[None, None], 1) is None
+    assert runs_of(causal[None, None].float(), 1) is None
+    assert runs_of(causal[None, None, :3], 1) is None

@@ -1,0 +1,142 @@
+"""Attention over runs: kernels agree with the formula in plain PyTorch, and that with autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tunesmith import ops
+from tunesmith.errors import OpError
+from tunesmith.ops import attention as op
+
+# row, start, stop, first key, last key, causal
+RUNS = [
+    [[0, 0, 7, 0, 6, 1], [0, 7, 20, 7, 19, 1], [1, 0, 17, 0, 16, 1], [1, 17, 20, 0, 16, 0]],
+    [[0, 0, 20, 0, 19, 1], [1, 0, 20, 0, 19, 0]],
+    [[1, 5, 9, 2, 8, 1]],
+]
+SHAPES = [(2, 20, 4, 2, 8), (2, 20, 3, 3, 5), (2, 20, 6, 1, 64)]
+LIMITS = {torch.float32: 2e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+
+
+def tensors(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    rows, tokens, heads, key_heads, size = shape
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(rows, tokens, h, size, generator=generator).to(dtype)
+        for h in (heads, key_heads, key_heads, heads)
+    ]
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    got, expected = got.detach().double(), expected.detach()
+    return float((got - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+def under_a_mask(q: Tensor, k: Tensor, v: Tensor, runs: Tensor, scale: float) -> Tensor:
+    """The same by torch's own attention, whose derivative autograd knows."""
+    seen = torch.zeros(q.shape[0], 1, q.shape[1], q.shape[1], dtype=torch.bool)
+    for row, start, stop, first, last, causal in runs.tolist():
+        for at in range(start, stop):
+            seen[row, 0, at, first : (at if causal else last) + 1] = True
+    shared = q.shape[2] // k.shape[2]
+    k, v = (t.repeat_interleave(shared, 2) for t in (k, v))
+    out = F.scaled_dot_product_attention(
+        *(t.transpose(1, 2) for t in (q, k, v)), attn_mask=seen, scale=scale
+    )
+    return out.transpose(1, 2).masked_fill(~seen.any(-1)[:, 0, :, None, None], 0.0)
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("runs", RUNS, ids=len)
+@pytest.mark.parametrize("way", ["op", "reference"])
+def test_output_and_gradients_are_those_under_a_mask(
+    way: str, runs: list[list[int]], shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    q, k, v, grad = tensors(shape, dtype)
+    given = torch.tensor(runs)
+    exact = [t.double().requires_grad_() for t in (q, k, v)]
+    out = under_a_mask(*exact, given, 0.3)
+    expected = [out, *torch.autograd.grad(out, exact, grad.double())]
+    if way == "op":
+        inputs = [t.clone().requires_grad_() for t in (q, k, v)]
+        ours = op.attention(*inputs, given, 0.3)
+        found = [ours, *torch.autograd.grad(ours, inputs, grad)]
+    else:
+        ours, lse = op.reference(q, k, v, given, 0.3)
+        found = [ours, *op.reference_backward(grad, q, k, v, ours, lse, given, 0.3)]
+    for got, right in zip(found, expected, strict=True):
+        assert got.dtype == dtype
+        assert error(got, right) <= LIMITS[dtype]
+
+
+@pytest.mark.skipif(not ops.native_status().loaded, reason="the kernels are not built")
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+def test_every_instruction_set_does_blocks_of_all_sizes(dtype: torch.dtype) -> None:
+    from tunesmith import _native
+
+    kept = _native.isa()
+    runs = torch.tensor(
+        [[0, 0, 129, 0, 128, 1], [0, 129, 500, 129, 499, 1], [0, 500, 530, 129, 499, 0]]
+    )
+    q, k, v, grad = tensors((1, 530, 2, 1, 16), dtype)
+    exact = [t.double().requires_grad_() for t in (q, k, v)]
+    out = under_a_mask(*exact, runs, 0.25)
+    expected = torch.autograd.grad(out, exact, grad.double())
+    try:
+        for isa in _native.isas():
+            _native.set_isa(isa)
+            inputs = [t.clone().requires_grad_() for t in (q, k, v)]
+            found = torch.autograd.grad(op.attention(*inputs, runs, 0.25), inputs, grad)
+            for got, right in zip(found, expected, strict=True):
+                assert error(got, right) <= LIMITS[dtype], isa
+    finally:
+        _native.set_isa(kept)
+
+
+def test_a_nan_is_not_lost() -> None:
+    q, k, v, grad = (t.requires_grad_() for t in tensors((2, 20, 4, 2, 8), torch.float32))
+    with torch.no_grad():
+        q[0, 3, 0, 0] = torch.nan
+    out = op.attention(q, k, v, torch.tensor(RUNS[0]), 0.3)
+    grads = torch.autograd.grad(out, (q, k, v), grad)
+    assert out[0, 3, 0].isnan().all()
+    assert grads[0][0, 3, 0].isnan().all()
+    assert grads[1][0, :4, 0].isnan().all()
+    assert not grads[1][0, 7:].isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("runs", "says"),
+    [
+        ([[0, 0, 21, 0, 20, 1]], "lies within its row"),
+        ([[2, 0, 20, 0, 19, 1]], "lies within its row"),
+        ([[0, 0, 20, 0, 18, 1]], "ends with its last key"),
+        ([[0, 0, 5, 0, 4, 1], [0, 4, 9, 5, 8, 0]], "twice"),
+        ([[0, 0, 5, 0, 4, 1], [0, 5, 9, 4, 8, 1]], "two stretches"),
+    ],
+)
+def test_runs_that_do_not_fit_are_refused(runs: list[list[int]], says: str) -> None:
+    q, k, v, _ = tensors((2, 20, 4, 2, 8), torch.float32)
+    with pytest.raises(OpError, match=says):
+        op.attention(q, k, v, torch.tensor(runs), 0.3)
+
+
+def test_tensors_that_do_not_fit_are_refused() -> None:
+    q, k, v, _ = tensors((2, 20, 4, 2, 8), torch.float32)
+    runs = torch.tensor(RUNS[1])
+    with pytest.raises(OpError, match="divides"):
+        op.attention(q[:, :, :3], k, v, runs, 0.3)
+    with pytest.raises(OpError, match="one dtype"):
+        op.attention(q, k.bfloat16(), v, runs, 0.3)
+    with pytest.raises(OpError, match=r"runs, 6"):
+        op.attention(q, k, v, runs[:, :5], 0.3)
+
+
+def test_it_can_be_traced() -> None:
+    q, k, v, _ = tensors((2, 20, 4, 2, 8), torch.float32)
+    args = (*(t.requires_grad_() for t in (q, k, v)), torch.tensor(RUNS[1]), 0.3)
+    torch.library.opcheck(torch.ops.tunesmith.attention.default, args)
