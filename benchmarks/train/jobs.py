@@ -1,0 +1,222 @@
+"""What a worker does when its turn comes. Imported in a worker only."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import transformers
+
+from benchmarks.train.cases import Job
+from benchmarks.train.contestants import (
+    Training,
+    import_libraries,
+    load_base,
+    load_model,
+    make_trainer,
+)
+from benchmarks.train.rows import read_rows
+
+__all__ = ["KINDS", "WARM_UP", "Parent", "PrivateMemory"]
+
+WARM_UP = 2
+"""Steps that do not count."""
+_MEMORY_STEPS = 3
+_LOSS_STEPS = 30
+_PROMPT_TOKENS = 32
+
+
+class Parent(Protocol):
+    """Whoever gives the turns."""
+
+    def ready(self) -> None:
+        """Say that the first turn may come."""
+
+    def turn(self) -> bool:
+        """Wait for a turn; False once there are no more."""
+
+    def answer(self, *values: float, note: str = "") -> None:
+        """Say what came out of the turn."""
+
+
+class _TakesTurns(transformers.TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+    """Holds a trainer between two steps until its turn comes, and times its turns."""
+
+    def __init__(self, job: Job, training: Training, parent: Parent) -> None:
+        self.job = job
+        self.training = training
+        self.parent = parent
+        self.began = 0.0
+        self.last = WARM_UP
+        """The step that ends the turn."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Answer if a turn is over, and wait for the next one."""
+        if state.global_step < self.last:
+            return
+        if self.last == WARM_UP:
+            self.parent.ready()
+        else:
+            self._answer()
+        if self.parent.turn():
+            self.last += self.job.steps_per_turn
+            self.began = time.perf_counter()
+        else:
+            control.should_training_stop = True
+
+    def _answer(self) -> None:
+        seconds = time.perf_counter() - self.began
+        steps = self.job.steps_per_turn
+        if self.job.kind == "sft":
+            tokens = sum(self.training.tokens[self.last - steps : self.last])
+            self.parent.answer(tokens / seconds)
+            return
+        note = ""
+        if self.training.reference is not None:
+            self.training.reference(steps)
+            alone = seconds
+            seconds = time.perf_counter() - self.began
+            note = f"reference's pass included; the step alone {alone / steps:.3g} s"
+        tokens = sum(self.training.tokens[self.last - steps : self.last]) // steps
+        self.parent.answer(seconds / steps, note=f"{note}; {tokens} tokens".lstrip("; "))
+
+
+def _train(job: Job, parent: Parent) -> None:
+    steps = WARM_UP + job.turns * job.steps_per_turn
+    # one more, so that there is a step to be stopped before
+    training = make_trainer(job, job.kind, steps + 1, packing=job.kind == "sft")
+    training.trainer.add_callback(_TakesTurns(job, training, parent))
+    training.trainer.train()
+
+
+def _load(job: Job, parent: Parent) -> None:
+    load_base(job)
+    gc.collect()
+    _timed(parent, lambda: load_base(job), lambda seconds: seconds)
+
+
+def _decode(job: Job, parent: Parent) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(job.model)
+    rows = read_rows(Path(job.rows)).answers
+    texts = (tokenizer(f"{prompt} {answer}")["input_ids"] for prompt, answer in rows)
+    # of one length: padding would be work that only some leave out
+    prompts = [ids[:_PROMPT_TOKENS] for ids in texts if len(ids) >= _PROMPT_TOKENS][: job.batch]
+    ids = torch.tensor(prompts)  # [prompts, tokens]
+    model = load_model(job)
+
+    def generate() -> Any:
+        with torch.no_grad():
+            return model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=job.new_tokens,
+                min_new_tokens=job.new_tokens,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+            )
+
+    new = generate().numel() - ids.numel()
+    assert new == job.batch * job.new_tokens
+    _timed(parent, generate, lambda seconds: new / seconds)
+
+
+def _timed(parent: Parent, call: Callable[[], object], answer: Callable[[float], float]) -> None:
+    parent.ready()
+    while parent.turn():
+        start = time.perf_counter()
+        result = call()
+        seconds = time.perf_counter() - start
+        del result  # a model is let go of outside of what is timed
+        gc.collect()
+        parent.answer(answer(seconds))
+
+
+def _memory(job: Job, parent: Parent) -> None:
+    import_libraries(job.contestant)
+    parent.ready()
+    while parent.turn():
+        with PrivateMemory() as memory:
+            training = make_trainer(job, "sft", _MEMORY_STEPS, packing=True)
+            training.trainer.train()
+        resident = f"resident, with mapped files, {memory.resident / 2**20:.0f} MiB"
+        parent.answer(memory.peak / 2**20, note=resident)
+
+
+class PrivateMemory:
+    """Watches how far the process's own memory rises above what it was at the start, in bytes.
+
+    Pages of a file that is mapped can be dropped at any time and do not count in `peak`;
+    in `resident` they do.
+    """
+
+    def __enter__(self) -> PrivateMemory:
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM starts anew
+        self._before, self._before_resident = _status("RssAnon"), _status("VmRSS")
+        self.peak = self.resident = 0
+        self._done = threading.Event()
+        self._watcher = threading.Thread(target=self._watch)
+        self._watcher.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._done.wait(1e-3):
+            self.peak = max(self.peak, _status("RssAnon") - self._before)
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._watcher.join()
+        self.resident = _status("VmHWM") - self._before_resident
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def _losses(job: Job, parent: Parent) -> None:
+    training = make_trainer(job, "sft", _LOSS_STEPS, packing=False)
+    trainer = training.trainer
+    _start_alike(trainer.model)
+    step = trainer.training_step
+    losses: list[float] = []
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        loss = step(*args, **kwargs)
+        losses.append(float(loss))  # the log would round it
+        return loss
+
+    trainer.training_step = noted
+    parent.ready()
+    while parent.turn():
+        trainer.train()
+        mean = statistics.fmean(losses)
+        parent.answer(*losses, note=f"{losses[0]:.4f} to {losses[-1]:.4f}, mean {mean:.4f}")
+
+
+def _start_alike(model: torch.nn.Module) -> None:
+    """Give the adapters the weights that everyone's begin with."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in sorted(model.named_parameters()):
+        if "lora_" in name:
+            start = torch.randn(parameter.shape, generator=generator) * 0.02
+            parameter.data.copy_(start)
+
+
+KINDS: dict[str, Callable[[Job, Parent], None]] = {
+    "sft": _train,
+    "dpo": _train,
+    "load": _load,
+    "decode": _decode,
+    "memory": _memory,
+    "losses": _losses,
+}
+"""What a case's kind stands for."""
