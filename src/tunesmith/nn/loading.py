@@ -188,7 +188,8 @@ class _NF4Loader(HfQuantizer):  # type: ignore[misc]
                 f"the checkpoint holds no weight for {left[0]}{more}; it is incomplete or of "
                 "another model"
             )
-        _trim_heap()
+        if self.quantize.freed_nbytes:
+            _trim_heap()
         # an NF4Linear is a plain frozen module to everyone: nothing downstream shall treat the
         # model as transformers treats the quantization formats it knows by name
         for attribute in ("quantization_method", "hf_quantizer", "is_quantized"):
@@ -253,7 +254,8 @@ class _Quantize(_PutInPlace):
 
     def __init__(self, config: NF4LoadConfig) -> None:
         self.config = config
-        self.nbytes_since_trim = 0
+        # since the heap was last trimmed
+        self.freed_nbytes = 0
 
     def _convert(
         self,
@@ -275,12 +277,14 @@ class _Quantize(_PutInPlace):
                 quant_type=self.config.quant_type,
             )
             self._put(model, key, linear, layer, missing_keys)
-            self.nbytes_since_trim += weight.nbytes
-        if self.nbytes_since_trim >= _TRIM_NBYTES:
-            # a weight that was cast as it was read leaves a hole; what stays of the next weights
-            # splits it, so that the casts after those would need new memory
+            # pages of a file cannot be resized; what can is the copy that a cast has made
+            if weight.untyped_storage().resizable():
+                self.freed_nbytes += weight.nbytes
+        if self.freed_nbytes >= _TRIM_NBYTES:
+            # each copy leaves a hole in the heap; what stays of the next weights splits it, so that
+            # the copies after those would need new memory
             _trim_heap()
-            self.nbytes_since_trim = 0
+            self.freed_nbytes = 0
         return {}
 
 
