@@ -88,23 +88,24 @@ void add_products(int64_t steps, const uint16_t* rows, const uint16_t* panel, fl
   TUNESMITH_EACH_TILE_OF_SUMS(_tile_stored)
 }
 
-// A group of codes of each of 16 rows is two tiles, one for each of its vectors.
+// How few tokens are multiplied: a vector of each of kFewRows rows after the other, so that the tiles
+// follow one another, and a gap so that the vectors of one row do not fall on one cache set.
+constexpr int kFewRows = 4 * kTile;
 constexpr int64_t kTileSize = kTile * 2 * kTilePairs;
+constexpr int64_t kVectorStride = 4 * kTileSize + 2 * kTilePairs;
 
-// Adds a group of codes of 64 rows times one panel to the tiles of sums.
-inline void add_group(const uint16_t* decoded, const uint16_t* panel) {
-  const auto rows_of = [&](int block, int v) {
-    return decoded + (block * kGroupVectors + v) * kTileSize;
-  };
-  for (int v = 0; v < kGroupVectors; ++v) {
+// Adds `vectors` vectors of codes of those rows times one panel to the tiles of sums.
+inline void add_vectors(const uint16_t* decoded, int64_t vectors, const uint16_t* panel) {
+  for (int64_t v = 0; v < vectors; ++v) {
+    const uint16_t* const rows = decoded + v * kVectorStride;
     _tile_loadd(6, panel + v * kTileSize, kRowBytes);
-    _tile_loadd(4, rows_of(0, v), kRowBytes);
+    _tile_loadd(4, rows, kRowBytes);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(5, rows_of(1, v), kRowBytes);
+    _tile_loadd(5, rows + kTileSize, kRowBytes);
     _tile_dpbf16ps(1, 5, 6);
-    _tile_loadd(4, rows_of(2, v), kRowBytes);
+    _tile_loadd(4, rows + 2 * kTileSize, kRowBytes);
     _tile_dpbf16ps(2, 4, 6);
-    _tile_loadd(5, rows_of(3, v), kRowBytes);
+    _tile_loadd(5, rows + 3 * kTileSize, kRowBytes);
     _tile_dpbf16ps(3, 5, 6);
   }
 }
@@ -123,30 +124,43 @@ struct AmxArithmetic : BFloat16Arithmetic {
   };
 
   // Tiles cannot be loaded from what has only just been stored, and decoding is most of the work for
-  // one panel. So one group is decoded while that before it is multiplied.
+  // one panel. So one line of codes is decoded while that before it is multiplied.
   static bool add_few_tokens(const From& from, int64_t row, int64_t rows, int64_t tokens,
                              const uint16_t* panel, uint16_t* block, float* sums) {
-    constexpr int kBlocks = 4;
-    constexpr int64_t kHalf = kBlocks * kGroupVectors * kTileSize;
-    static_assert(2 * kHalf <= kBlocks * kTile * kRowStride);
-    if (tokens > kTile || rows > kBlocks * kTile || !from.grouped()) return false;
+    constexpr int64_t kHalf = kLineGroups * kGroupVectors * kVectorStride;
+    static_assert(2 * kHalf <= kFewRows * kRowStride);
+    if (tokens > kTile || rows > kFewRows || !from.grouped()) return false;
     configure(kTile);
-    for (int64_t i = 0; i < 2 * kHalf && rows < kBlocks * kTile; ++i) block[i] = 0;
+    for (int64_t i = 0; i < 2 * kHalf && rows < kFewRows; ++i) block[i] = 0;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    const int64_t groups = from.columns() / kGroup;
-    for (int64_t g = 0; g <= groups; ++g) {
-      if (g < groups) {
-        uint16_t* const decoded = block + g % 2 * kHalf;
-        from.fetch_group(row, rows, g * kGroup, 2 * kGroup, [=](int64_t r, int v) {
-          return decoded + (r / kTile * kGroupVectors + v) * kTileSize + r % kTile * 2 * kTilePairs;
-        });
+    // the rows that come next are asked for line by line, as they lie
+    const uint8_t* next = from.codes_at(row + rows, 0);
+    const int64_t lines = divide_up(from.columns(), kLine);
+    const auto groups_of = [&](int64_t line) {
+      return std::min<int64_t>(kLineGroups, from.columns() / kGroup - line * kLineGroups);
+    };
+    for (int64_t line = 0; line <= lines; ++line) {
+      if (line < lines) {
+        uint16_t* const decoded = block + line % 2 * kHalf;
+        const auto place = [=](int64_t r, int v) {
+          return decoded + v * kVectorStride + r * 2 * kTilePairs;
+        };
+        if (groups_of(line) == kLineGroups) {
+          from.fetch_groups<kLineGroups>(row, rows, line * kLine, next, kLine / 2, place);
+        } else {
+          from.fetch_groups<1>(row, rows, line * kLine, next, kGroup / 2, place);
+        }
+        next += rows * kLine / 2;
       }
-      if (g > 0) add_group(block + (g - 1) % 2 * kHalf, panel + (g - 1) * kGroup * kTile);
+      if (line > 0) {
+        add_vectors(block + (line - 1) % 2 * kHalf, groups_of(line - 1) * kGroupVectors,
+                    panel + (line - 1) * kLine * kTile);
+      }
     }
-    alignas(64) float found[kBlocks * kTile * kTile];
+    alignas(64) float found[kFewRows * kTile];
     _tile_stored(0, found, kRowBytes);
     _tile_stored(1, found + kTile * kTile, kRowBytes);
     _tile_stored(2, found + 2 * kTile * kTile, kRowBytes);

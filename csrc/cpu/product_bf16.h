@@ -33,6 +33,10 @@ inline __m256i rounded_values(const FourBitTable& table, float scale) {
 constexpr int64_t kGroup = 64;
 constexpr int kGroupVectors = 2;
 
+// As many groups as a cache line holds are decoded together.
+constexpr int kLineGroups = 2;
+constexpr int64_t kLine = kLineGroups * kGroup;
+
 inline int64_t source(int64_t at) { return at % 16 * 4 + at / 16; }
 
 // Calls use(i, vector) for the two vectors of a group.
@@ -88,23 +92,33 @@ class BFloat16Source {
     of_groups_ = to;
   }
 
-  // Fetches the group at `column` of rows [row, row + rows), whose scales are held: vector v of row r
-  // goes to place(r, v). What lies `ahead` elements further is asked for on the way.
+  // Where the codes of an element lie.
+  const uint8_t* codes_at(int64_t row, int64_t column) const {
+    return static_cast<const uint8_t*>(matrix_.data) + (row * matrix_.columns + column) / 2;
+  }
+
+  // Fetches kGroups groups from `column` on of rows [row, row + rows), whose scales are held: vector v
+  // of row r goes to place(r, v). On the way what lies at `next` is asked for, and `stride` further for
+  // each row.
   //
   // A function of its own, for in the midst of a product the compiler runs out of registers.
-  template <typename Place>
-  [[gnu::noinline]] void fetch_group(int64_t row, int64_t rows, int64_t column, int64_t ahead,
-                                     Place place) const {
+  template <int kGroups, typename Place>
+  [[gnu::noinline]] void fetch_groups(int64_t row, int64_t rows, int64_t column,
+                                      const uint8_t* next, int64_t stride, Place place) const {
     const FourBitTable& table = *matrix_.table;
     const int64_t columns = matrix_.columns;
-    const auto* packed =
-        static_cast<const uint8_t*>(matrix_.data) + (row * columns + column) / 2;
+    const uint8_t* packed = codes_at(row, column);
     const float* scales = of_groups_ + ((row - first_row_) * columns + column) / kGroup;
     for (int64_t r = 0; r < rows; ++r) {
-      __builtin_prefetch(packed + ahead / 2, 0, 2);
-      decode_group(packed, table, *scales,
-                   [&](int v, __m512i values) { store_bits(place(r, v), values); });
+      __builtin_prefetch(next, 0, 2);
+#pragma GCC unroll 2
+      for (int g = 0; g < kGroups; ++g) {
+        decode_group(packed + g * (kGroup / 2), table, scales[g], [&](int v, __m512i values) {
+          store_bits(place(r, g * kGroupVectors + v), values);
+        });
+      }
       packed += columns / 2;
+      next += stride;
       scales += columns / kGroup;
     }
   }
@@ -166,11 +180,15 @@ struct BFloat16Arithmetic {
   static void rows(const From& source, int64_t row, int64_t rows, int64_t p, int64_t depth,
                    uint16_t* out) {
     if (source.grouped()) {
-      for (int64_t i = 0; i < depth; i += kGroup) {
-        source.fetch_group(row, rows, p + i, kDepth, [=](int64_t r, int v) {
-          return out + r * kRowStride + i + 32 * v;
-        });
-      }
+      const auto fetch = [&](int64_t i, auto groups) {
+        const uint8_t* const next = source.codes_at(row, p + i + kDepth);
+        source.template fetch_groups<decltype(groups)::value>(
+            row, rows, p + i, next, source.columns() / 2,
+            [=](int64_t r, int v) { return out + r * kRowStride + i + 32 * v; });
+      };
+      int64_t i = 0;
+      for (; i + kLine <= depth; i += kLine) fetch(i, std::integral_constant<int, kLineGroups>());
+      if (i < depth) fetch(i, std::integral_constant<int, 1>());
       return;
     }
     const int64_t next = std::min<int64_t>(kDepth, source.columns() - p - depth);
