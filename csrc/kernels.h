@@ -93,6 +93,28 @@ void tunesmith_linear_backward_cpu(const struct tunesmith_linear* linear, const 
                                    const float* s, const void* grad_y, void* grad_x, void* grad_a,
                                    void* grad_b, bool accumulate);
 
+// RMSNorm (arXiv:1910.07467) of rows of `columns` elements: y = x scale weight, and scale [rows] = one
+// over the root mean square. With `from_one` the weight is what is added to one. x, weight, y and the
+// gradients are of `dtype`.
+void tunesmith_rms_norm_cpu(const void* x, const void* weight, int dtype, int64_t rows,
+                            int64_t columns, float eps, bool from_one, void* y, float* scale);
+void tunesmith_rms_norm_backward_cpu(const void* grad_y, const void* x, const void* weight,
+                                     const float* scale, int dtype, int64_t rows, int64_t columns,
+                                     bool from_one, void* grad_x);
+
+enum tunesmith_activation { TUNESMITH_SILU = 0, TUNESMITH_GELU_TANH = 1 };
+
+// A gated unit (arXiv:2002.05202): y = activation(gate) up, all [numel] of `dtype`.
+void tunesmith_gated_cpu(const void* gate, const void* up, int dtype, int64_t numel, int activation,
+                         void* y);
+void tunesmith_gated_backward_cpu(const void* grad_y, const void* gate, const void* up, int dtype,
+                                  int64_t numel, int activation, void* grad_gate, void* grad_up);
+
+// Rotary position embedding (arXiv:2104.09864) of x [tokens, heads, size] by cos and sin [tokens, size],
+// element i of a head going with i + size / 2; with `backward` the gradient of out to that of x.
+void tunesmith_rotary_cpu(const void* x, const void* cos, const void* sin, int dtype, int64_t tokens,
+                          int64_t heads, int64_t size, bool backward, void* out);
+
 // Memory that is used again: what is given back is kept, up to a limit, and handed out next time, so
 // that its pages need not be touched anew. Aligned to 64 bytes; null when there is none left.
 void* tunesmith_take(size_t nbytes);

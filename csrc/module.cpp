@@ -120,6 +120,34 @@ void attention_backward(const std::vector<int64_t>& shape, int dtype, Pointer q,
   tunesmith_attention_backward_cpu(&job, at<void>(grad_q), at<void>(grad_k), at<void>(grad_v));
 }
 
+void rms_norm(Pointer x, Pointer weight, int dtype, int64_t rows, int64_t columns, float eps,
+              bool from_one, Pointer y, Pointer scale) {
+  tunesmith_rms_norm_cpu(at<void>(x), at<void>(weight), dtype, rows, columns, eps, from_one,
+                         at<void>(y), at<float>(scale));
+}
+
+void rms_norm_backward(Pointer grad_y, Pointer x, Pointer weight, Pointer scale, int dtype,
+                       int64_t rows, int64_t columns, bool from_one, Pointer grad_x) {
+  tunesmith_rms_norm_backward_cpu(at<void>(grad_y), at<void>(x), at<void>(weight), at<float>(scale),
+                                  dtype, rows, columns, from_one, at<void>(grad_x));
+}
+
+void gated(Pointer gate, Pointer up, int dtype, int64_t numel, int activation, Pointer y) {
+  tunesmith_gated_cpu(at<void>(gate), at<void>(up), dtype, numel, activation, at<void>(y));
+}
+
+void gated_backward(Pointer grad_y, Pointer gate, Pointer up, int dtype, int64_t numel,
+                    int activation, Pointer grad_gate, Pointer grad_up) {
+  tunesmith_gated_backward_cpu(at<void>(grad_y), at<void>(gate), at<void>(up), dtype, numel,
+                               activation, at<void>(grad_gate), at<void>(grad_up));
+}
+
+void rotary(Pointer x, Pointer cos, Pointer sin, int dtype, int64_t tokens, int64_t heads,
+            int64_t size, bool backward, Pointer out) {
+  tunesmith_rotary_cpu(at<void>(x), at<void>(cos), at<void>(sin), dtype, tokens, heads, size,
+                       backward, at<void>(out));
+}
+
 void linear_small([[maybe_unused]] const tunesmith_linear& layer, [[maybe_unused]] Pointer x,
                   [[maybe_unused]] Pointer s, [[maybe_unused]] Pointer y, Stream stream) {
   if (!stream) throw std::runtime_error("linear_small is for CUDA; call linear");
@@ -194,6 +222,8 @@ PYBIND11_MODULE(_native, m) {
   m.attr("BFLOAT16") = int(TUNESMITH_BFLOAT16);
   m.attr("NF4") = int(TUNESMITH_NF4);
   m.attr("FP4") = int(TUNESMITH_FP4);
+  m.attr("SILU") = int(TUNESMITH_SILU);
+  m.attr("GELU_TANH") = int(TUNESMITH_GELU_TANH);
 
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   m.def("quantize_4bit", quantize_4bit, py::arg("weight"), py::arg("dtype"), py::arg("numel"),
@@ -221,6 +251,20 @@ PYBIND11_MODULE(_native, m) {
         py::arg("k"), py::arg("v"), py::arg("out"), py::arg("grad_out"), py::arg("lse"),
         py::arg("scale"), py::arg("runs"), py::arg("run_count"), py::arg("grad_q"),
         py::arg("grad_k"), py::arg("grad_v"), Unlocked());
+  m.def("rms_norm", rms_norm, py::arg("x"), py::arg("weight"), py::arg("dtype"), py::arg("rows"),
+        py::arg("columns"), py::arg("eps"), py::arg("from_one"), py::arg("y"), py::arg("scale"),
+        Unlocked());
+  m.def("rms_norm_backward", rms_norm_backward, py::arg("grad_y"), py::arg("x"), py::arg("weight"),
+        py::arg("scale"), py::arg("dtype"), py::arg("rows"), py::arg("columns"),
+        py::arg("from_one"), py::arg("grad_x"), Unlocked());
+  m.def("gated", gated, py::arg("gate"), py::arg("up"), py::arg("dtype"), py::arg("numel"),
+        py::arg("activation"), py::arg("y"), Unlocked());
+  m.def("gated_backward", gated_backward, py::arg("grad_y"), py::arg("gate"), py::arg("up"),
+        py::arg("dtype"), py::arg("numel"), py::arg("activation"), py::arg("grad_gate"),
+        py::arg("grad_up"), Unlocked());
+  m.def("rotary", rotary, py::arg("x"), py::arg("cos"), py::arg("sin"), py::arg("dtype"),
+        py::arg("tokens"), py::arg("heads"), py::arg("size"), py::arg("backward"), py::arg("out"),
+        Unlocked());
   m.def("linear_small", linear_small, py::arg("layer"), py::arg("x"), py::arg("s"), py::arg("y"),
         py::arg("stream"), Unlocked());
   m.def("empty", empty, py::arg("nbytes"));

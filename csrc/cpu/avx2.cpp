@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "blocks.h"
+#include "elementwise.h"
 #include "products.h"
 #include "softmax.h"
 
@@ -194,6 +195,7 @@ struct Avx2Blocks {
 
 }  // namespace
 
-const Isa avx2_isa = {"avx2", quantize<Avx2Blocks>, dequantize<Avx2Blocks>, multiply_avx2, softmax_backward};
+const Isa avx2_isa = {"avx2",           quantize<Avx2Blocks>, dequantize<Avx2Blocks>, multiply_avx2,
+                      softmax_backward, norm,                 gated,                  rotary};
 
 }  // namespace tunesmith

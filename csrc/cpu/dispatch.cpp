@@ -120,6 +120,15 @@ std::atomic<const Isa*>& current() {
   return isa;
 }
 
+// Does the `count` parts of a job, of so many elements each, on several threads.
+template <typename Job>
+void share(void (*Isa::*part)(const Job&, int64_t, int64_t), const Job& job, int64_t count,
+           int64_t elements) {
+  const auto work = current().load()->*part;
+  parallel_for(count, divide_up(kGrain, elements),
+               [&](int64_t first, int64_t last) { work(job, first, last); });
+}
+
 }  // namespace
 
 // The instruction sets bring the whole of `left` into blocks first. So that this takes little memory
@@ -176,6 +185,39 @@ void tunesmith_dequantize_4bit_cpu(const uint8_t* packed, const void* absmax,
   const Isa& isa = *current();
   parallel_for(divide_up(numel, blocksize), divide_up(kGrain, blocksize),
                [&](int64_t first, int64_t last) { isa.dequantize(job, first, last); });
+}
+
+void tunesmith_rms_norm_cpu(const void* x, const void* weight, int dtype, int64_t rows,
+                            int64_t columns, float eps, bool from_one, void* y, float* scale) {
+  const NormJob job = {x, weight, nullptr, columns, dtype, eps, from_one, scale, y};
+  share(&Isa::norm, job, rows, columns);
+}
+
+void tunesmith_rms_norm_backward_cpu(const void* grad_y, const void* x, const void* weight,
+                                     const float* scale, int dtype, int64_t rows, int64_t columns,
+                                     bool from_one, void* grad_x) {
+  // the backward pass only reads the scale
+  const NormJob job = {x,        weight, grad_y, columns, dtype, 0.0f,
+                       from_one, const_cast<float*>(scale), grad_x};
+  share(&Isa::norm, job, rows, columns);
+}
+
+void tunesmith_gated_cpu(const void* gate, const void* up, int dtype, int64_t numel, int activation,
+                         void* y) {
+  const GatedJob job = {gate, up, nullptr, dtype, activation, y, nullptr, nullptr};
+  share(&Isa::gated, job, numel, 1);
+}
+
+void tunesmith_gated_backward_cpu(const void* grad_y, const void* gate, const void* up, int dtype,
+                                  int64_t numel, int activation, void* grad_gate, void* grad_up) {
+  const GatedJob job = {gate, up, grad_y, dtype, activation, nullptr, grad_gate, grad_up};
+  share(&Isa::gated, job, numel, 1);
+}
+
+void tunesmith_rotary_cpu(const void* x, const void* cos, const void* sin, int dtype, int64_t tokens,
+                          int64_t heads, int64_t size, bool backward, void* out) {
+  const RotaryJob job = {x, cos, sin, heads, size, dtype, backward, out};
+  share(&Isa::rotary, job, tokens, heads * size);
 }
 
 const char* tunesmith_isa(void) { return current().load()->name; }

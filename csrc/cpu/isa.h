@@ -109,17 +109,56 @@ struct SoftmaxJob {
   void* score_grads;
 };
 
+// A norm of rows of `columns` elements, or its backward pass, where `grad_out` is not null.
+struct NormJob {
+  const void* x;
+  const void* weight;
+  const void* grad_out;
+  int64_t columns;
+  int dtype;
+  float eps;
+  bool from_one;  // the weight is what is added to one
+  float* scale;   // [rows], one over the root mean square
+  void* out;      // y, or the gradient of x
+};
+
+// out = act(gate) up, or its backward pass, where `grad_out` is not null.
+struct GatedJob {
+  const void* gate;
+  const void* up;
+  const void* grad_out;
+  int dtype;
+  int activation;
+  void* out;
+  void* grad_gate;
+  void* grad_up;
+};
+
+// Rotary embedding of tokens of `heads` times `size` elements, cos and sin [tokens, size].
+struct RotaryJob {
+  const void* x;
+  const void* cos;
+  const void* sin;
+  int64_t heads, size;
+  int dtype;
+  bool backward;
+  void* out;
+};
+
 // Does the groups of 256 absmax [first, last). One in 64 of the work at most, so every set shares it.
 void quantize_absmax(const AbsmaxJob& job, int64_t first, int64_t last);
 
-// `quantize` and `dequantize` do the blocks [first, last), whose bytes no other call touches;
-// `multiply` does all of a product, on several threads.
+// `quantize` and `dequantize` do the blocks [first, last), `norm` rows, `gated` elements and `rotary`
+// tokens, whose bytes no other call touches; `multiply` does all of a product, on several threads.
 struct Isa {
   const char* name;
   void (*quantize)(const QuantizeJob& job, int64_t first, int64_t last);
   void (*dequantize)(const DequantizeJob& job, int64_t first, int64_t last);
   void (*multiply)(const Product& product);
   void (*softmax_backward)(const SoftmaxJob& job);
+  void (*norm)(const NormJob& job, int64_t first, int64_t last);
+  void (*gated)(const GatedJob& job, int64_t first, int64_t last);
+  void (*rotary)(const RotaryJob& job, int64_t first, int64_t last);
 };
 
 extern const Isa scalar_isa;

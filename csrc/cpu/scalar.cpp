@@ -1,6 +1,7 @@
 // The kernels without vector instructions: the baseline, and what others call for a short block.
 #include "../kernels.h"
 #include "../nf4.h"
+#include "elementwise.h"
 #include "isa.h"
 #include "products.h"
 #include "softmax.h"
@@ -108,6 +109,7 @@ void quantize_absmax(const AbsmaxJob& job, int64_t first, int64_t last) {
   }
 }
 
-const Isa scalar_isa = {"scalar", quantize, dequantize, multiply_scalar, softmax_backward};
+const Isa scalar_isa = {"scalar",         quantize, dequantize, multiply_scalar,
+                        softmax_backward, norm,     gated,      rotary};
 
 }  // namespace tunesmith

@@ -2,56 +2,11 @@
 // the file that includes this.
 #pragma once
 
-#include <cstring>
-
-#include "../nf4.h"
 #include "isa.h"
+#include "values.h"
 
 namespace tunesmith {
 namespace {
-
-// e to the power of x, within 2 units in the last place from -87 to 88 and held at either end of that;
-// NaN stays NaN. The polynomial is the Taylor series on [-ln 2 / 2, ln 2 / 2].
-inline float exp_of(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  x = x > 88.0f ? 88.0f : x;
-  constexpr float kLog2E = 1.44269504f, kRound = 12582912.0f;  // 1.5 * 2^23
-  const float rounded = x * kLog2E + kRound;
-  const float n = rounded - kRound;
-  const float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
-  float sum = 1.0f / 5040.0f;
-  sum = sum * r + 1.0f / 720.0f;
-  sum = sum * r + 1.0f / 120.0f;
-  sum = sum * r + 1.0f / 24.0f;
-  sum = sum * r + 1.0f / 6.0f;
-  sum = sum * r + 0.5f;
-  sum = sum * r + 1.0f;
-  sum = sum * r + 1.0f;
-  uint32_t bits;
-  std::memcpy(&bits, &rounded, sizeof bits);
-  bits = (bits + 127u) << 23;  // the low bits of `rounded` are n
-  float power;
-  std::memcpy(&power, &bits, sizeof power);
-  return sum * power;
-}
-
-struct AsFloat {
-  using Storage = float;
-  static float of(float value) { return value; }
-};
-struct AsBFloat16 {
-  using Storage = uint16_t;
-  // float_to_bfloat16 without a branch; the sums' NaN has the bits that stay NaN
-  static uint16_t of(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return uint16_t((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16);
-  }
-};
-struct AsFloat16 {
-  using Storage = uint16_t;
-  static uint16_t of(float value) { return float_to_float16(value); }
-};
 
 template <typename As>
 void softmax_backward_as(const SoftmaxJob& job) {
@@ -74,11 +29,7 @@ void softmax_backward_as(const SoftmaxJob& job) {
 }
 
 void softmax_backward(const SoftmaxJob& job) {
-  switch (job.dtype) {
-    case TUNESMITH_FLOAT16: return softmax_backward_as<AsFloat16>(job);
-    case TUNESMITH_BFLOAT16: return softmax_backward_as<AsBFloat16>(job);
-    default: softmax_backward_as<AsFloat>(job);
-  }
+  as_kept(job.dtype, [&](auto as) { softmax_backward_as<decltype(as)>(job); });
 }
 
 }  // namespace

@@ -11,6 +11,8 @@ FLOAT16: int
 BFLOAT16: int
 NF4: int
 FP4: int
+SILU: int
+GELU_TANH: int
 
 def quantize_4bit(
     weight: int,
@@ -108,6 +110,60 @@ def attention_backward(
 
     `runs` is int64 [run_count, 6]: row, start, stop, first key, last key, whether causal.
     """
+
+def rms_norm(
+    x: int,
+    weight: int,
+    dtype: int,
+    rows: int,
+    columns: int,
+    eps: float,
+    from_one: bool,
+    y: int,
+    scale: int,
+) -> None:
+    """Write y [rows, columns] and fp32 scale [rows]. On the CPU, as all up to `rotary`."""
+
+def rms_norm_backward(
+    grad_y: int,
+    x: int,
+    weight: int,
+    scale: int,
+    dtype: int,
+    rows: int,
+    columns: int,
+    from_one: bool,
+    grad_x: int,
+) -> None:
+    """Write grad_x [rows, columns]."""
+
+def gated(gate: int, up: int, dtype: int, numel: int, activation: int, y: int) -> None:
+    """Write y [numel]; the activation is SILU or GELU_TANH."""
+
+def gated_backward(
+    grad_y: int,
+    gate: int,
+    up: int,
+    dtype: int,
+    numel: int,
+    activation: int,
+    grad_gate: int,
+    grad_up: int,
+) -> None:
+    """Write the gradients of both factors, [numel]."""
+
+def rotary(
+    x: int,
+    cos: int,
+    sin: int,
+    dtype: int,
+    tokens: int,
+    heads: int,
+    size: int,
+    backward: bool,
+    out: int,
+) -> None:
+    """Write out [tokens, heads, size] for cos and sin [tokens, size]."""
 
 def linear_small(layer: Linear, x: int, s: int, y: int, stream: int | None) -> None:
     """Do what `linear` does on CUDA, for a 4-bit weight, no mask and few tokens."""

@@ -118,6 +118,7 @@ class Verbs:
         gradient_checkpointing: bool = False,
         chunked_loss: bool = True,
         varlen_attention: bool = True,
+        fused_layers: bool = True,
         optimizer: str = "auto",
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
@@ -158,6 +159,9 @@ class Verbs:
         varlen_attention: Attend to each sample of a batch on its own, not to a whole row under a
             mask: on the CPU, and where the model takes its attention from transformers' registry.
             The numbers are the same.
+        fused_layers: Run norms, gated feed-forward blocks and rotary embeddings in one pass each:
+            on the CPU, and where the model's own do the same. Less time and memory; the numbers are
+            the same.
         optimizer: auto takes AdamW as torch has it; the 8-bit ones come from bitsandbytes.
         weight_decay: AdamW's decoupled weight decay; 0 as QLoRA and Alpaca.
         max_grad_norm: Gradients are scaled down to this norm; 1.0 is transformers' default, QLoRA
@@ -196,6 +200,7 @@ class Verbs:
         gradient_checkpointing: bool = False,
         chunked_loss: bool = True,
         varlen_attention: bool = True,
+        fused_layers: bool = True,
         optimizer: str = "auto",
         weight_decay: float = 0.0,
         seed: int | None = None,
@@ -235,6 +240,9 @@ class Verbs:
         varlen_attention: Attend to each sample of a batch on its own, not to a whole row under a
             mask: on the CPU, and where the model takes its attention from transformers' registry.
             The numbers are the same.
+        fused_layers: Run norms, gated feed-forward blocks and rotary embeddings in one pass each:
+            on the CPU, and where the model's own do the same. Less time and memory; the numbers are
+            the same.
         optimizer: auto takes AdamW as torch has it; the 8-bit ones come from bitsandbytes.
         weight_decay: AdamW's decoupled weight decay; 0 as QLoRA and Alpaca.
         seed: Seed of shuffling and dropout; unset takes the recipe's.

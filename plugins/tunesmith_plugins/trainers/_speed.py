@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tunesmith.plugin.session import Session
     from tunesmith.plugin.trainers import TrainerConfig
 
-__all__ = ["attend_by_sample", "headless_model"]
+__all__ = ["headless_model", "prepare"]
 
 
 def headless_model(
@@ -40,18 +40,35 @@ def headless_model(
     return found
 
 
-def attend_by_sample(session: Session, config: TrainerConfig) -> None:
-    """Let the model attend to each sample of a batch on its own, if it can; log which it is."""
-    from tunesmith.nn import varlen_attention
+def prepare(session: Session, config: TrainerConfig) -> None:
+    """Let the model's attention and its layers between the products run faster; log which do."""
+    from tunesmith.nn import fused_layers, varlen_attention
 
     log = logging.getLogger("tunesmith")
+    elsewhere = None if session.device.type == "cpu" else f"on {session.device.type}"
     if not config.varlen_attention:
         why: str | None = "varlen_attention is off"
-    elif session.device.type != "cpu":
-        why = f"on {session.device.type} attention is torch's"
+    elif elsewhere is not None:
+        why = f"{elsewhere} attention is torch's"
     else:
         why = varlen_attention.use(session.model)
     if why is not None:
         log.info("attention: as the model has it (%s)", why)
     else:
         log.info("attention: sample by sample, with its own backward pass")
+
+    if not config.fused_layers:
+        fused: dict[str, int] | str = "fused_layers is off"
+    elif elsewhere is not None:
+        fused = f"{elsewhere} they are the model's"
+    else:
+        fused = fused_layers.use(session.model)
+    if isinstance(fused, str):
+        log.info("norms, gated blocks, rotary embedding: as the model has them (%s)", fused)
+    else:
+        log.info(
+            "in one pass each: %d norms, %d gated blocks, rotary embedding of %d model files",
+            fused["norms"],
+            fused["gated"],
+            fused["rotary"],
+        )

@@ -20,7 +20,7 @@ from tunesmith.plugin.trainers import (
     reading,
     training_arguments,
 )
-from tunesmith_plugins.trainers._speed import attend_by_sample, headless_model
+from tunesmith_plugins.trainers._speed import headless_model, prepare
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +67,7 @@ class DPO(Trainer[DPOConfig]):
                 f"dpo: none of {len(data.train)} pairs fits max_length={self.config.max_length} "
                 "with an answer token left; raise max_length, or see the list of dropped rows"
             )
-        attend_by_sample(session, self.config)
+        prepare(session, self.config)
         arguments = training_arguments(self, session, data, directory, label_names=["labels"])
         trainer = _trainer_class()(
             headless=headless_model(session, self.config, arguments),

@@ -16,7 +16,7 @@ from tunesmith.plugin.trainers import (
     reading,
     training_arguments,
 )
-from tunesmith_plugins.trainers._speed import attend_by_sample, headless_model
+from tunesmith_plugins.trainers._speed import headless_model, prepare
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -75,7 +75,7 @@ class SFT(Trainer[SFTConfig]):
                 f"{config.max_length}; raise max_length, or see the list of dropped rows"
             )
         model = session.model
-        attend_by_sample(session, config)
+        prepare(session, config)
         pad = padding_id(session.tokenizer)
         collator: Any = PaddingCollator(pad)
         train_rows: list[Any] = train

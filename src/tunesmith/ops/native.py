@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from tunesmith.ops import attention, reference, schema
+from tunesmith.ops import attention, elementwise, reference, schema
 from tunesmith.ops.machine import cpu_flags, cpu_multiplies_bf16
 from tunesmith.ops.reference import mean_absmax, no_autocast
 from tunesmith.ops.schema import NESTED_BLOCKSIZE, count_blocks
@@ -38,7 +38,7 @@ else:
         _why_not = f"not built: {error}"
 
 
-# the numbers by which the kernels know dtypes and 4-bit types
+# the numbers by which the kernels know dtypes, 4-bit types and activations
 _CODES: dict[torch.dtype | str, int] = {}
 if not _why_not:
     _CODES = {
@@ -47,6 +47,8 @@ if not _why_not:
         torch.bfloat16: _native.BFLOAT16,
         "nf4": _native.NF4,
         "fp4": _native.FP4,
+        "silu": _native.SILU,
+        "gelu_tanh": _native.GELU_TANH,
     }
 
 
@@ -355,6 +357,80 @@ def _attention_backward_cpu(
     return grad_q, grad_k, grad_v
 
 
+def _rms_norm_cpu(x: Tensor, weight: Tensor, eps: float, from_one: bool) -> tuple[Tensor, Tensor]:
+    elementwise.check_rms_norm(x, weight)
+    if x.dtype == torch.float64 or not x.numel():
+        return elementwise.reference_rms_norm(x, weight, eps, from_one)
+    x, weight = x.contiguous(), weight.contiguous()
+    columns = x.shape[-1]
+    rows = x.numel() // columns
+    y, scale = _empty_like(x), x.new_empty(rows, dtype=torch.float32)
+    _native.rms_norm(
+        x.data_ptr(), weight.data_ptr(), _CODES[x.dtype], rows, columns, eps, from_one,
+        y.data_ptr(), scale.data_ptr(),
+    )  # fmt: skip
+    return y, scale
+
+
+def _rms_norm_backward_cpu(
+    grad_y: Tensor, x: Tensor, weight: Tensor, scale: Tensor, from_one: bool
+) -> Tensor:
+    elementwise.check_rms_norm(x, weight, grad_y)
+    if x.dtype == torch.float64 or not x.numel():
+        return elementwise.reference_rms_norm_backward(grad_y, x, weight, scale, from_one)
+    grad_y, x, weight = grad_y.contiguous(), x.contiguous(), weight.contiguous()
+    columns = x.shape[-1]
+    grad_x = _empty_like(x)
+    _native.rms_norm_backward(
+        grad_y.data_ptr(), x.data_ptr(), weight.data_ptr(), scale.data_ptr(), _CODES[x.dtype],
+        x.numel() // columns, columns, from_one, grad_x.data_ptr(),
+    )  # fmt: skip
+    return grad_x
+
+
+def _gated_cpu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    elementwise.check_gated(gate, up, activation)
+    if gate.dtype == torch.float64:
+        return elementwise.reference_gated(gate, up, activation)
+    gate, up = gate.contiguous(), up.contiguous()
+    y = _empty_like(gate)
+    _native.gated(
+        gate.data_ptr(), up.data_ptr(), _CODES[gate.dtype], gate.numel(), _CODES[activation],
+        y.data_ptr(),
+    )  # fmt: skip
+    return y
+
+
+def _gated_backward_cpu(
+    grad_y: Tensor, gate: Tensor, up: Tensor, activation: str
+) -> tuple[Tensor, Tensor]:
+    elementwise.check_gated(gate, up, activation, grad_y)
+    if gate.dtype == torch.float64:
+        return elementwise.reference_gated_backward(grad_y, gate, up, activation)
+    grad_y, gate, up = grad_y.contiguous(), gate.contiguous(), up.contiguous()
+    grad_gate, grad_up = _empty_like(gate), _empty_like(up)
+    _native.gated_backward(
+        grad_y.data_ptr(), gate.data_ptr(), up.data_ptr(), _CODES[gate.dtype], gate.numel(),
+        _CODES[activation], grad_gate.data_ptr(), grad_up.data_ptr(),
+    )  # fmt: skip
+    return grad_gate, grad_up
+
+
+def _rotary_cpu(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
+    elementwise.check_rotary(x, cos, sin)
+    if x.dtype == torch.float64:
+        return elementwise.reference_rotary(x, cos, sin, backward)
+    rows, tokens, heads, size = x.shape
+    x = x.contiguous()
+    cos, sin = (t.expand(rows, -1, -1).contiguous() for t in (cos, sin))
+    out = _empty_like(x)
+    _native.rotary(
+        x.data_ptr(), cos.data_ptr(), sin.data_ptr(), _CODES[x.dtype], rows * tokens, heads, size,
+        backward, out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
 def _linear_cuda(
     x: Tensor,
     weight: Tensor,
@@ -499,6 +575,10 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return from_dlpack(_native.empty(nbytes)).view(dtype).view(shape)
 
 
+def _empty_like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
 def _compact(tensor: Tensor | None) -> Tensor | None:
     """Return the tensor in row-major order without gaps."""
     return None if tensor is None else tensor.contiguous()
@@ -541,6 +621,11 @@ else:
     torch.library.impl("tunesmith::linear", "cpu", _linear_cpu)
     torch.library.impl("tunesmith::linear_backward", "cpu", _linear_backward_cpu)
     torch.library.impl("tunesmith::attention_backward", "cpu", _attention_backward_cpu)
+    torch.library.impl("tunesmith::rms_norm", "cpu", _rms_norm_cpu)
+    torch.library.impl("tunesmith::rms_norm_backward", "cpu", _rms_norm_backward_cpu)
+    torch.library.impl("tunesmith::gated", "cpu", _gated_cpu)
+    torch.library.impl("tunesmith::gated_backward", "cpu", _gated_backward_cpu)
+    torch.library.impl("tunesmith::rotary", "cpu", _rotary_cpu)
     if _native.has_cuda():
         _bind("cuda")
         torch.library.impl("tunesmith::linear", "cuda", _linear_cuda)

@@ -29,6 +29,7 @@ __all__ = [
     "check_packed",
     "check_weight",
     "count_blocks",
+    "differentiable",
     "s_dtype",
     "sum_dtype",
     "word",
@@ -279,7 +280,7 @@ def _below_autograd(op: Any, args: tuple[Any, ...]) -> Any:
         return op(*args)
 
 
-def _differentiable(op: Any, function: type[torch.autograd.Function]) -> Callable[..., Any]:
+def differentiable(op: Any, function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """Return what autograd calls for an op: the function where a gradient is wanted, else the op.
 
     torch.library.register_autograd does the same at three times the time of a call.
@@ -297,7 +298,7 @@ def _differentiable(op: Any, function: type[torch.autograd.Function]) -> Callabl
 
 for _op, _function in (("linear", _Linear), ("linear_backward", _LinearBackward)):
     _overload = getattr(torch.ops.tunesmith, _op).default
-    torch.library.impl(f"tunesmith::{_op}", "Autograd", _differentiable(_overload, _function))
+    torch.library.impl(f"tunesmith::{_op}", "Autograd", differentiable(_overload, _function))
 
 
 def check_weight(weight: Tensor, blocksize: int, quant_type: str, name: str) -> None:
