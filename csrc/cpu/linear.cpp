@@ -46,23 +46,36 @@ struct Parts {
 
   Matrix lora_a() const { return plain(linear.lora_a, linear.adapter_dtype, in()); }
   Matrix lora_b() const { return plain(linear.lora_b, linear.adapter_dtype, rank()); }
-};
 
-Product product_of(Matrix left, Matrix right, void* out, int out_type, int64_t rows,
-                   int64_t columns) {
-  Product product = {};
-  product.left = left;
-  product.right = right;
-  product.alpha = 1.0f;
-  product.alpha2 = 1.0f;
-  product.out = out;
-  product.out_type = out_type;
-  product.rows = rows;
-  product.columns = columns;
-  product.row_stride = columns;
-  product.column_stride = 1;
-  return product;
-}
+  Product product_of(Matrix left, Matrix right, void* out, int out_type, int64_t rows,
+                     int64_t columns) const {
+    Product product = {};
+    product.left = left;
+    product.right = right;
+    product.alpha = 1.0f;
+    product.alpha2 = 1.0f;
+    product.out = out;
+    product.out_type = out_type;
+    product.rows = rows;
+    product.columns = columns;
+    product.row_stride = columns;
+    product.column_stride = 1;
+    // where x is bf16 the adapter may be rounded to it, as it is under PyTorch's autocast
+    product.exact = linear.dtype != TUNESMITH_BFLOAT16;
+    return product;
+  }
+
+  // Does out [tokens, rank] = alpha x smallᵀ for a small [rank, P]. The small factor is what is brought
+  // into panels as a whole; x, the large one, is read once, some tokens at a time.
+  void project(const Matrix& x, const Matrix& small, float alpha, float* out) const {
+    Product product = product_of(small, x, out, TUNESMITH_FLOAT32, rank(), tokens());
+    product.transposed = true;
+    product.row_stride = 1;
+    product.column_stride = rank();
+    product.alpha = alpha;
+    multiply(product);
+  }
+};
 
 // [rows, columns] of any plain type to [columns, rows] fp32.
 void transpose(const void* from, int type, int64_t rows, int64_t columns, float* to) {
@@ -90,19 +103,6 @@ Matrix transposed_b(const Parts& parts, float* to) {
   return plain(to, TUNESMITH_FLOAT32, parts.out());
 }
 
-// Does out [tokens, rank] = alpha x smallᵀ for a small [rank, P]. The small factor is what is brought
-// into panels as a whole; x, the large one, is read once, some tokens at a time.
-void project(const Matrix& x, int64_t tokens, const Matrix& small, int64_t rank, float alpha,
-             float* out) {
-  Product product = product_of(small, x, out, TUNESMITH_FLOAT32, rank, tokens);
-  product.transposed = true;
-  product.row_stride = 1;
-  product.column_stride = rank;
-  product.alpha = alpha;
-  product.exact = true;
-  multiply(product);
-}
-
 }  // namespace
 }  // namespace tunesmith
 
@@ -112,22 +112,11 @@ void tunesmith_linear_cpu(const tunesmith_linear* linear, const void* x, float* 
                           bool accumulate) {
   const Parts parts = {*linear};
   const int64_t tokens = parts.tokens(), rank = parts.rank();
-  if (rank > 0) project(parts.dropped(x), tokens, parts.lora_a(), rank, 1.0f, s);
-  if (linear->weight == nullptr && rank > 0) {
-    Scratch lora_b(sizeof(float) * parts.out() * rank);
-    const Matrix nothing = plain(nullptr, linear->dtype, 0);
-    Product product = product_of(nothing, nothing, y, linear->dtype, tokens, parts.out());
-    product.bias = linear->bias;
-    product.left2 = plain(s, TUNESMITH_FLOAT32, rank);
-    product.right2 = transposed_b(parts, lora_b.as<float>());
-    product.alpha2 = linear->scaling;
-    product.accumulate = accumulate;
-    return multiply(product);
-  }
+  if (rank > 0) parts.project(parts.dropped(x), parts.lora_a(), 1.0f, s);
   Matrix input = plain(x, linear->dtype, parts.in());
   Matrix weight = parts.weight();
   if (linear->weight == nullptr) input.columns = weight.columns = 0;
-  Product product = product_of(input, weight, y, linear->dtype, tokens, parts.out());
+  Product product = parts.product_of(input, weight, y, linear->dtype, tokens, parts.out());
   product.transposed = true;
   product.bias = linear->bias;
   product.accumulate = accumulate;
@@ -149,14 +138,14 @@ void tunesmith_linear_backward_cpu(const tunesmith_linear* linear, const void* x
   Scratch grad_s(sizeof(float) * tokens * rank);
   if (rank > 0 && (grad_x != nullptr || grad_a != nullptr)) {
     Scratch lora_b(sizeof(float) * parts.out() * rank);
-    project(grad_out, tokens, transposed_b(parts, lora_b.as<float>()), rank, linear->scaling,
-            grad_s.as<float>());
+    parts.project(grad_out, transposed_b(parts, lora_b.as<float>()), linear->scaling,
+                  grad_s.as<float>());
   }
   if (grad_x != nullptr) {
     Matrix left = grad_out;
     if (linear->weight == nullptr) left.columns = 0;
     Product product =
-        product_of(left, parts.weight(), grad_x, linear->dtype, tokens, parts.in());
+        parts.product_of(left, parts.weight(), grad_x, linear->dtype, tokens, parts.in());
     product.accumulate = accumulate;
     if (rank > 0) {
       product.left2 = plain(grad_s.as<float>(), TUNESMITH_FLOAT32, rank);
@@ -172,19 +161,17 @@ void tunesmith_linear_backward_cpu(const tunesmith_linear* linear, const void* x
   if (grad_a != nullptr) {
     transpose(grad_s.as<float>(), TUNESMITH_FLOAT32, tokens, rank, transposed.as<float>());
     Product product =
-        product_of(left, parts.dropped(x), grad_a, linear->adapter_dtype, rank, parts.in());
-    product.exact = true;
+        parts.product_of(left, parts.dropped(x), grad_a, linear->adapter_dtype, rank, parts.in());
     multiply(product);
   }
   if (grad_b != nullptr) {
     transpose(s, TUNESMITH_FLOAT32, tokens, rank, transposed.as<float>());
     // rank rows are few: it is the transpose of grad_b that comes out, and is written as grad_b
     Product product =
-        product_of(left, grad_out, grad_b, linear->adapter_dtype, rank, parts.out());
+        parts.product_of(left, grad_out, grad_b, linear->adapter_dtype, rank, parts.out());
     product.row_stride = 1;
     product.column_stride = rank;
     product.alpha = linear->scaling;
-    product.exact = true;
     multiply(product);
   }
 }

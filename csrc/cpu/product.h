@@ -10,7 +10,8 @@
 //   otherwise     sums[m][n] += left[m][p] * right[p][n]   left gives the rows, right the panels
 //
 // Rows are [row][kRowStride] with p running; a panel is [p][width] with the lanes running. An
-// arithmetic that multiplies pairs (kPair = 2) has two p side by side in each place.
+// arithmetic that multiplies pairs (kPair = 2) has two p side by side in each place. Where the depth is
+// no multiple of kUnit, which an arithmetic multiplies at once, both are filled up with zeros.
 #pragma once
 
 #include <algorithm>
@@ -222,6 +223,7 @@ struct Fp32Arithmetic {
   using Vectors = Simd;
   using From = Source<Simd>;
   static constexpr int kPair = 1;
+  static constexpr int kUnit = 1;
   static constexpr int kLanes = Simd::kLanes;
   static constexpr int kTileRows = Simd::kTileRows;
   static constexpr int kDepth = Simd::kDepth;
@@ -303,6 +305,13 @@ struct Fp32Arithmetic {
     for (int r = 0; r < R; ++r) {
       for (int v = 0; v < Count; ++v) Simd::store(sums + (r * Count + v) * kLanes, total[r][v]);
     }
+  }
+
+  // The same, but nothing is there to add to.
+  template <int R, int Count>
+  static void fresh_tile(int64_t depth, const float* rows, const float* panel, float* sums) {
+    std::fill(sums, sums + R * Count * kLanes, 0.0f);
+    tile<R, Count>(depth, rows, panel, sums);
   }
 };
 
@@ -391,35 +400,31 @@ inline int64_t grid_grain(const Grid& grid, int64_t depth) {
   return divide_up(kGrain, work);
 }
 
-// Writes one finished sum.
+// Writes finished sums, times a factor.
 struct Output {
   const Product& product;
+  float factor = 1.0f;
 
   void operator()(int64_t m, int64_t n, float sum) const {
     const int64_t at = m * product.row_stride + n * product.column_stride;
+    sum *= factor;
     if (product.bias != nullptr) sum += load_as_float(product.bias, product.out_type, n);
     if (product.accumulate) sum += load_as_float(product.out, product.out_type, at);
     store_float(product.out, product.out_type, at, sum);
   }
 
-  // The same for columns [n, n + count) of one row.
+  // The same for columns [n, n + columns) of rows [m, m + count), whose sums are `stride` apart.
   template <typename Simd>
-  void row(int64_t m, int64_t n, int64_t count, const float* sums) const {
-    int64_t i = 0;
-    if (product.column_stride == 1) {
-      const int64_t at = m * product.row_stride + n;
-      for (; i + Simd::kLanes <= count; i += Simd::kLanes) {
-        auto values = Simd::load(sums + i);
-        if (product.bias != nullptr) {
-          values = Simd::add(values, Simd::load(product.bias, product.out_type, n + i));
-        }
-        if (product.accumulate) {
-          values = Simd::add(values, Simd::load(product.out, product.out_type, at + i));
-        }
-        Simd::store(product.out, product.out_type, at + i, values);
-      }
+  void rows(int64_t m, int64_t count, int64_t n, int64_t columns, const float* sums,
+            int64_t stride) const {
+    const auto write = [&](auto type) {
+      rows_of<Simd, decltype(type)::value>(m, count, n, columns, sums, stride);
+    };
+    switch (product.out_type) {
+      case TUNESMITH_FLOAT16: return write(std::integral_constant<int, TUNESMITH_FLOAT16>());
+      case TUNESMITH_BFLOAT16: return write(std::integral_constant<int, TUNESMITH_BFLOAT16>());
+      default: return write(std::integral_constant<int, TUNESMITH_FLOAT32>());
     }
-    for (; i < count; ++i) (*this)(m, n + i, sums[i]);
   }
 
   // Whether rows [m, m + count) of a column lie side by side, for `column` to write them.
@@ -430,13 +435,42 @@ struct Output {
     const int64_t at = m + n * product.column_stride;
     int64_t i = 0;
     for (; i + Simd::kLanes <= count; i += Simd::kLanes) {
-      auto values = Simd::load(sums + i);
+      auto values = Simd::mul(Simd::load(sums + i), Simd::set(factor));
       if (product.accumulate) {
         values = Simd::add(values, Simd::load(product.out, product.out_type, at + i));
       }
       Simd::store(product.out, product.out_type, at + i, values);
     }
     for (; i < count; ++i) (*this)(m + i, n, sums[i]);
+  }
+
+ private:
+  template <typename Simd, int kType>
+  void rows_of(int64_t m, int64_t count, int64_t n, int64_t columns, const float* sums,
+               int64_t stride) const {
+    // copies, for all a compiler knows is that what is written may be the product itself
+    const bool accumulate = product.accumulate;
+    const int64_t row_stride = product.row_stride, column_stride = product.column_stride;
+    const void* const bias = product.bias;
+    void* const out = product.out;
+    const float scale = factor;
+    int64_t first = m * row_stride + n * column_stride;
+    for (int64_t r = 0; r < count; ++r, first += row_stride, sums += stride) {
+      int64_t i = 0;
+      for (; i + Simd::kLanes <= columns && column_stride == 1; i += Simd::kLanes) {
+        auto values = Simd::mul(Simd::load(sums + i), Simd::set(scale));
+        if (bias != nullptr) values = Simd::add(values, Simd::load(bias, kType, n + i));
+        if (accumulate) values = Simd::add(values, Simd::load(out, kType, first + i));
+        Simd::store(out, kType, first + i, values);
+      }
+      for (; i < columns; ++i) {
+        const int64_t at = first + i * column_stride;
+        float sum = sums[i] * scale;
+        if (bias != nullptr) sum += load_as_float(bias, kType, n + i);
+        if (accumulate) sum += load_as_float(out, kType, at);
+        store_float(out, kType, at, sum);
+      }
+    }
   }
 };
 
@@ -448,22 +482,94 @@ void scale_sums(float* sums, int64_t count, float factor) {
   }
 }
 
+// Drops some sums of one row.
+template <typename Simd>
+void keep_sums(float* sums, int64_t count, const uint8_t* keep, float keep_scale) {
+  int64_t i = 0;
+  for (; i + Simd::kLanes <= count; i += Simd::kLanes) {
+    Simd::store(sums + i, Simd::kept(Simd::load(sums + i), keep + i, keep_scale));
+  }
+  for (; i < count; ++i) sums[i] = keep[i] ? sums[i] * keep_scale : 0.0f;
+}
+
+// Whether left2 right2 is all there is, and so shallow that it is done at once.
+template <typename A>
+bool is_low_rank(const Product& product) {
+  const int64_t rank = product.left2.columns;
+  return product.left.columns == 0 && rank > 0 && rank <= A::kDepth;
+}
+
+// Does such a product. The output, read and written once, is most of the work: whole rows of it are done
+// one after the other.
+template <typename A>
+void multiply_low_rank(const Product& product) {
+  using Element = typename A::Element;
+  using Simd = typename A::Vectors;
+  constexpr int kRows = A::kTileRows;
+  constexpr int64_t kWidth = 2 * A::kLanes;
+  const int64_t rank = product.left2.columns, padded_rank = round_up(rank, A::kUnit);
+  const int64_t panels = divide_up(product.columns, kWidth);
+  const typename A::From from_left2(product.left2), from_right2(product.right2);
+  Scratch right(sizeof(Element) * panels * kWidth * padded_rank);
+  parallel_for(panels, divide_up(kGrain / 4, kWidth * rank), [&](int64_t first, int64_t last) {
+    for (int64_t panel = first; panel < last; ++panel) {
+      const int64_t n = panel * kWidth, columns = std::min(kWidth, product.columns - n);
+      Element* const to = right.as<Element>() + n * padded_rank;
+      if (product.transposed) {
+        A::panel_of_rows(from_right2, n, columns, kWidth, to);
+      } else {
+        A::panels(from_right2, 0, rank, n, columns, kWidth * padded_rank, to);
+      }
+    }
+  });
+  const Output output = {product, product.keep == nullptr ? product.alpha2 : 1.0f};
+  const int64_t groups = divide_up(product.rows, kRows);
+  const int64_t grain = divide_up(kGrain, kRows * rank * product.columns);
+  parallel_for(groups, grain, [&](int64_t first, int64_t last) {
+    [[maybe_unused]] const typename A::Session session = {};
+    Scratch left(sizeof(Element) * kRows * A::kRowStride);
+    std::fill(left.as<Element>(), left.as<Element>() + kRows * A::kRowStride, Element(0));
+    // two, so that the next sums are begun before these are written
+    alignas(64) float sums[2][kRows * kWidth];
+    for (int64_t group = first; group < last; ++group) {
+      const int64_t m = group * kRows, rows = std::min<int64_t>(kRows, product.rows - m);
+      A::rows(from_left2, m, rows, 0, rank, left.as<Element>());
+      for (int64_t panel = 0; panel <= panels; ++panel) {
+        if (panel < panels) {
+          A::template fresh_tile<kRows, 2>(padded_rank / A::kPair, left.as<Element>(),
+                                           right.as<Element>() + panel * kWidth * padded_rank,
+                                           sums[panel % 2]);
+        }
+        if (panel == 0) continue;
+        float* const done = sums[(panel - 1) % 2];
+        const int64_t n = (panel - 1) * kWidth, columns = std::min(kWidth, product.columns - n);
+        for (int64_t r = 0; r < rows && product.keep != nullptr; ++r) {
+          scale_sums<Simd>(done + r * kWidth, kWidth, product.alpha2);
+          keep_sums<Simd>(done + r * kWidth, columns,
+                          product.keep + (m + r) * product.columns + n, product.keep_scale);
+        }
+        output.template rows<Simd>(m, rows, n, columns, done, kWidth);
+      }
+    }
+  });
+}
+
 // right is [N, P]: it gives the rows, left the panels.
 template <typename A>
 void multiply_transposed(const Product& product) {
+  if (is_low_rank<A>(product)) return multiply_low_rank<A>(product);
   using Element = typename A::Element;
   using Simd = typename A::Vectors;
-  using Exact = Fp32Arithmetic<Simd>;
   constexpr int64_t kWidth = Panels<A>::kWidth;
   const int64_t depth = product.left.columns;
   const int64_t rank = product.left2.columns;
   const Panels<A> tokens = {product.rows};
   typename A::From from_left(product.left), from_right(product.right);
   A::agree(from_left, from_right);
-  const Source<Simd> from_left2(product.left2), from_right2(product.right2);
-  const int64_t padded_depth = round_up(depth, A::kPair);
+  const typename A::From from_left2(product.left2), from_right2(product.right2);
+  const int64_t padded_depth = round_up(depth, A::kUnit), padded_rank = round_up(rank, A::kUnit);
   Scratch left(sizeof(Element) * tokens.panels() * kWidth * padded_depth);
-  Scratch left2(sizeof(float) * tokens.panels() * kWidth * rank);
+  Scratch left2(sizeof(Element) * tokens.panels() * kWidth * padded_rank);
   parallel_for(tokens.panels(), divide_up(kGrain / 4, kWidth * std::max<int64_t>(depth, 1)),
                [&](int64_t first, int64_t last) {
                  for (int64_t i = first; i < last; ++i) {
@@ -471,9 +577,8 @@ void multiply_transposed(const Product& product) {
                    A::panel_of_rows(from_left, m, used, width,
                                     left.as<Element>() + m * padded_depth);
                    if (rank > 0) {
-                     float* low_rank = left2.as<float>() + m * rank;
-                     Exact::panel_of_rows(from_left2, m, used, width, low_rank);
-                     scale_sums<Simd>(low_rank, width * rank, product.alpha2);
+                     A::panel_of_rows(from_left2, m, used, width,
+                                      left2.as<Element>() + m * padded_rank);
                    }
                  }
                });
@@ -482,8 +587,8 @@ void multiply_transposed(const Product& product) {
                               round_up(kBlockRows, A::kTileRows));
   parallel_for(grid.count(), grid_grain(grid, depth + rank), [&](int64_t first, int64_t last) {
     [[maybe_unused]] const typename A::Session session = {};
-    Scratch block(grid.columns *
-                  std::max(sizeof(Element) * A::kRowStride, sizeof(float) * Exact::kRowStride));
+    // add_few_tokens takes room for a whole block however few rows there are
+    Scratch block(sizeof(Element) * std::max(grid.columns, kBlockRows) * A::kRowStride);
     Scratch sums_of_block(sizeof(float) * grid.columns * round_up(grid.tokens, kWidth));
     Scratch scales(sizeof(float) * Scales<Simd>::count(product.right, grid.columns));
     typename A::From rows_from = from_right;
@@ -498,30 +603,31 @@ void multiply_transposed(const Product& product) {
         return sums_of_block.as<float>() + (i - first_panel) * kWidth * grid.columns;
       };
       std::fill(sums_at(first_panel), sums_at(last_panel), 0.0f);
+      // left multiplies with right, left2 with right2
+      const auto add_block = [&](int64_t p, int64_t count, const Element* panels, int64_t padded) {
+        for (int64_t i = first_panel; i < last_panel; ++i) {
+          const int64_t width = tokens.width(i);
+          add_panel<A>(rows, round_up(count, A::kUnit) / A::kPair, width, block.as<Element>(),
+                       panels + i * kWidth * padded + p * width, sums_at(i));
+        }
+      };
+      // first, for only this part is scaled by alpha2; alpha is 1 where it is there
+      for (int64_t p = 0; p < rank; p += A::kDepth) {
+        const int64_t count = std::min<int64_t>(A::kDepth, rank - p);
+        A::rows(from_right2, n, rows, p, count, block.as<Element>());
+        add_block(p, count, left2.as<Element>(), padded_rank);
+      }
+      for (int64_t i = first_panel; i < last_panel; ++i) {
+        if (rank > 0) scale_sums<Simd>(sums_at(i), rows * tokens.width(i), product.alpha2);
+      }
       const bool done = A::add_few_tokens(rows_from, n, rows, tokens.count, left.as<Element>(),
                                           block.as<Element>(), sums_at(first_panel));
       for (int64_t p = 0; p < depth && !done; p += A::kDepth) {
         const int64_t count = std::min<int64_t>(A::kDepth, depth - p);
         A::rows(rows_from, n, rows, p, count, block.as<Element>());
-        for (int64_t i = first_panel; i < last_panel; ++i) {
-          const int64_t width = tokens.width(i);
-          add_panel<A>(rows, divide_up(count, A::kPair), width, block.as<Element>(),
-                       left.as<Element>() + i * kWidth * padded_depth + p * width, sums_at(i));
-        }
+        add_block(p, count, left.as<Element>(), padded_depth);
       }
-      for (int64_t i = first_panel; i < last_panel; ++i) {
-        scale_sums<Simd>(sums_at(i), rows * tokens.width(i), product.alpha);
-      }
-      for (int64_t p = 0; p < rank; p += Exact::kDepth) {
-        const int64_t count = std::min<int64_t>(Exact::kDepth, rank - p);
-        Exact::rows(from_right2, n, rows, p, count, block.as<float>());
-        for (int64_t i = first_panel; i < last_panel; ++i) {
-          const int64_t width = tokens.width(i);
-          add_panel<Exact>(rows, count, width, block.as<float>(),
-                           left2.as<float>() + i * kWidth * rank + p * width, sums_at(i));
-        }
-      }
-      const Output output = {product};
+      const Output output = {product, rank == 0 ? product.alpha : 1.0f};
       alignas(64) float row[kBlockRows + A::kTileRows];
       for (int64_t i = first_panel; i < last_panel; ++i) {
         const int64_t width = tokens.width(i);
@@ -534,48 +640,7 @@ void multiply_transposed(const Product& product) {
         for (int64_t lane = 0; lane < tokens.used(i); ++lane) {
           const float* sums = sums_at(i) + lane;
           for (int64_t r = 0; r < rows; ++r) row[r] = sums[r * width];
-          output.template row<Simd>(i * kWidth + lane, n, rows, row);
-        }
-      }
-    }
-  });
-}
-
-// Does a product of which left2 right2 is all there is. It is so shallow that the output, read and
-// written once, is most of the work: whole rows of it are done one after the other.
-template <typename Simd>
-void multiply_low_rank(const Product& product) {
-  using Exact = Fp32Arithmetic<Simd>;
-  constexpr int kRows = Simd::kTileRows;
-  constexpr int64_t kWidth = 2 * Simd::kLanes;
-  const int64_t rank = product.left2.columns, panels = divide_up(product.columns, kWidth);
-  const Source<Simd> from_left2(product.left2), from_right2(product.right2);
-  Scratch right(sizeof(float) * panels * kWidth * rank);
-  Exact::panels(from_right2, 0, rank, 0, product.columns, kWidth * rank, right.as<float>());
-  const Output output = {product};
-  const int64_t groups = divide_up(product.rows, kRows);
-  const int64_t grain = divide_up(kGrain, kRows * rank * product.columns);
-  parallel_for(groups, grain, [&](int64_t first, int64_t last) {
-    Scratch left(sizeof(float) * kRows * Exact::kRowStride);
-    alignas(64) float sums[kRows * kWidth];
-    for (int64_t group = first; group < last; ++group) {
-      const int64_t m = group * kRows, rows = std::min<int64_t>(kRows, product.rows - m);
-      std::fill(left.as<float>(), left.as<float>() + kRows * Exact::kRowStride, 0.0f);
-      Exact::rows(from_left2, m, rows, 0, rank, left.as<float>());
-      scale_sums<Simd>(left.as<float>(), rows * Exact::kRowStride, product.alpha2);
-      for (int64_t n = 0; n < product.columns; n += kWidth) {
-        std::fill(sums, sums + kRows * kWidth, 0.0f);
-        Exact::template tile<kRows, 2>(rank, left.as<float>(), right.as<float>() + n * rank, sums);
-        const int64_t columns = std::min(kWidth, product.columns - n);
-        for (int64_t r = 0; r < rows; ++r) {
-          float* const row = sums + r * kWidth;
-          if (product.keep != nullptr) {
-            const uint8_t* keep = product.keep + (m + r) * product.columns + n;
-            for (int64_t i = 0; i < columns; ++i) {
-              row[i] = keep[i] ? row[i] * product.keep_scale : 0.0f;
-            }
-          }
-          output.template row<Simd>(m + r, n, columns, row);
+          output.template rows<Simd>(i * kWidth + lane, 1, n, rows, row, rows);
         }
       }
     }
@@ -585,50 +650,40 @@ void multiply_low_rank(const Product& product) {
 // right is [P, N]: it gives the panels, left the rows.
 template <typename A>
 void multiply_plain(const Product& product) {
-  if (product.left.columns == 0 && product.left2.columns > 0 &&
-      product.left2.columns <= Fp32Arithmetic<typename A::Vectors>::kDepth) {
-    return multiply_low_rank<typename A::Vectors>(product);
-  }
+  if (is_low_rank<A>(product)) return multiply_low_rank<A>(product);
   using Element = typename A::Element;
   using Simd = typename A::Vectors;
-  using Exact = Fp32Arithmetic<Simd>;
   constexpr int64_t kWidth = Panels<A>::kWidth;
   const int64_t tokens = product.rows;
   const typename A::From from_left(product.left), from_right(product.right);
-  const Source<Simd> from_left2(product.left2), from_right2(product.right2);
+  const typename A::From from_left2(product.left2), from_right2(product.right2);
   const int64_t depth = product.left.columns;
   const int64_t rank = product.left2.columns;
-  const int64_t blocks = divide_up(depth, A::kDepth);
-  const int64_t blocks2 = divide_up(rank, Exact::kDepth);
+  const int64_t blocks = divide_up(depth, A::kDepth), blocks2 = divide_up(rank, A::kDepth);
   // [block of the depth][token][kRowStride]
   Scratch left(sizeof(Element) * blocks * tokens * A::kRowStride);
-  Scratch left2(sizeof(float) * blocks2 * tokens * Exact::kRowStride);
+  Scratch left2(sizeof(Element) * blocks2 * tokens * A::kRowStride);
   parallel_for(tokens, divide_up(kGrain / 4, std::max<int64_t>(depth, 1)),
                [&](int64_t first, int64_t last) {
-                 for (int64_t b = 0; b < blocks; ++b) {
-                   const int64_t p = b * A::kDepth;
-                   A::rows(from_left, first, last - first, p,
-                           std::min<int64_t>(A::kDepth, depth - p),
-                           left.as<Element>() + (b * tokens + first) * A::kRowStride);
-                 }
-                 for (int64_t b = 0; b < blocks2; ++b) {
-                   const int64_t p = b * Exact::kDepth;
-                   float* low_rank = left2.as<float>() + (b * tokens + first) * Exact::kRowStride;
-                   Exact::rows(from_left2, first, last - first, p,
-                               std::min<int64_t>(Exact::kDepth, rank - p), low_rank);
-                   scale_sums<Simd>(low_rank, (last - first) * Exact::kRowStride, product.alpha2);
-                 }
+                 const auto bring = [&](const auto& from, int64_t columns, Element* to) {
+                   for (int64_t p = 0; p < columns; p += A::kDepth) {
+                     A::rows(from, first, last - first, p,
+                             std::min<int64_t>(A::kDepth, columns - p),
+                             to + (p / A::kDepth * tokens + first) * A::kRowStride);
+                   }
+                 };
+                 bring(from_left, depth, left.as<Element>());
+                 bring(from_left2, rank, left2.as<Element>());
                });
 
   // wide, so that whole cache lines of codes are read, unless there are many tokens
   const int64_t fitting = kSums / std::min(kTokens, tokens) / kWidth * kWidth;
   const Grid grid = make_grid(tokens, product.columns, depth + rank, A::kTileRows, kWidth,
                               std::min(kBlockColumns, std::max(2 * kWidth, fitting)));
-  constexpr int64_t panel_stride = kWidth * A::kDepth;  // kDepth is a multiple of kPair
+  constexpr int64_t panel_stride = kWidth * A::kDepth;  // kDepth is a multiple of kUnit
   parallel_for(grid.count(), grid_grain(grid, depth + rank), [&](int64_t first, int64_t last) {
     [[maybe_unused]] const typename A::Session session = {};
-    Scratch block(grid.columns *
-                  std::max(sizeof(Element) * A::kDepth, sizeof(float) * Exact::kDepth));
+    Scratch block(sizeof(Element) * grid.columns * A::kDepth);
     Scratch sums_of_block(sizeof(float) * grid.columns * grid.tokens);
     for (int64_t task = first; task < last; ++task) {
       const int64_t n = task / grid.token_blocks * grid.columns;
@@ -640,45 +695,34 @@ void multiply_plain(const Product& product) {
         return sums_of_block.as<float>() + panel * kWidth * rows;
       };
       std::fill(sums_at(0), sums_at(panels), 0.0f);
-      // first, for only this part is masked
-      for (int64_t b = 0; b < blocks2; ++b) {
-        const int64_t p = b * Exact::kDepth;
-        const int64_t count = std::min<int64_t>(Exact::kDepth, rank - p);
-        Exact::panels(from_right2, p, count, n, columns, kWidth * Exact::kDepth,
-                      block.as<float>());
-        for (int64_t panel = 0; panel < panels; ++panel) {
-          add_panel<Exact>(rows, count, kWidth,
-                           left2.as<float>() + (b * tokens + token) * Exact::kRowStride,
-                           block.as<float>() + panel * kWidth * Exact::kDepth, sums_at(panel));
+      const auto add_blocks = [&](const auto& from, int64_t total, const Element* left_blocks) {
+        for (int64_t p = 0; p < total; p += A::kDepth) {
+          const int64_t count = std::min<int64_t>(A::kDepth, total - p);
+          A::panels(from, p, count, n, columns, panel_stride, block.as<Element>());
+          for (int64_t panel = 0; panel < panels; ++panel) {
+            add_panel<A>(rows, round_up(count, A::kUnit) / A::kPair, kWidth,
+                         left_blocks + (p / A::kDepth * tokens + token) * A::kRowStride,
+                         block.as<Element>() + panel * panel_stride, sums_at(panel));
+          }
         }
-      }
+      };
+      // first, for only this part is scaled by alpha2 and masked; alpha is 1 where it is there
+      add_blocks(from_right2, rank, left2.as<Element>());
+      if (rank > 0) scale_sums<Simd>(sums_at(0), panels * kWidth * rows, product.alpha2);
       if (rank > 0 && product.keep != nullptr) {
         for (int64_t m = 0; m < rows; ++m) {
           const uint8_t* keep = product.keep + (token + m) * product.columns + n;
-          for (int64_t i = 0; i < columns; ++i) {
-            float& sum = sums_at(i / kWidth)[m * kWidth + i % kWidth];
-            sum = keep[i] ? sum * product.keep_scale : 0.0f;
+          for (int64_t panel = 0; panel < panels; ++panel) {
+            keep_sums<Simd>(sums_at(panel) + m * kWidth, std::min(kWidth, columns - panel * kWidth),
+                            keep + panel * kWidth, product.keep_scale);
           }
         }
       }
-      for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t p = b * A::kDepth;
-        const int64_t count = std::min<int64_t>(A::kDepth, depth - p);
-        A::panels(from_right, p, count, n, columns, panel_stride, block.as<Element>());
-        for (int64_t panel = 0; panel < panels; ++panel) {
-          add_panel<A>(rows, divide_up(count, A::kPair), kWidth,
-                       left.as<Element>() + (b * tokens + token) * A::kRowStride,
-                       block.as<Element>() + panel * panel_stride, sums_at(panel));
-        }
-      }
-      if (rank == 0) scale_sums<Simd>(sums_at(0), panels * kWidth * rows, product.alpha);
-      const Output output = {product};
+      add_blocks(from_right, depth, left.as<Element>());
+      const Output output = {product, rank == 0 ? product.alpha : 1.0f};
       for (int64_t panel = 0; panel < panels; ++panel) {
-        const int64_t used = std::min(kWidth, columns - panel * kWidth);
-        for (int64_t m = 0; m < rows; ++m) {
-          output.template row<Simd>(token + m, n + panel * kWidth, used,
-                                    sums_at(panel) + m * kWidth);
-        }
+        output.template rows<Simd>(token, rows, n + panel * kWidth,
+                                   std::min(kWidth, columns - panel * kWidth), sums_at(panel), kWidth);
       }
     }
   });

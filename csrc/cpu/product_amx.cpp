@@ -48,19 +48,29 @@ void configure(int rows) {
     load_or_store(3, sums_of(3), kPanelStride);                       \
   }
 
+using Base = BFloat16Arithmetic<2 * kTilePairs>;
+
 // Adds Blocks times the configured rows, and Count panels of 16 lanes: four tiles of sums at the
 // most, and four are wanted, for a product takes as long as three others can be started.
-template <int Blocks, int Count>
+template <int Blocks, int Count, bool kFresh>
 void add_products(int64_t steps, const uint16_t* rows, const uint16_t* panel, float* sums) {
   static_assert(Blocks * Count <= 4);
-  constexpr int64_t kRowStride = 2 * BFloat16Arithmetic::kRowStride;  // in bytes
+  constexpr int64_t kRowStride = 2 * Base::kRowStride;  // in bytes
   constexpr int64_t kPanelStride = Count * kRowBytes;
   const auto rows_of = [&](int block) {
-    return rows + block * kTile * BFloat16Arithmetic::kRowStride;
+    return rows + block * kTile * Base::kRowStride;
   };
   // tile t is of block t / Count and panel t % Count
   const auto sums_of = [&](int t) { return sums + (t / Count * kTile * Count + t % Count) * kTile; };
-  TUNESMITH_EACH_TILE_OF_SUMS(_tile_loadd)
+  if constexpr (kFresh) {
+    // also those that are not used, which does no harm
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  } else {
+    TUNESMITH_EACH_TILE_OF_SUMS(_tile_loadd)
+  }
   for (int64_t step = 0; step < steps; ++step) {
     const int64_t at = step * 2 * kTilePairs;
     const uint16_t* const lanes = panel + at * Count * kTile;
@@ -110,7 +120,7 @@ inline void add_vectors(const uint16_t* decoded, int64_t vectors, const uint16_t
   }
 }
 
-struct AmxArithmetic : BFloat16Arithmetic {
+struct AmxArithmetic : Base {
   static_assert(kLanes == kTile);
   static constexpr int kTileRows = 2 * kTile;
 
@@ -128,7 +138,7 @@ struct AmxArithmetic : BFloat16Arithmetic {
   static bool add_few_tokens(const From& from, int64_t row, int64_t rows, int64_t tokens,
                              const uint16_t* panel, uint16_t* block, float* sums) {
     constexpr int64_t kHalf = kLineGroups * kGroupVectors * kVectorStride;
-    static_assert(2 * kHalf <= kFewRows * kRowStride);
+    static_assert(2 * kHalf <= kBlockRows * kRowStride);
     if (tokens > kTile || rows > kFewRows || !from.grouped()) return false;
     configure(kTile);
     for (int64_t i = 0; i < 2 * kHalf && rows < kFewRows; ++i) block[i] = 0;
@@ -165,7 +175,7 @@ struct AmxArithmetic : BFloat16Arithmetic {
     _tile_stored(1, found + kTile * kTile, kRowBytes);
     _tile_stored(2, found + 2 * kTile * kTile, kRowBytes);
     _tile_stored(3, found + 3 * kTile * kTile, kRowBytes);
-    std::copy(found, found + rows * kTile, sums);
+    for (int64_t i = 0; i < rows * kTile; ++i) sums[i] += found[i];
     return true;
   }
 
@@ -173,19 +183,14 @@ struct AmxArithmetic : BFloat16Arithmetic {
   // a power of two or three.
   template <int R, int Count>
   static void tile(int64_t pairs, const uint16_t* rows, const uint16_t* panel, float* sums) {
-    const int64_t steps = pairs / kTilePairs, done = steps * kTilePairs;
-    if (steps > 0) {
-      configure(R < kTile ? R : kTile);
-      add_products<(R < kTile ? 1 : R / kTile), Count>(steps, rows, panel, sums);
-    }
-    // what fills no tile
-    if (done == pairs) return;
-    constexpr int kAtOnce = R < 8 ? R : 8;
-    for (int i = 0; i < R; i += kAtOnce) {
-      BFloat16Arithmetic::tile<kAtOnce, Count>(pairs - done, rows + i * kRowStride + 2 * done,
-                                               panel + done * Count * 2 * kTile,
-                                               sums + i * Count * kTile);
-    }
+    configure(R < kTile ? R : kTile);
+    add_products<(R < kTile ? 1 : R / kTile), Count, false>(pairs / kTilePairs, rows, panel, sums);
+  }
+
+  template <int R, int Count>
+  static void fresh_tile(int64_t pairs, const uint16_t* rows, const uint16_t* panel, float* sums) {
+    configure(R < kTile ? R : kTile);
+    add_products<(R < kTile ? 1 : R / kTile), Count, true>(pairs / kTilePairs, rows, panel, sums);
   }
 };
 
@@ -194,9 +199,7 @@ struct AmxArithmetic : BFloat16Arithmetic {
 void multiply_amx_bf16(const Product& product) {
   // decoding into blocks is more work than two rows are
   const bool few = has_few_tokens(product) && product.rows <= 2;
-  if (few || product.exact || product.left.type != TUNESMITH_BFLOAT16 || product.left.keep != nullptr) {
-    return multiply_avx512(product);
-  }
+  if (few || !multiplies_pairs(product)) return multiply_avx512(product);
   if (product.transposed) return multiply_transposed<AmxArithmetic>(product);
   multiply_plain<AmxArithmetic>(product);
 }

@@ -81,12 +81,10 @@ void multiply_few_pairs(const Product& product) {
 }  // namespace
 
 void multiply_avx512_bf16(const Product& product) {
-  if (product.exact || product.left.type != TUNESMITH_BFLOAT16 || product.left.keep != nullptr) {
-    return multiply_avx512(product);
-  }
+  if (!multiplies_pairs(product)) return multiply_avx512(product);
   if (has_few_tokens(product)) return multiply_few_pairs(product);
-  if (product.transposed) return multiply_transposed<BFloat16Arithmetic>(product);
-  multiply_plain<BFloat16Arithmetic>(product);
+  if (product.transposed) return multiply_transposed<BFloat16Arithmetic<2>>(product);
+  multiply_plain<BFloat16Arithmetic<2>>(product);
 }
 
 }  // namespace tunesmith

@@ -17,14 +17,34 @@ inline __m512 add_pairs(__m512 sums, __m512i a, __m512i b) {
 #endif
 }
 
+// Rounds as BFloat16::narrow does, but that subnormal values become 0.
+inline __m256i rounded(__m512 values) {
+#ifdef TUNESMITH_EMULATED_AVX512
+  return BFloat16::narrow(values);
+#else
+  return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values));
+#endif
+}
+
 // What the 16 codes of a block stand for in bf16.
 inline __m256i rounded_values(const FourBitTable& table, float scale) {
-#ifdef TUNESMITH_EMULATED_AVX512
-  return BFloat16::narrow(scaled_values(table, scale));
-#else
-  // rounds as `narrow` does, but that subnormal values become 0
-  return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(scaled_values(table, scale)));
-#endif
+  return rounded(scaled_values(table, scale));
+}
+
+// Rounds in one instruction.
+struct Avx512Bf16 : Avx512 {
+  using Avx512::store;
+  static void store(void* data, int type, int64_t at, V values) {
+    if (type != TUNESMITH_BFLOAT16) return Avx512::store(data, type, at, values);
+    auto* const to = static_cast<uint16_t*>(data) + at;
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), rounded(values));
+  }
+};
+
+// Whether a product is one of bf16: a factor is, and the other is to be rounded to it.
+inline bool multiplies_pairs(const Product& product) {
+  const bool narrow = product.left.type == TUNESMITH_BFLOAT16 || product.right.type == TUNESMITH_BFLOAT16;
+  return narrow && !product.exact;
 }
 
 // A group is 64 codes, 4 in each of 16 words: vector 0 holds the first of every word and then the second
@@ -57,7 +77,7 @@ inline void decode_group(const uint8_t* packed, const FourBitTable& table, float
 class BFloat16Source {
  public:
   explicit BFloat16Source(const Matrix& matrix)
-      : matrix_(matrix), as_float_(matrix), scales_(matrix) {}
+      : matrix_(matrix), scales_(matrix) {}
 
   int64_t columns() const { return matrix_.columns; }
   bool grouped() const { return grouped_; }
@@ -67,20 +87,21 @@ class BFloat16Source {
   void set_grouped(bool grouped) { grouped_ = grouped; }
   bool can_be_grouped() const { return is_4bit(matrix_.type) && matrix_.columns % kGroup == 0; }
 
+  // Whether the elements lie in memory as they are multiplied, and where.
+  bool lies_ready() const { return matrix_.type == TUNESMITH_BFLOAT16 && matrix_.keep == nullptr; }
+  const uint16_t* at(int64_t row, int64_t column) const {
+    return static_cast<const uint16_t*>(matrix_.data) + row * matrix_.columns + column;
+  }
+
   // Fetches elements [column, column + count) of one row.
   void fetch(int64_t row, int64_t column, int64_t count, uint16_t* out) const {
     const int64_t begin = row * matrix_.columns + column;
     if (is_4bit(matrix_.type)) {
       decode(begin, count, out);
-    } else if (matrix_.type == TUNESMITH_BFLOAT16 && matrix_.keep == nullptr) {
-      memcpy(out, static_cast<const uint16_t*>(matrix_.data) + begin, size_t(count) * 2);
+    } else if (lies_ready()) {
+      memcpy(out, at(row, column), size_t(count) * 2);
     } else {
-      alignas(64) float values[64];
-      for (int64_t i = 0; i < count; i += 64) {
-        const int64_t few = std::min<int64_t>(64, count - i);
-        as_float_.fetch(row, column + i, few, values, InOrder());
-        for (int64_t j = 0; j < few; ++j) out[i + j] = float_to_bfloat16(values[j]);
-      }
+      convert(begin, count, out);
     }
   }
 
@@ -124,6 +145,22 @@ class BFloat16Source {
   }
 
  private:
+  void convert(int64_t begin, int64_t count, uint16_t* out) const {
+    constexpr int64_t kLanes = Avx512::kLanes;
+    const uint8_t* const keep = matrix_.keep == nullptr ? nullptr : matrix_.keep + begin;
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      __m512 values = Avx512::load(matrix_.data, matrix_.type, begin + i);
+      if (keep != nullptr) values = Avx512::kept(values, keep + i, matrix_.keep_scale);
+      Avx512Bf16::store(out, TUNESMITH_BFLOAT16, i, values);
+    }
+    for (; i < count; ++i) {
+      float value = load_as_float(matrix_.data, matrix_.type, begin + i);
+      if (keep != nullptr) value = keep[i] ? value * matrix_.keep_scale : 0.0f;
+      out[i] = float_to_bfloat16(value);
+    }
+  }
+
   void decode(int64_t begin, int64_t count, uint16_t* out) const {
     const auto* packed = static_cast<const uint8_t*>(matrix_.data);
     for (int64_t i = 0; i < count;) {
@@ -147,18 +184,20 @@ class BFloat16Source {
   }
 
   const Matrix& matrix_;
-  Source<Avx512> as_float_;
   Scales<Avx512> scales_;
   bool grouped_ = false;
   int64_t first_row_ = 0;
   const float* of_groups_ = nullptr;  // of every group, from the first row on
 };
 
+// Multiplies pairs, kUnit elements of the depth at once.
+template <int kUnit_>
 struct BFloat16Arithmetic {
   using Element = uint16_t;
-  using Vectors = Avx512;
+  using Vectors = Avx512Bf16;
   using From = BFloat16Source;
   static constexpr int kPair = 2;
+  static constexpr int kUnit = kUnit_;
   static constexpr int kLanes = Avx512::kLanes;
   static constexpr int kTileRows = Avx512::kTileRows;
   static constexpr int kDepth = 2 * Avx512::kDepth;
@@ -196,7 +235,7 @@ struct BFloat16Arithmetic {
       uint16_t* to = out + r * kRowStride;
       source.prefetch(row + r, p + depth, next);
       source.fetch(row + r, p, depth, to);
-      if (depth % 2 != 0) to[depth] = 0;
+      std::fill(to + depth, to + round_up(depth, kUnit), uint16_t(0));
     }
   }
 
@@ -207,22 +246,34 @@ struct BFloat16Arithmetic {
     const int64_t padded = round_up(columns, kWidth);
     std::fill(even + columns, even + padded, uint16_t(0));
     std::fill(odd + columns, odd + padded, uint16_t(0));
+    const auto pair = [&](int64_t d, int64_t i, const uint16_t* first, const uint16_t* second) {
+      const __m512i low = _mm512_cvtepu16_epi32(load_half_bits(first));
+      const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(load_half_bits(second)), 16);
+      const int64_t panel = i / kWidth * stride;
+      store_bits(out + panel + d * kWidth + i % kWidth * 2, _mm512_or_si512(low, high));
+    };
     for (int64_t d = 0; d < depth; d += 2) {
       for (int64_t ahead = d + kRowsAhead; ahead < std::min(depth, d + kRowsAhead + 2); ++ahead) {
         source.prefetch(p + ahead, column, columns);
       }
-      source.fetch(p + d, column, columns, even);
-      if (d + 1 < depth) {
-        source.fetch(p + d + 1, column, columns, odd);
+      int64_t i = 0;
+      if (source.lies_ready() && d + 1 < depth) {
+        const uint16_t* const first = source.at(p + d, column);
+        const uint16_t* const second = first + source.columns();
+        for (; i + kLanes <= columns; i += kLanes) pair(d, i, first + i, second + i);
+        if (i == padded) continue;
+      }
+      if (i < columns) source.fetch(p + d, column + i, columns - i, even + i);
+      if (i < columns && d + 1 < depth) {
+        source.fetch(p + d + 1, column + i, columns - i, odd + i);
       } else {
-        std::fill(odd, odd + columns, uint16_t(0));
+        std::fill(odd + i, odd + padded, uint16_t(0));
       }
-      for (int64_t i = 0; i < padded; i += kLanes) {
-        const __m512i low = _mm512_cvtepu16_epi32(load_half_bits(even + i));
-        const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(load_half_bits(odd + i)), 16);
-        const int64_t panel = i / kWidth * stride;
-        store_bits(out + panel + d * kWidth + i % kWidth * 2, _mm512_or_si512(low, high));
-      }
+      for (; i < padded; i += kLanes) pair(d, i, even + i, odd + i);
+    }
+    const int64_t begin = round_up(depth, kPair) * kWidth, end = round_up(depth, kUnit) * kWidth;
+    for (int64_t panel = 0; panel < padded / kWidth && begin < end; ++panel) {
+      std::fill(out + panel * stride + begin, out + panel * stride + end, uint16_t(0));
     }
   }
 
@@ -231,18 +282,21 @@ struct BFloat16Arithmetic {
     alignas(64) uint16_t values[2 * kLanes][kGroup];
     for (int64_t r = rows; r < width; ++r) std::fill(values[r], values[r] + kGroup, uint16_t(0));
     for (int64_t p = 0; p < from.columns(); p += kGroup) {
-      const int64_t count = std::min(kGroup, from.columns() - p);
+      const int64_t count = std::min(kGroup, from.columns() - p), padded = round_up(count, kUnit);
       for (int64_t r = 0; r < rows; ++r) {
         from.fetch(row + r, p, count, values[r]);
-        if (count % 2 != 0) values[r][count] = 0;
+        std::fill(values[r] + count, values[r] + padded, uint16_t(0));
       }
-      for (int64_t i = 0; i < count; i += 2) {
-        const int64_t first = from.grouped() ? source(i) : i;
-        const int64_t second = from.grouped() ? source(i + 1) : i + 1;
+      for (int64_t i = 0; i < padded && from.grouped(); i += 2) {
         uint16_t* to = out + (p + i) * width;
         for (int64_t r = 0; r < width; ++r) {
-          to[2 * r] = values[r][first];
-          to[2 * r + 1] = values[r][second];
+          to[2 * r] = values[r][source(i)];
+          to[2 * r + 1] = values[r][source(i + 1)];
+        }
+      }
+      for (int64_t i = 0; i < padded && !from.grouped(); i += 2) {
+        for (int64_t r = 0; r < width; r += kLanes) {
+          store_bits(out + (p + i) * width + 2 * r, pair_of_rows(&values[r][i]));
         }
       }
     }
@@ -273,7 +327,23 @@ struct BFloat16Arithmetic {
     }
   }
 
+  template <int R, int Count>
+  static void fresh_tile(int64_t pairs, const uint16_t* rows, const uint16_t* panel, float* sums) {
+    std::fill(sums, sums + R * Count * kLanes, 0.0f);
+    tile<R, Count>(pairs, rows, panel, sums);
+  }
+
  private:
+  // The pairs at one place of 16 rows that are kGroup long.
+  static __m512i pair_of_rows(const uint16_t* first) {
+    alignas(64) static constexpr int32_t kPlaces[kLanes] = {0, 1, 2,  3,  4,  5,  6,  7,
+                                                            8, 9, 10, 11, 12, 13, 14, 15};
+    const __m512i places = _mm512_slli_epi32(load_bits(kPlaces), 7);
+    static_assert(kGroup * sizeof(uint16_t) == 1 << 7);
+    const auto* pairs = reinterpret_cast<const float*>(first);
+    return _mm512_castps_si512(_mm512_i32gather_ps(places, pairs, 1));
+  }
+
   static constexpr int64_t kMostColumns = kBlockColumns;
   static_assert(kMostColumns % (2 * kLanes) == 0);
 };

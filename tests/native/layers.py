@@ -132,24 +132,51 @@ class Layer:
         )
         return grads
 
-    def formula(self) -> tuple[Tensor, Tensor]:
-        """Return y and s in fp64."""
-        s, b = self._dropped() @ self._a().T, self._b()
-        y = self.x.double() @ self.dense.T + self.scaling * s @ b.T
+    def without_weight(self) -> Layer:
+        """Return the same layer with nothing but its adapter and its bias."""
+        return attrs.evolve(self, weight=torch.empty(0), dense=torch.zeros_like(self.dense))
+
+    def rounds_adapter(self, isa: str) -> bool:
+        """Return whether an instruction set rounds the adapter's factors to bf16."""
+        return "bf16" in isa and self.dtype == torch.bfloat16
+
+    def formula(self, isa: str = "") -> tuple[Tensor, Tensor]:
+        """Return y and s in fp64, from factors as an instruction set rounds them."""
+        rounded = to_bf16 if self.rounds_adapter(isa) else unchanged
+        s = rounded(self._dropped()) @ rounded(self._a()).T
+        y = self.x.double() @ self.dense.T + self.scaling * rounded(s) @ rounded(self._b()).T
         return (y if self.bias is None else y + self.bias.double()), s
 
-    def formula_of_gradients(self, s: Tensor, grad_y: Tensor) -> list[Tensor]:
-        """Return grad_x, grad_a and grad_b in fp64."""
+    def formula_of_gradients(self, s: Tensor, grad_y: Tensor, isa: str = "") -> list[Tensor]:
+        """Return grad_x, grad_a and grad_b in fp64, likewise."""
+        rounded = to_bf16 if self.rounds_adapter(isa) else unchanged
         grad = grad_y.double()
-        grad_s = self.scaling * grad @ self._b()
-        through_adapter = grad_s @ self._a()
+        grad_s = rounded(self.scaling * grad @ rounded(self._b()))
+        through_adapter = grad_s @ rounded(self._a())
         if self.keep is not None:
             through_adapter *= self.keep * self.keep_scale
         return [
             grad @ self.dense + through_adapter,
-            grad_s.T @ self._dropped(),
-            self.scaling * grad.T @ s.double(),
+            grad_s.T @ rounded(self._dropped()),
+            self.scaling * grad.T @ rounded(s.double()),
         ]
+
+    def assert_output_close(self, y: Tensor, s: Tensor, isa: str = "") -> None:
+        """Compare what a forward pass wrote with the formula."""
+        expected_y, expected_s = self.formula(isa)
+        assert_close(y, expected_y)
+        assert_close(s, expected_s)
+
+    def assert_gradients_close(
+        self, grads: list[Tensor], s: Tensor, grad_y: Tensor, isa: str = ""
+    ) -> None:
+        """Compare what a backward pass wrote with the formula."""
+        grad_x, grad_a, grad_b = grads
+        expected_x, expected_a, expected_b = self.formula_of_gradients(s, grad_y, isa)
+        assert_close(grad_x, expected_x)
+        # what flows into s may be rounded the other way where it lies halfway
+        assert_close(grad_a, expected_a, self.dtype if self.rounds_adapter(isa) else None)
+        assert_close(grad_b, expected_b)
 
     def _dropped(self) -> Tensor:
         x = self.x.double()
@@ -224,10 +251,20 @@ def random_layer(
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
-def assert_close(actual: Tensor, expected: Tensor) -> None:
-    """Compare with what was worked out in fp64."""
+def unchanged(tensor: Tensor) -> Tensor:
+    """Return a tensor as it is."""
+    return tensor
+
+
+def to_bf16(tensor: Tensor) -> Tensor:
+    """Return fp64 rounded to bf16."""
+    return tensor.to(torch.bfloat16).double()
+
+
+def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Compare with what was worked out in fp64, as something of its own dtype or that one."""
     assert actual.shape == expected.shape
     if actual.numel() == 0:
         return
     difference = (actual.double() - expected).abs().max()
-    assert difference <= TOLERANCE[actual.dtype] * expected.abs().max() + 1e-30
+    assert difference <= TOLERANCE[dtype or actual.dtype] * expected.abs().max() + 1e-30

@@ -118,13 +118,14 @@ class Layer {
     return std::isfinite(largest_) && terms() * std::pow(std::max(1.0, largest_), 4) < 1e37;
   }
 
-  // Whether the instruction set in use rounds the weight to bf16 for the product with x or grad_y.
+  // Whether the instruction set in use rounds factors to bf16: the weight and what belongs to the adapter.
   bool narrow() const {
     return dtype == TUNESMITH_BFLOAT16 && std::strstr(tunesmith_isa(), "bf16") != nullptr;
   }
 
   // Fails unless `actual` is what a sum of `terms` terms in fp32, rounded to `type`, may be.
-  // `narrow` is the part of its size that is made of products with a factor rounded to bf16.
+  // `narrow` is the part of its size that is made of products with a factor rounded to bf16, once for
+  // each factor.
   void compare(const char* what, int64_t at, double actual, const Sum& sum, int64_t terms,
                double narrow, int type) const {
     const double underflow = this->terms() * 0x1p-126 * std::pow(std::max(1.0, largest_), 3);
@@ -149,7 +150,7 @@ class Layer {
   void choose_sizes(Input& input) {
     constexpr unsigned kForms = 32;
     unsigned form = input.byte() % kForms;
-    if (tunesmith_has_openmp() && input.one_in(4)) form = kForms - 1;
+    if (tunesmith_has_openmp() && input.one_in(4)) form = kForms - 1 - input.up_to(1);
     const auto a_few = [&] { return input.up_to(7); };
     if (form < 18) {
       set_sizes(input.up_to(40), input.up_to(40), input.up_to(40));
@@ -163,8 +164,10 @@ class Layer {
       set_sizes(a_few(), input.up_to(1300), a_few());
     } else if (form == 28) {
       set_sizes(a_few(), a_few(), input.up_to(1300));
-    } else if (form < 31) {
+    } else if (form == 29) {
       set_sizes(input.up_to(70), input.up_to(70), input.up_to(70));
+    } else if (form == 30) {  // few tokens, but rows enough for several threads
+      set_sizes(9 + a_few(), 64 * (2 + input.up_to(2)), 90 + input.up_to(60));
     } else {  // enough for several threads
       set_sizes(40 + input.up_to(200), 10 + input.up_to(70), 40 + input.up_to(60));
     }

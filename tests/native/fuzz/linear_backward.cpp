@@ -29,19 +29,20 @@ std::vector<Sum> grad_s_of(const Layer& layer, const Tensor& grad_y) {
 
 std::vector<Sum> grad_x_of(const Layer& layer, const Tensor& grad_y,
                            const std::vector<Sum>& grad_s, const Tensor* before,
-                           std::vector<double>& base_size) {
+                           std::vector<double>& narrow) {
   std::vector<Sum> out(layer.tokens * layer.in);
-  base_size.resize(out.size());
+  narrow.resize(out.size());
   for (int64_t m = 0; m < layer.tokens; ++m) {
     for (int64_t k = 0; k < layer.in; ++k) {
       const int64_t at = m * layer.in + k;
       for (int64_t n = 0; n < layer.out; ++n) {
         out[at].add(grad_y[m * layer.out + n] * layer.weight(n, k));
       }
-      base_size[at] = out[at].size;
+      narrow[at] = out[at].size;
       for (int64_t r = 0; r < layer.rank; ++r) {
         out[at].add(grad_s[m * layer.rank + r], layer.kept(m, k) * layer.a(r, k));
       }
+      narrow[at] += 3.1 * (out[at].size - narrow[at]);  // B, what flows into s, and A
       if (before != nullptr) out[at].add((*before)[at]);
     }
   }
@@ -74,13 +75,19 @@ std::vector<Sum> grad_b_of(const Layer& layer, const Tensor& grad_y, const Tenso
   return out;
 }
 
+// `narrow` is what is lost by rounding each factor, in units of 2^-8.
 void compare(const Layer& layer, const char* what, const Tensor& actual,
              const std::vector<Sum>& expected, int64_t terms, int type,
-             const std::vector<double>* base_size = nullptr) {
+             const std::vector<double>& narrow) {
   for (int64_t i = 0; i < actual.count(); ++i) {
-    const double narrow = base_size == nullptr ? 0 : (*base_size)[i];
-    layer.compare(what, i, actual[i], expected[i], terms, narrow, type);
+    layer.compare(what, i, actual[i], expected[i], terms, layer.narrow() ? narrow[i] : 0, type);
   }
+}
+
+std::vector<double> times_size(double factor, const std::vector<Sum>& sums) {
+  std::vector<double> out;
+  for (const Sum& sum : sums) out.push_back(factor * sum.size);
+  return out;
 }
 
 }  // namespace
@@ -95,12 +102,14 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const Tensor s = layer.more(input, TUNESMITH_FLOAT32, layer.tokens * layer.rank);
   const Tensor before = layer.more(input, layer.dtype, layer.tokens * layer.in);
   const int64_t misaligned = input.up_to(3);
-  std::vector<double> base_size;
+  std::vector<double> narrow_x;
   const std::vector<Sum> expected_s = grad_s_of(layer, grad_y);
   const std::vector<Sum> expected_x =
-      grad_x_of(layer, grad_y, expected_s, accumulate ? &before : nullptr, base_size);
+      grad_x_of(layer, grad_y, expected_s, accumulate ? &before : nullptr, narrow_x);
   const std::vector<Sum> expected_a = grad_a_of(layer, expected_s);
   const std::vector<Sum> expected_b = grad_b_of(layer, grad_y, s);
+  // B, what flows into s, and x times its mask; s alone
+  const auto narrow_a = times_size(3.1, expected_a), narrow_b = times_size(1, expected_b);
 
   fuzz::with_every_isa([&] {
     const tunesmith_linear linear = layer.describe();
@@ -114,14 +123,14 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
                                   need_a ? grad_a.data() : nullptr,
                                   need_b ? grad_b.data() : nullptr, accumulate);
     if (!layer.comparable()) return;
-    const auto* narrow = layer.narrow() ? &base_size : nullptr;
     const int64_t depth = layer.out + layer.rank;
-    if (need_x) compare(layer, "grad_x", grad_x, expected_x, depth, layer.dtype, narrow);
+    if (need_x) compare(layer, "grad_x", grad_x, expected_x, depth, layer.dtype, narrow_x);
     if (need_a) {
-      compare(layer, "grad_a", grad_a, expected_a, layer.tokens + layer.out, layer.adapter_dtype);
+      compare(layer, "grad_a", grad_a, expected_a, layer.tokens + layer.out, layer.adapter_dtype,
+              narrow_a);
     }
     if (need_b) {
-      compare(layer, "grad_b", grad_b, expected_b, layer.tokens, layer.adapter_dtype);
+      compare(layer, "grad_b", grad_b, expected_b, layer.tokens, layer.adapter_dtype, narrow_b);
     }
   });
   return 0;
