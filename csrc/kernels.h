@@ -93,6 +93,14 @@ void tunesmith_linear_backward_cpu(const struct tunesmith_linear* linear, const 
                                    const float* s, const void* grad_y, void* grad_x, void* grad_a,
                                    void* grad_b, bool accumulate);
 
+// Attention of one query a row: q and out [rows, heads, size], keys and values [rows, key_heads,
+// capacity, size], of which row r sees [first[r], length); size is 512 at most. A row that sees none
+// gets zeros.
+void tunesmith_attention_decode_cpu(const void* q, const void* keys, const void* values,
+                                    const int64_t* first, int dtype, int64_t rows, int64_t heads,
+                                    int64_t key_heads, int64_t size, int64_t capacity,
+                                    int64_t length, float scale, void* out);
+
 // RMSNorm (arXiv:1910.07467) of rows of `columns` elements: y = x scale weight, and scale [rows] = one
 // over the root mean square. With `from_one` the weight is what is added to one. x, weight, y and the
 // gradients are of `dtype`.

@@ -120,6 +120,14 @@ void attention_backward(const std::vector<int64_t>& shape, int dtype, Pointer q,
   tunesmith_attention_backward_cpu(&job, at<void>(grad_q), at<void>(grad_k), at<void>(grad_v));
 }
 
+void attention_decode(Pointer q, Pointer keys, Pointer values, Pointer first, int dtype,
+                      int64_t rows, int64_t heads, int64_t key_heads, int64_t size,
+                      int64_t capacity, int64_t length, float scale, Pointer out) {
+  tunesmith_attention_decode_cpu(at<void>(q), at<void>(keys), at<void>(values), at<int64_t>(first),
+                                 dtype, rows, heads, key_heads, size, capacity, length, scale,
+                                 at<void>(out));
+}
+
 void rms_norm(Pointer x, Pointer weight, int dtype, int64_t rows, int64_t columns, float eps,
               bool from_one, Pointer y, Pointer scale) {
   tunesmith_rms_norm_cpu(at<void>(x), at<void>(weight), dtype, rows, columns, eps, from_one,
@@ -251,6 +259,10 @@ PYBIND11_MODULE(_native, m) {
         py::arg("k"), py::arg("v"), py::arg("out"), py::arg("grad_out"), py::arg("lse"),
         py::arg("scale"), py::arg("runs"), py::arg("run_count"), py::arg("grad_q"),
         py::arg("grad_k"), py::arg("grad_v"), Unlocked());
+  m.def("attention_decode", attention_decode, py::arg("q"), py::arg("keys"), py::arg("values"),
+        py::arg("first"), py::arg("dtype"), py::arg("rows"), py::arg("heads"),
+        py::arg("key_heads"), py::arg("size"), py::arg("capacity"), py::arg("length"),
+        py::arg("scale"), py::arg("out"), Unlocked());
   m.def("rms_norm", rms_norm, py::arg("x"), py::arg("weight"), py::arg("dtype"), py::arg("rows"),
         py::arg("columns"), py::arg("eps"), py::arg("from_one"), py::arg("y"), py::arg("scale"),
         Unlocked());

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from benchmarks.train.cases import BF16, OURS, PEFT_BNB, TRANSFORMERS_BNB, TRL_BNB, Job
 from benchmarks.train.rows import read_rows
 
-__all__ = ["SEED", "Training", "import_libraries", "load_base", "load_model", "make_trainer"]
+__all__ = ["SEED", "Training", "import_libraries", "load_base", "load_to_decode", "make_trainer"]
 
 SEED = 0
 RANK = ALPHA = 16
@@ -60,16 +61,24 @@ def load_base(job: Job) -> Any:
     return AutoModelForCausalLM.from_pretrained(job.model, **_loading(job))
 
 
-def load_model(job: Job) -> Any:
-    """Return the model to generate with: with a LoRA adapter, except for transformers in bf16."""
+def load_to_decode(job: Job) -> Callable[..., Any]:
+    """Return what generates with the model, as the options of transformers' generate() say.
+
+    The model has a LoRA adapter, except for transformers in bf16.
+    """
     if job.contestant == OURS:
-        return _session(job).model.eval()
+        from tunesmith.nn import decoder, fused_layers
+
+        model = _session(job).model.eval()
+        fused_layers.use(model)  # as the runs' generate() does it
+        return functools.partial(decoder.generate, model)
     model = load_base(job)
     if job.contestant != BF16:
         from peft import get_peft_model
 
         model = get_peft_model(model, _lora())
-    return model.eval()
+    generate: Callable[..., Any] = model.eval().generate
+    return generate
 
 
 def make_trainer(job: Job, kind: str, steps: int, *, packing: bool) -> Training:

@@ -18,7 +18,7 @@ from benchmarks.train.contestants import (
     Training,
     import_libraries,
     load_base,
-    load_model,
+    load_to_decode,
     make_trainer,
 )
 from benchmarks.train.rows import read_rows
@@ -108,11 +108,11 @@ def _decode(job: Job, parent: Parent) -> None:
     # of one length: padding would be work that only some leave out
     prompts = [ids[:_PROMPT_TOKENS] for ids in texts if len(ids) >= _PROMPT_TOKENS][: job.batch]
     ids = torch.tensor(prompts)  # [prompts, tokens]
-    model = load_model(job)
+    decode = load_to_decode(job)
 
     def generate() -> Any:
         with torch.no_grad():
-            return model.generate(
+            return decode(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=job.new_tokens,

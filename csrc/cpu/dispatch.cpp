@@ -220,6 +220,15 @@ void tunesmith_rotary_cpu(const void* x, const void* cos, const void* sin, int d
   share(&Isa::rotary, job, tokens, heads * size);
 }
 
+void tunesmith_attention_decode_cpu(const void* q, const void* keys, const void* values,
+                                    const int64_t* first, int dtype, int64_t rows, int64_t heads,
+                                    int64_t key_heads, int64_t size, int64_t capacity,
+                                    int64_t length, float scale, void* out) {
+  const DecodeJob job = {q,        keys,   values, first, heads, key_heads, size,
+                         capacity, length, scale,  dtype, out};
+  share(&Isa::decode, job, rows * heads, length * size);
+}
+
 const char* tunesmith_isa(void) { return current().load()->name; }
 
 const char* tunesmith_isa_at(int index) {

@@ -145,11 +145,24 @@ struct RotaryJob {
   void* out;
 };
 
+// Attention of one query a row, as decoding has it, over keys and values [rows, key_heads, capacity,
+// size], of which row r sees [first[r], length).
+struct DecodeJob {
+  const void* q;
+  const void* keys;
+  const void* values;
+  const int64_t* first;
+  int64_t heads, key_heads, size, capacity, length;
+  float scale;
+  int dtype;
+  void* out;
+};
+
 // Does the groups of 256 absmax [first, last). One in 64 of the work at most, so every set shares it.
 void quantize_absmax(const AbsmaxJob& job, int64_t first, int64_t last);
 
-// `quantize` and `dequantize` do the blocks [first, last), `norm` rows, `gated` elements and `rotary`
-// tokens, whose bytes no other call touches; `multiply` does all of a product, on several threads.
+// `quantize` and `dequantize` do the blocks [first, last), `norm` rows, `gated` elements, `rotary`
+// tokens and `decode` heads of rows, whose bytes no other call touches; `multiply` does all of a product, on several threads.
 struct Isa {
   const char* name;
   void (*quantize)(const QuantizeJob& job, int64_t first, int64_t last);
@@ -159,6 +172,7 @@ struct Isa {
   void (*norm)(const NormJob& job, int64_t first, int64_t last);
   void (*gated)(const GatedJob& job, int64_t first, int64_t last);
   void (*rotary)(const RotaryJob& job, int64_t first, int64_t last);
+  void (*decode)(const DecodeJob& job, int64_t first, int64_t last);
 };
 
 extern const Isa scalar_isa;

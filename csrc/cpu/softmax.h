@@ -32,5 +32,58 @@ void softmax_backward(const SoftmaxJob& job) {
   as_kept(job.dtype, [&](auto as) { softmax_backward_as<decltype(as)>(job); });
 }
 
+// One head's query over the keys that its row sees, some at a time: what was summed under a smaller
+// maximum is scaled down when a larger one turns up (arXiv:1805.02867).
+template <typename As>
+void decode_head(const DecodeJob& job, int64_t row, int64_t head) {
+  using Storage = typename As::Storage;
+  constexpr int64_t kKeys = 64, kMostSize = 512;
+  const int64_t size = job.size, shared = job.heads / job.key_heads;
+  const int64_t begin = (row * job.key_heads + head / shared) * job.capacity * size;
+  const auto* const keys = static_cast<const Storage*>(job.keys) + begin;
+  const auto* const values = static_cast<const Storage*>(job.values) + begin;
+  const int64_t at = (row * job.heads + head) * size;
+  const auto* const q = static_cast<const Storage*>(job.q) + at;
+  auto* const out = static_cast<Storage*>(job.out) + at;
+  float query[kMostSize], total[kMostSize], scores[kKeys];
+  for (int64_t d = 0; d < size; ++d) {
+    query[d] = As::to(q[d]) * job.scale;
+    total[d] = 0.0f;
+  }
+  float most = -3e38f, sum = 0.0f;
+  for (int64_t key = job.first[row]; key < job.length; key += kKeys) {
+    const int64_t count = job.length - key < kKeys ? job.length - key : kKeys;
+    float largest = most;
+    for (int64_t k = 0; k < count; ++k) {
+      const Storage* const of_key = keys + (key + k) * size;
+      float score = 0.0f;
+#pragma omp simd reduction(+ : score)
+      for (int64_t d = 0; d < size; ++d) score += query[d] * As::to(of_key[d]);
+      scores[k] = score;
+      largest = score > largest ? score : largest;
+    }
+    const float smaller = exp_of(most - largest);
+    most = largest;
+    sum *= smaller;
+    for (int64_t d = 0; d < size; ++d) total[d] *= smaller;
+    for (int64_t k = 0; k < count; ++k) {
+      const float p = exp_of(scores[k] - most);
+      const Storage* const of_key = values + (key + k) * size;
+      sum += p;
+#pragma omp simd
+      for (int64_t d = 0; d < size; ++d) total[d] += p * As::to(of_key[d]);
+    }
+  }
+  for (int64_t d = 0; d < size; ++d) out[d] = As::of(sum == 0.0f ? 0.0f : total[d] / sum);
+}
+
+inline void decode(const DecodeJob& job, int64_t first, int64_t last) {
+  as_kept(job.dtype, [&](auto as) {
+    for (int64_t i = first; i < last; ++i) {
+      decode_head<decltype(as)>(job, i / job.heads, i % job.heads);
+    }
+  });
+}
+
 }  // namespace
 }  // namespace tunesmith

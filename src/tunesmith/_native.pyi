@@ -111,6 +111,23 @@ def attention_backward(
     `runs` is int64 [run_count, 6]: row, start, stop, first key, last key, whether causal.
     """
 
+def attention_decode(
+    q: int,
+    keys: int,
+    values: int,
+    first: int,
+    dtype: int,
+    rows: int,
+    heads: int,
+    key_heads: int,
+    size: int,
+    capacity: int,
+    length: int,
+    scale: float,
+    out: int,
+) -> None:
+    """Write out [rows, heads, size] for one query a row, over keys [first[row], length)."""
+
 def rms_norm(
     x: int,
     weight: int,

@@ -140,3 +140,69 @@ def test_it_can_be_traced() -> None:
     q, k, v, _ = tensors((2, 20, 4, 2, 8), torch.float32)
     args = (*(t.requires_grad_() for t in (q, k, v)), torch.tensor(RUNS[1]), 0.3)
     torch.library.opcheck(torch.ops.tunesmith.attention.default, args)
+
+
+def one_query(q: Tensor, keys: Tensor, values: Tensor, first: Tensor, length: int) -> Tensor:
+    """The same by torch's own attention under a mask."""
+    shared = q.shape[1] // keys.shape[1]
+    keys, values = (t[:, :, :length].repeat_interleave(shared, 1) for t in (keys, values))
+    seen = torch.arange(length) >= first[:, None]
+    mask = seen[:, None, None]
+    return F.scaled_dot_product_attention(q[:, :, None], keys, values, mask, scale=0.3)[:, :, 0]
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("way", ["op", "reference"])
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "size", "length"),
+    [(4, 2, 8, 1), (3, 3, 5, 17), (9, 3, 64, 63), (6, 1, 33, 64), (4, 2, 16, 65), (2, 2, 512, 200)],
+)
+def test_one_query_a_row_is_attention_under_a_mask(
+    way: str, heads: int, key_heads: int, size: int, length: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(3, heads, size, generator=generator).to(dtype) * 2
+    keys, values = (
+        torch.randn(3, key_heads, 210, size, generator=generator).to(dtype) for _ in range(2)
+    )
+    # what lies behind the length is not to be seen, nor what lies before the first
+    keys[:, :, length:], values[:, :, length:] = 100.0, torch.nan
+    first = torch.tensor([0, length // 2, length - 1])
+    keys[2, :, : length - 1] = 100.0
+    call = op.attention_decode if way == "op" else op.reference_decode
+    got = call(q, keys, values, first, length, 0.3)
+    assert got.dtype == dtype
+    assert (
+        error(got, one_query(*(t.double() for t in (q, keys, values)), first, length))
+        <= (LIMITS[dtype])
+    )
+
+
+def test_a_row_that_sees_no_key_gets_zeros_and_nan_is_kept() -> None:
+    q, keys, values = torch.ones(2, 2, 8), torch.ones(2, 1, 4, 8), torch.ones(2, 1, 4, 8)
+    keys[1, 0, 1, 3] = torch.nan
+    first = torch.tensor([3, 0])
+    for call in (op.attention_decode, op.reference_decode):
+        out = call(q, keys, values, first, 3, 1.0)
+        assert not out[0].any()
+        assert out[1].isnan().all()
+
+
+def test_what_does_not_fit_one_query_is_refused() -> None:
+    q, keys, first = torch.zeros(2, 4, 8), torch.zeros(2, 2, 5, 8), torch.tensor([0, 0])
+    for arguments in [
+        (q, keys, keys, first, 6),
+        (q, keys, keys[..., :4], first, 5),
+        (q[:, :3], keys, keys, first, 5),
+        (q, keys, keys, first.int(), 5),
+        (q, keys.half(), keys.half(), first, 5),
+        (q, keys, keys, first[:1], 5),
+    ]:
+        with pytest.raises(OpError, match="attention_decode: got"):
+            op.attention_decode(*arguments, 1.0)
+
+
+def test_decoding_keeps_the_contract_of_torch_library() -> None:
+    q, keys, values = torch.randn(2, 4, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    arguments = (q, keys, values, torch.tensor([0, 2]), 4, 0.5)
+    torch.library.opcheck(torch.ops.tunesmith.attention_decode.default, arguments)

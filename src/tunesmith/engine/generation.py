@@ -39,9 +39,12 @@ def load_for_generation(
                 session.use_method(registry().build(step))
         for label, directory in adapters.items():
             session.use_adapter(label, directory)
+    from tunesmith.nn import fused_layers
+
     with quiet_libraries():
         model = session.model
     model.eval()
+    fused_layers.use(model)
     return model, session.tokenizer
 
 
@@ -60,6 +63,7 @@ def generate(
     from transformers import set_seed
 
     from tunesmith.data.pack import padding_id
+    from tunesmith.nn import decoder
 
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     encoded = tokenizer.apply_chat_template(
@@ -73,7 +77,8 @@ def generate(
     # a template may end turns with a token that is not the tokenizer's eos
     stop = list(Renderer(tokenizer, max_length=8).stop_ids)
     with torch.no_grad():
-        output = model.generate(
+        output = decoder.generate(
+            model,
             **encoded,
             max_new_tokens=max_new_tokens,
             eos_token_id=stop,

@@ -23,7 +23,7 @@ from tunesmith.ops import native_status
 from tunesmith.ops.elementwise import ACTIVATIONS, gated, rms_norm, rotary
 from tunesmith.ops.schema import DTYPES
 
-__all__ = ["use"]
+__all__ = ["gated_block", "norm", "use"]
 
 _FEATURES = 48
 
@@ -47,6 +47,20 @@ def use(model: nn.Module) -> dict[str, int] | str:
     if not any(counts.values()):
         return "nothing in it is a norm, a gated block or a rotary embedding that is known here"
     return counts
+
+
+def norm(module: nn.Module) -> tuple[float, bool] | None:
+    """Return eps of an RMSNorm and whether its weight counts from one; None if it is none."""
+    present = module.__dict__.get("forward")
+    found = present if isinstance(present, _Norm) else _Norm.recognise(module)
+    return None if found is None else (found.eps, found.from_one)
+
+
+def gated_block(module: nn.Module) -> str | None:
+    """Return the activation of a gated block, a key of `ACTIVATIONS`; None if it is none."""
+    present = module.__dict__.get("forward")
+    found = present if isinstance(present, _Gated) else _Gated.recognise(module)
+    return None if found is None else found.activation
 
 
 class _Fused:

@@ -137,24 +137,35 @@ class LoraLinear(lora.Linear):  # type: ignore[misc]
         )
 
     def _fused(self, name: str, x: Tensor) -> Tensor:
-        base, dropout = self.base_layer, self.lora_dropout[name]
+        dropout = self.lora_dropout[name]
         adapter = (self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
-        parts: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        return frozen_linear(x, *(*self._base_arguments(), adapter, p))
+
+    def _base_arguments(self) -> tuple[Any, ...]:
+        base = self.base_layer
         if isinstance(base, NF4Linear):
-            parts = (base.packed, base.absmax, base.nested_absmax, base.nested_offset)
-            blocksize, quant_type = base.blocksize, base.quant_type
-        else:
-            parts, blocksize, quant_type = (base.weight, None, None, None), 0, ""
-        return frozen_linear(
-            x,
-            parts,
-            (base.out_features, base.in_features),
-            blocksize,
-            quant_type,
-            base.bias,
-            adapter,
-            dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0,
-        )
+            return base.arguments()
+        parts = (base.weight, None, None, None)
+        return parts, (base.out_features, base.in_features), 0, "", base.bias
+
+    def arguments(self) -> tuple[Any, ...] | None:
+        """Return what `ops.frozen_linear` takes after x and before dropout, or None.
+
+        None where one call of it is not all that this layer does.
+        """
+        base = self.base_layer
+        if not isinstance(base, NF4Linear) and type(base) is not nn.Linear:
+            return None
+        if self.merged_adapters and not self.disable_adapters:
+            return self._base_arguments()
+        name = self._single_adapter()
+        dtype = base.compute_dtype if isinstance(base, NF4Linear) else base.weight.dtype
+        x = torch.empty((0, base.in_features), dtype=dtype)
+        if name is None or not self._fits(name, x, x):
+            return None
+        adapter = (self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
+        return (*self._base_arguments(), adapter)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the named adapters (by default the active ones) into the base weight.

@@ -161,8 +161,11 @@ class NF4Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return x Wᵀ + b for x [..., in_features], in x's dtype or autocast's."""
-        return frozen_linear(
-            autocast(input),
+        return frozen_linear(autocast(input), *self.arguments())
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Return what `ops.frozen_linear` takes after x."""
+        return (
             (self.packed, self.absmax, self.nested_absmax, self.nested_offset),
             (self.out_features, self.in_features),
             self.blocksize,

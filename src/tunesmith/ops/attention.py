@@ -16,7 +16,7 @@ from torch import Tensor
 from tunesmith.errors import OpError
 from tunesmith.ops.schema import DTYPES, word
 
-__all__ = ["attention", "check_runs"]
+__all__ = ["attention", "attention_decode", "check_runs"]
 
 _VECTOR = 16  # fp32 of AVX-512
 
@@ -31,6 +31,11 @@ torch.library.define(
     "float scale) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
     tags=torch.Tag.pt2_compliant_tag,
 )
+torch.library.define(
+    "tunesmith::attention_decode",
+    "(Tensor q, Tensor keys, Tensor values, Tensor first, SymInt length, float scale) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, runs: Tensor, scale: float) -> Tensor:
@@ -43,6 +48,59 @@ def attention(q: Tensor, k: Tensor, v: Tensor, runs: Tensor, scale: float) -> Te
     """
     out: Tensor = torch.ops.tunesmith.attention(q, k, v, runs, scale)[0]
     return out
+
+
+def attention_decode(
+    q: Tensor, keys: Tensor, values: Tensor, first: Tensor, length: int, scale: float
+) -> Tensor:
+    """Return softmax(scale q kᵀ) v for one query a row, as decoding with a cache has it.
+
+    `q` is [rows, heads, head size], `keys` and `values` [rows, key heads, capacity, head size], of
+    which row r sees [first[r], length); bf16, fp16 or fp32. `first` is int64 [rows]; a row that
+    sees no key gets zeros. Has no derivative. Raises OpError for what does not fit together.
+    """
+    out: Tensor = torch.ops.tunesmith.attention_decode(q, keys, values, first, length, scale)
+    return out
+
+
+def check_decode(q: Tensor, keys: Tensor, values: Tensor, first: Tensor, length: int) -> None:
+    """Refuse arguments of `attention_decode` that do not fit together."""
+    fits = (
+        q.dim() == 3
+        and keys.dim() == 4
+        and keys.shape == values.shape
+        and keys.shape[::3] == q.shape[::2]
+        and q.shape[1] % max(1, keys.shape[1]) == 0
+        and first.dtype == torch.int64
+        and first.shape == q.shape[:1]
+        and 0 <= length <= keys.shape[2]
+        and q.dtype in (*DTYPES, torch.float64)
+        and q.dtype == keys.dtype == values.dtype
+        and q.device == keys.device == values.device == first.device
+    )
+    if not fits:
+        raise OpError(
+            f"attention_decode: got q {word(q.dtype)} {list(q.shape)}, keys {word(keys.dtype)} "
+            f"{list(keys.shape)}, values {word(values.dtype)} {list(values.shape)}, first "
+            f"{word(first.dtype)} {list(first.shape)} and length {length}; allowed is [rows, "
+            "heads, head size], [rows, key heads, capacity, head size] twice in the same dtype, "
+            "int64 [rows] and a length within the capacity, all on one device"
+        )
+
+
+def reference_decode(
+    q: Tensor, keys: Tensor, values: Tensor, first: Tensor, length: int, scale: float
+) -> Tensor:
+    """Do the op in plain PyTorch."""
+    check_decode(q, keys, values, first, length)
+    rows, heads, size = q.shape
+    sums = torch.float64 if q.dtype == torch.float64 else torch.float32
+    grouped = q.to(sums).view(rows, keys.shape[1], -1, size)
+    scores = grouped @ keys[:, :, :length].to(sums).mT * scale  # [rows, key heads, shared, keys]
+    unseen = torch.arange(length, device=q.device) < first[:, None]
+    scores = scores.masked_fill(unseen[:, None, None], -torch.inf)
+    shares = scores.softmax(-1).masked_fill(unseen[:, None, None], 0.0)
+    return (shares @ values[:, :, :length].to(sums)).view(rows, heads, size).to(q.dtype)
 
 
 def check_runs(runs: Tensor, rows: int, tokens: int) -> list[tuple[int, ...]]:
@@ -122,6 +180,10 @@ def _fake_backward(
 
 torch.library.register_fake("tunesmith::attention", _fake)
 torch.library.register_fake("tunesmith::attention_backward", _fake_backward)
+torch.library.register_fake(
+    "tunesmith::attention_decode",
+    lambda q, keys, values, first, length, scale: q.new_empty(q.shape),
+)
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, runs: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -249,3 +311,4 @@ torch.library.impl("tunesmith::attention", "Autograd", _differentiable)
 torch.library.impl("tunesmith::attention", "default", reference)
 torch.library.impl("tunesmith::attention", "cpu", by_torch)
 torch.library.impl("tunesmith::attention_backward", "default", reference_backward)
+torch.library.impl("tunesmith::attention_decode", "default", reference_decode)

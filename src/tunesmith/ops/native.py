@@ -25,7 +25,7 @@ from tunesmith.ops.machine import cpu_flags, cpu_multiplies_bf16
 from tunesmith.ops.reference import mean_absmax, no_autocast
 from tunesmith.ops.schema import NESTED_BLOCKSIZE, count_blocks
 
-__all__ = ["NativeStatus", "native_status"]
+__all__ = ["NativeStatus", "PreparedLinear", "native_status"]
 
 # empty when the kernels are in use
 _why_not = ""
@@ -357,6 +357,85 @@ def _attention_backward_cpu(
     return grad_q, grad_k, grad_v
 
 
+class PreparedLinear:
+    """A frozen linear layer on the CPU for calls of one size, everything checked beforehand.
+
+    For decoding, where checking takes longer than multiplying. Arguments are those of `linear`, and
+    are held; what is written into them shows in the next call. Has no derivative.
+    """
+
+    def __init__(
+        self,
+        tokens: int,
+        dtype: torch.dtype,
+        parts: _Parts,
+        shape: Sequence[int],
+        blocksize: int,
+        quant_type: str,
+        bias: Tensor | None = None,
+        lora: tuple[Tensor, Tensor, float] | None = None,
+    ) -> None:
+        out_features, in_features = shape
+        lora_a, lora_b, scaling = lora or (None, None, 1.0)
+        schema.check_linear(
+            torch.empty((tokens, in_features), dtype=dtype), *parts, out_features, blocksize,
+            quant_type, bias, lora_a, lora_b, None,
+        )  # fmt: skip
+        bias, lora_a, lora_b = (_compact(t) for t in (bias, lora_a, lora_b))
+        self.out_features = out_features
+        self._s = torch.empty((tokens, 0 if lora_a is None else lora_a.shape[0]))
+        size = (tokens, in_features, out_features)
+        adapter = (lora_a, lora_b, scaling, None, 1.0)
+        # as `linear` decides it: a plain weight is the library's to multiply with
+        own = _in_one_call(tokens, dtype, parts[0], quant_type)
+        self._dense, self._layer = None, None
+        if own:
+            parts = (parts[0], _compact(parts[1]), _compact(parts[2]), parts[3])
+            self._layer = _layer(size, dtype, parts, blocksize, quant_type, bias, adapter)
+        else:
+            self._dense = functools.partial(_dense, *parts, shape, blocksize, quant_type, dtype)
+            if lora_a is not None:
+                self._layer = _layer(size, dtype, None, 0, "", None, adapter)
+        self._held = (parts, bias, lora_a, lora_b)
+        self._bias = bias
+
+    def __call__(self, x: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
+        """Write x Wᵀ + b [tokens, out_features] to `out`, or add it; both without gaps."""
+        if self._dense is not None:
+            dense = self._dense().mT
+            if accumulate:
+                out.addmm_(x, dense)
+            else:
+                torch.mm(x, dense, out=out)
+            if self._bias is not None:
+                out += self._bias
+            accumulate = True
+        if self._layer is not None:
+            _native.linear(
+                self._layer, x.data_ptr(), self._s.data_ptr(), out.data_ptr(), accumulate
+            )
+        return out
+
+
+_MOST_HEAD_SIZE = 512
+
+
+def _attention_decode_cpu(
+    q: Tensor, keys: Tensor, values: Tensor, first: Tensor, length: int, scale: float
+) -> Tensor:
+    attention.check_decode(q, keys, values, first, length)
+    if q.dtype == torch.float64 or q.shape[2] > _MOST_HEAD_SIZE or bool((first < 0).any()):
+        return attention.reference_decode(q, keys, values, first, length, scale)
+    q, keys, values, first = (t.contiguous() for t in (q, keys, values, first))
+    rows, heads, size = q.shape
+    out = torch.empty_like(q)
+    _native.attention_decode(
+        q.data_ptr(), keys.data_ptr(), values.data_ptr(), first.data_ptr(), _CODES[q.dtype], rows,
+        heads, keys.shape[1], size, keys.shape[2], length, scale, out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
 def _rms_norm_cpu(x: Tensor, weight: Tensor, eps: float, from_one: bool) -> tuple[Tensor, Tensor]:
     elementwise.check_rms_norm(x, weight)
     if x.dtype == torch.float64 or not x.numel():
@@ -621,6 +700,7 @@ else:
     torch.library.impl("tunesmith::linear", "cpu", _linear_cpu)
     torch.library.impl("tunesmith::linear_backward", "cpu", _linear_backward_cpu)
     torch.library.impl("tunesmith::attention_backward", "cpu", _attention_backward_cpu)
+    torch.library.impl("tunesmith::attention_decode", "cpu", _attention_decode_cpu)
     torch.library.impl("tunesmith::rms_norm", "cpu", _rms_norm_cpu)
     torch.library.impl("tunesmith::rms_norm_backward", "cpu", _rms_norm_backward_cpu)
     torch.library.impl("tunesmith::gated", "cpu", _gated_cpu)

@@ -1,0 +1,325 @@
+"""Decoding on the CPU, a token at a time, without what a model ready for training does on the way.
+
+A model whose layers are the usual ones (norm, attention with rotary embedding, norm, gated block,
+each added to what came in) is run layer by layer from its own weights, with buffers that stay where
+they are. Whether a model is that is not known by name: its parts are looked at, and the last token
+of each prompt is computed both ways. Where anything differs, transformers decodes as ever.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.errors import OpError
+from tunesmith.nn import fused_layers
+from tunesmith.nn.lora_linear import LoraLinear
+from tunesmith.nn.nf4_linear import NF4Linear
+from tunesmith.ops import native_status
+from tunesmith.ops.attention import attention_decode
+from tunesmith.ops.elementwise import gated, rms_norm, rotary
+from tunesmith.ops.native import PreparedLinear
+from tunesmith.ops.schema import DTYPES
+
+__all__ = ["Decoder", "generate"]
+
+_LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+_PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
+_HEAD_NORMS = {"q_norm", "k_norm"}
+# what changes the numbers and shows only in places that the first token may not reach
+_SETTINGS = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
+_FIXED_ROPE = {"default", "linear", "llama3", "yarn"}  # the others depend on the length
+
+
+def generate(model: Any, **options: Any) -> Tensor:
+    """Return what `model.generate(**options)` returns, sooner where the model can be decoded here.
+
+    `model` is a transformers model, or PEFT's around one; options are those of its `generate`. The
+    numbers are the same but for rounding. Which way was taken is logged.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    why = _why_not(inner, options)
+    log = logging.getLogger("tunesmith")
+    if why is None:
+        options = {**options, "custom_generate": _Loop()}
+        log.debug("decoding: layer by layer from the model's weights")
+    else:
+        log.info("decoding: as transformers does it (%s)", why)
+    ids: Tensor = model.generate(**options)
+    return ids
+
+
+def _why_not(inner: Any, options: dict[str, Any]) -> str | None:
+    """Return why a call of generate is not for the decoder, or None."""
+    status = native_status()
+    if not status.loaded or status.isa == "scalar":
+        return "there are no vector kernels"
+    if inner.device.type != "cpu":
+        return f"the model is on {inner.device.type}"
+    if inner.training:
+        return "the model is in training mode"
+    given = {name for name, value in options.items() if value is not None}
+    if unknown := given - _TAKEN:
+        return f"of the option {min(unknown)}"
+    config = inner.generation_config
+    for name in ("num_beams", "penalty_alpha", "dola_layers", "prompt_lookup_num_tokens"):
+        if options.get(name, getattr(config, name, None)) not in (None, 1):
+            return f"of {name}"
+    return None
+
+
+# what generate() works into logits processors and stopping criteria before the loop starts, and
+# what the loop itself minds
+_TAKEN = {
+    "input_ids",
+    "attention_mask",
+    "max_new_tokens",
+    "min_new_tokens",
+    "max_length",
+    "eos_token_id",
+    "pad_token_id",
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "num_beams",
+    "num_return_sequences",
+    "use_cache",
+    "logits_processor",
+    "stopping_criteria",
+}
+
+
+class _Loop:
+    """The loop that transformers' generate() calls in the place of its own."""
+
+    def __call__(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **model_kwargs: Any,
+    ) -> Tensor:
+        """Return input_ids [rows, tokens] with the new tokens behind them."""
+        mask = model_kwargs.get("attention_mask")
+        mask = torch.ones_like(input_ids) if mask is None else mask
+        capacity = int(generation_config.max_length)
+        decoder = Decoder.of(model, input_ids, mask, capacity)
+        if isinstance(decoder, str):
+            logging.getLogger("tunesmith").info("decoding: as transformers does it (%s)", decoder)
+            ids: Tensor = model._sample(
+                input_ids=input_ids,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                generation_config=generation_config,
+                **model_kwargs,
+            )
+            return ids
+        logits = decoder.logits
+        unfinished = torch.ones(len(input_ids), dtype=torch.bool)
+        pad = generation_config._pad_token_tensor
+        while True:
+            scores = logits_processor(input_ids, logits.float())
+            if generation_config.do_sample:
+                chosen = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
+            else:
+                chosen = scores.argmax(-1)
+            if pad is not None:
+                chosen = torch.where(unfinished, chosen, pad)
+            input_ids = torch.cat([input_ids, chosen[:, None]], dim=-1)
+            unfinished &= ~stopping_criteria(input_ids, None)
+            if not unfinished.any():
+                return input_ids
+            logits = decoder.step(chosen)
+
+
+class _Layer:
+    """One layer of a model, for `rows` tokens at a time."""
+
+    def __init__(self, layer: Any, rows: int, capacity: int, dtype: torch.dtype) -> None:
+        attention = layer.self_attn
+        self.before = _norm(layer.input_layernorm, dtype)
+        self.after = _norm(layer.post_attention_layernorm, dtype)
+        self.size, self.scale = int(attention.head_dim), float(attention.scaling)
+        self.head_norms = [
+            _norm(norm, dtype) if (norm := getattr(attention, name, None)) is not None else None
+            for name in ("q_norm", "k_norm")
+        ]
+        self.query, self.key, self.value, self.output = (
+            _linear(getattr(attention, f"{name}_proj"), rows, dtype) for name in "qkvo"
+        )
+        block = fused_layers.gated_block(layer.mlp)
+        if block is None:
+            raise _UnknownError(f"{type(layer.mlp).__name__} is no gated block")
+        self.activation = block
+        self.gate, self.up, self.down = (
+            _linear(getattr(layer.mlp, f"{name}_proj"), rows, dtype)
+            for name in ("gate", "up", "down")
+        )
+        self.of_queries, self.of_keys, self.of_values, self.of_gate, self.of_up = (
+            torch.empty((rows, linear.out_features), dtype=dtype)
+            for linear in (self.query, self.key, self.value, self.gate, self.up)
+        )
+        shape = (rows, self.key.out_features // self.size, capacity, self.size)
+        self.keys, self.values = (torch.zeros(shape, dtype=dtype) for _ in range(2))
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, first: Tensor, at: int) -> None:
+        """Add to x [rows, hidden] what the layer adds; the tokens are the `at`-th of their rows."""
+        h = self.before(x)
+        q, k = (
+            linear(h, out).view(len(x), 1, -1, self.size)
+            for linear, out in ((self.query, self.of_queries), (self.key, self.of_keys))
+        )
+        of_q, of_k = self.head_norms
+        q, k = q if of_q is None else of_q(q), k if of_k is None else of_k(k)
+        self.keys[:, :, at] = rotary(k, cos, sin)[:, 0]
+        self.values[:, :, at] = self.value(h, self.of_values).view(len(x), -1, self.size)
+        q = rotary(q, cos, sin)[:, 0]
+        seen = attention_decode(q, self.keys, self.values, first, at + 1, self.scale)
+        self.output(seen.view(len(x), -1), x, accumulate=True)
+        h = self.after(x)
+        inner = gated(self.gate(h, self.of_gate), self.up(h, self.of_up), self.activation)
+        self.down(inner, x, accumulate=True)
+
+
+class Decoder:
+    """A model that has read a prompt; `logits` [rows, vocabulary] are those of the next token."""
+
+    @classmethod
+    def of(cls, model: Any, input_ids: Tensor, mask: Tensor, capacity: int) -> Decoder | str:
+        """Return a decoder that has read input_ids, or why this model or prompt has none.
+
+        `mask` [rows, tokens] is 1 for tokens and 0 for padding, which comes first; `capacity` is
+        how many tokens a row may have in the end.
+        """
+        if mask.shape != input_ids.shape or bool(
+            (mask.diff(dim=-1) < 0).any() | ~mask[:, -1].all()
+        ):
+            return "padding is not in front only"
+        try:
+            decoder = cls(model, input_ids, mask, capacity)
+        except _UnknownError as unknown:
+            return str(unknown)
+        except OpError as error:
+            return f"a layer is not for the kernels: {error}"
+        difference = decoder._read(model, input_ids, mask)
+        limit = _LIMITS[decoder._dtype]
+        if not difference <= limit:
+            return f"the model's own logits differ by {difference:.2g}, and {limit} is allowed"
+        return decoder
+
+    def __init__(self, model: Any, input_ids: Tensor, mask: Tensor, capacity: int) -> None:
+        rows, tokens = input_ids.shape
+        backbone = model.base_model
+        _expect(model, {model.base_model_prefix, "lm_head"})
+        _expect(backbone, {"embed_tokens", "layers", "norm", "rotary_emb"})
+        for name in _SETTINGS:
+            value = getattr(model.config, name, None)
+            if value is not None and not (name == "sliding_window" and value >= capacity):
+                raise _UnknownError(f"its config has {name}")
+        if getattr(backbone.rotary_emb, "rope_type", None) not in _FIXED_ROPE:
+            raise _UnknownError("its rotary embedding depends on the length")
+        for layer in backbone.layers:
+            _expect(layer, _LAYER)
+            _expect(layer.self_attn, _PROJECTIONS, _HEAD_NORMS)
+        for module in (model, *model.modules()):
+            if module._forward_hooks or module._forward_pre_hooks:
+                raise _UnknownError(f"a hook on {type(module).__name__} wants to be called")
+        if torch.is_autocast_enabled("cpu"):
+            raise _UnknownError("autocast is on")
+        self._embed, self._head = backbone.embed_tokens, model.lm_head
+        self._dtype = self._embed(input_ids[:1, :1]).dtype
+        if self._dtype not in DTYPES:
+            raise _UnknownError(f"it computes in {self._dtype}")
+        self._norm = _norm(backbone.norm, self._dtype)
+        self._layers = [_Layer(layer, rows, capacity, self._dtype) for layer in backbone.layers]
+        every = torch.arange(capacity)[None]
+        cos, sin = backbone.rotary_emb(torch.empty((1, 1), dtype=self._dtype), position_ids=every)
+        self._cos, self._sin = cos[0], sin[0]  # [capacity, head size]
+        self._first = tokens - mask.sum(-1)
+        self._at = tokens
+        self.logits = torch.empty(0)
+
+    def step(self, ids: Tensor) -> Tensor:
+        """Read one more token of each row, ids [rows]; return the logits of the next."""
+        x = self._embed(ids).contiguous()
+        at = self._at - self._first
+        cos, sin = self._cos[at][:, None], self._sin[at][:, None]
+        for layer in self._layers:
+            layer(x, cos, sin, self._first, self._at)
+        self._at += 1
+        logits: Tensor = self._head(self._norm(x))
+        return logits
+
+    def _read(self, model: Any, input_ids: Tensor, mask: Tensor) -> float:
+        """Let the model read the prompt; return how far its last logits are from ours."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=model.config)
+        self.logits = model(
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        tokens = input_ids.shape[1]
+        for layer, kept in zip(self._layers, cache.layers, strict=True):
+            if kept.keys.shape[::3] != layer.keys.shape[::3] or kept.keys.shape[2] != tokens:
+                return float("inf")
+            layer.keys[:, :, :tokens], layer.values[:, :, :tokens] = kept.keys, kept.values
+        self._at = tokens - 1
+        ours, theirs = self.step(input_ids[:, -1]).double(), self.logits.double()
+        return float(((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).max())
+
+
+# of what two ways to round may differ by, with room for deep models; another model is far beyond
+_LIMITS = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+
+
+class _UnknownError(Exception):
+    """Why a model has no decoder."""
+
+
+def _expect(module: nn.Module, children: set[str], more: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+    found = {name for name, _ in module.named_children()}
+    own = {name for name, _ in module.named_parameters(recurse=False)}
+    if not children <= found or found - children - more or own:
+        odd = sorted((found ^ children) - more | own)
+        raise _UnknownError(f"{type(module).__name__} is made otherwise ({', '.join(odd)})")
+
+
+def _norm(module: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    found = fused_layers.norm(module)
+    weight = getattr(module, "weight", None)
+    if found is None or not isinstance(weight, Tensor) or weight.dtype != dtype:
+        raise _UnknownError(f"{type(module).__name__} is no RMSNorm in {dtype}")
+    frozen = weight.detach()
+    eps, from_one = found
+    return lambda x: rms_norm(x, frozen, eps, from_one)
+
+
+def _linear(module: nn.Module, rows: int, dtype: torch.dtype) -> PreparedLinear:
+    arguments: tuple[Any, ...] | None
+    if isinstance(module, LoraLinear) or type(module) is NF4Linear:
+        arguments = module.arguments()
+    elif type(module) is nn.Linear and module.weight.dtype == dtype:
+        arguments = ((module.weight, None, None, None), module.weight.shape, 0, "", module.bias)
+    else:
+        arguments = None
+    if arguments is None:
+        raise _UnknownError(f"{type(module).__name__} is no layer for this")
+    parts, shape, blocksize, quant_type, bias, *lora = arguments
+    if bias is not None:
+        bias = bias.detach().to(dtype)
+    return PreparedLinear(rows, dtype, parts, shape, blocksize, quant_type, bias, *lora)
