@@ -8,6 +8,9 @@
 namespace tunesmith {
 namespace {
 
+// Up to this many tokens are multiplied one by one, as decoding has them.
+constexpr int64_t kFewTokens = 8;
+
 Matrix plain(const void* data, int type, int64_t columns) {
   Matrix matrix = {};
   matrix.data = data;
@@ -66,12 +69,19 @@ struct Parts {
   }
 
   // Does out [tokens, rank] = alpha x smallᵀ for a small [rank, P]. The small factor is what is brought
-  // into panels as a whole; x, the large one, is read once, some tokens at a time.
+  // into panels as a whole; x, the large one, is read once, some tokens at a time. Few tokens are not
+  // worth a panel.
   void project(const Matrix& x, const Matrix& small, float alpha, float* out) const {
-    Product product = product_of(small, x, out, TUNESMITH_FLOAT32, rank(), tokens());
+    const bool few = tokens() <= kFewTokens;
+    Product product = few ? product_of(x, small, out, TUNESMITH_FLOAT32, tokens(), rank())
+                          : product_of(small, x, out, TUNESMITH_FLOAT32, rank(), tokens());
     product.transposed = true;
-    product.row_stride = 1;
-    product.column_stride = rank();
+    if (few) {
+      product.exact = true;
+    } else {
+      product.row_stride = 1;
+      product.column_stride = rank();
+    }
     product.alpha = alpha;
     multiply(product);
   }

@@ -749,6 +749,41 @@ float dot(const float* a, const float* b, int64_t count) {
   return sum;
 }
 
+// A row of a plain matrix in fp32: where it lies if it is that already, else brought to `to`.
+template <typename Simd>
+const float* row_as_float(const Source<Simd>& from, const Matrix& matrix, int64_t row, float* to) {
+  if (matrix.type == TUNESMITH_FLOAT32 && matrix.keep == nullptr) {
+    return static_cast<const float*>(matrix.data) + row * matrix.columns;
+  }
+  from.fetch(row, 0, matrix.columns, to, InOrder());
+  return to;
+}
+
+// Whether a product of few rows with a plain factor is too small to bring either into blocks.
+inline bool is_small(const Product& product) {
+  return product.transposed && product.rows <= kFewTokens && !is_4bit(product.right.type) &&
+         product.left2.columns == 0 && product.keep == nullptr && product.left.columns > 0 &&
+         product.columns * product.left.columns <= kGrain;
+}
+
+// Each of its sums on its own.
+template <typename Simd>
+void multiply_small(const Product& product) {
+  const int64_t depth = product.left.columns;
+  const Source<Simd> from_left(product.left), from_right(product.right);
+  Scratch left(sizeof(float) * product.rows * depth), right(sizeof(float) * depth);
+  for (int64_t m = 0; m < product.rows; ++m) {
+    from_left.fetch(m, 0, depth, left.as<float>() + m * depth, InOrder());
+  }
+  const Output output = {product};
+  for (int64_t n = 0; n < product.columns; ++n) {
+    const float* const row = row_as_float(from_right, product.right, n, right.as<float>());
+    for (int64_t m = 0; m < product.rows; ++m) {
+      output(m, n, product.alpha * dot<Simd>(left.as<float>() + m * depth, row, depth));
+    }
+  }
+}
+
 // The scale of each 64 elements of a row, and zeros after the last up to a whole group.
 template <typename Simd>
 void fetch_scales_of_row(const Matrix& matrix, int64_t row, float* out) {
@@ -779,7 +814,9 @@ void multiply_few_rows(const Product& product, int64_t row) {
       }
     }
     if (rank > 0) {
-      from_left2.fetch(row + m, 0, rank, left2.as<float>() + m * rank, InOrder());
+      float* const scaled = left2.as<float>() + m * rank;
+      from_left2.fetch(row + m, 0, rank, scaled, InOrder());
+      for (int64_t i = 0; i < rank; ++i) scaled[i] *= product.alpha2;
     }
   }
   const int64_t whole_groups = depth / kGroup;
@@ -823,12 +860,18 @@ void multiply_few_rows(const Product& product, int64_t row) {
         }
       }
       for (int c = 0; c < kTogether; ++c) {
-        if (rank > 0) from_right2.fetch(n + c, 0, rank, row2.as<float>(), InOrder());
+        const float* low_rank = nullptr;
+        if (rank > 0) low_rank = row_as_float(from_right2, product.right2, n + c, row2.as<float>());
         for (int64_t m = 0; m < kRows; ++m) {
-          float sum = product.alpha * Simd::sum(total[c][m]);
-          if (rank > 0) {
-            sum += product.alpha2 * dot<Simd>(left2.as<float>() + m * rank, row2.as<float>(), rank);
+          // summed up together with what the adapter adds, which is scaled already
+          const float* const scaled = left2.as<float>() + m * rank;
+          auto all = Simd::mul(total[c][m], Simd::set(product.alpha));
+          int64_t i = 0;
+          for (; i + kLanes <= rank; i += kLanes) {
+            all = Simd::fma(Simd::load(scaled + i), Simd::load(low_rank + i), all);
           }
+          float sum = Simd::sum(all);
+          for (; i < rank; ++i) sum += scaled[i] * low_rank[i];
           output(row + m, n + c, sum);
         }
       }

@@ -84,6 +84,7 @@ struct Avx2 {
 }  // namespace
 
 void multiply_avx2(const Product& product) {
+  if (is_small(product)) return multiply_small<Avx2>(product);
   if (has_few_tokens(product) && !has_extreme_values(product.left, product.rows)) {
     return multiply_few<Avx2>(product);
   }

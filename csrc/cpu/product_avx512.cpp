@@ -6,6 +6,7 @@
 namespace tunesmith {
 
 void multiply_avx512(const Product& product) {
+  if (is_small(product)) return multiply_small<Avx512>(product);
   if (has_few_tokens(product) && !has_extreme_values(product.left, product.rows)) {
     return multiply_few<Avx512>(product);
   }

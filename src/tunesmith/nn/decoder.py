@@ -20,12 +20,12 @@ from tunesmith.nn import fused_layers
 from tunesmith.nn.lora_linear import LoraLinear
 from tunesmith.nn.nf4_linear import NF4Linear
 from tunesmith.ops import native_status
-from tunesmith.ops.attention import attention_decode
-from tunesmith.ops.elementwise import gated, rms_norm, rotary
-from tunesmith.ops.native import PreparedLinear
+from tunesmith.ops.native import PreparedLinear, on_cpu
 from tunesmith.ops.schema import DTYPES
 
 __all__ = ["Decoder", "generate"]
+
+_attend, _gate, _normalize, _turn = map(on_cpu, ("attention_decode", "gated", "rms_norm", "rotary"))
 
 _LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 _PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -181,13 +181,13 @@ class _Layer:
         )
         of_q, of_k = self.head_norms
         q, k = q if of_q is None else of_q(q), k if of_k is None else of_k(k)
-        self.keys[:, :, at] = rotary(k, cos, sin)[:, 0]
+        self.keys[:, :, at] = _turn(k, cos, sin, False)[:, 0]
         self.values[:, :, at] = self.value(h, self.of_values).view(len(x), -1, self.size)
-        q = rotary(q, cos, sin)[:, 0]
-        seen = attention_decode(q, self.keys, self.values, first, at + 1, self.scale)
+        q = _turn(q, cos, sin, False)[:, 0]
+        seen = _attend(q, self.keys, self.values, first, at + 1, self.scale)
         self.output(seen.view(len(x), -1), x, accumulate=True)
         h = self.after(x)
-        inner = gated(self.gate(h, self.of_gate), self.up(h, self.of_up), self.activation)
+        inner = _gate(self.gate(h, self.of_gate), self.up(h, self.of_up), self.activation)
         self.down(inner, x, accumulate=True)
 
 
@@ -236,11 +236,13 @@ class Decoder:
                 raise _UnknownError(f"a hook on {type(module).__name__} wants to be called")
         if torch.is_autocast_enabled("cpu"):
             raise _UnknownError("autocast is on")
-        self._embed, self._head = backbone.embed_tokens, model.lm_head
+        self._embed = backbone.embed_tokens
         self._dtype = self._embed(input_ids[:1, :1]).dtype
         if self._dtype not in DTYPES:
             raise _UnknownError(f"it computes in {self._dtype}")
         self._norm = _norm(backbone.norm, self._dtype)
+        self._head = _linear(model.lm_head, rows, self._dtype)
+        self._of_head = torch.empty((rows, self._head.out_features), dtype=self._dtype)
         self._layers = [_Layer(layer, rows, capacity, self._dtype) for layer in backbone.layers]
         every = torch.arange(capacity)[None]
         cos, sin = backbone.rotary_emb(torch.empty((1, 1), dtype=self._dtype), position_ids=every)
@@ -250,21 +252,25 @@ class Decoder:
         self.logits = torch.empty(0)
 
     def step(self, ids: Tensor) -> Tensor:
-        """Read one more token of each row, ids [rows]; return the logits of the next."""
+        """Read one more token of each row, ids [rows]; return the logits of the next.
+
+        The next call writes over them.
+        """
         x = self._embed(ids).contiguous()
         at = self._at - self._first
         cos, sin = self._cos[at][:, None], self._sin[at][:, None]
         for layer in self._layers:
             layer(x, cos, sin, self._first, self._at)
         self._at += 1
-        logits: Tensor = self._head(self._norm(x))
-        return logits
+        return self._head(self._norm(x), self._of_head)
 
     def _read(self, model: Any, input_ids: Tensor, mask: Tensor) -> float:
         """Let the model read the prompt; return how far its last logits are from ours."""
         from transformers import DynamicCache
 
         cache = DynamicCache(config=model.config)
+        # the last of several tokens has gaps around it, and torch would multiply row by row
+        compact = model.lm_head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
         self.logits = model(
             input_ids=input_ids,
             attention_mask=mask,
@@ -273,6 +279,7 @@ class Decoder:
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
+        compact.remove()
         tokens = input_ids.shape[1]
         for layer, kept in zip(self._layers, cache.layers, strict=True):
             if kept.keys.shape[::3] != layer.keys.shape[::3] or kept.keys.shape[2] != tokens:
@@ -306,7 +313,7 @@ def _norm(module: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         raise _UnknownError(f"{type(module).__name__} is no RMSNorm in {dtype}")
     frozen = weight.detach()
     eps, from_one = found
-    return lambda x: rms_norm(x, frozen, eps, from_one)
+    return lambda x: _normalize(x, frozen, eps, from_one)[0]
 
 
 def _linear(module: nn.Module, rows: int, dtype: torch.dtype) -> PreparedLinear:

@@ -11,8 +11,9 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import attrs
 import torch
@@ -25,7 +26,7 @@ from tunesmith.ops.machine import cpu_flags, cpu_multiplies_bf16
 from tunesmith.ops.reference import mean_absmax, no_autocast
 from tunesmith.ops.schema import NESTED_BLOCKSIZE, count_blocks
 
-__all__ = ["NativeStatus", "PreparedLinear", "native_status"]
+__all__ = ["NativeStatus", "PreparedLinear", "native_status", "on_cpu"]
 
 # empty when the kernels are in use
 _why_not = ""
@@ -402,13 +403,15 @@ class PreparedLinear:
     def __call__(self, x: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
         """Write x Wᵀ + b [tokens, out_features] to `out`, or add it; both without gaps."""
         if self._dense is not None:
-            dense = self._dense().mT
-            if accumulate:
-                out.addmm_(x, dense)
-            else:
-                torch.mm(x, dense, out=out)
+            dense = self._dense()
+            # few tokens are columns to the library: it reads the weight once, at twice the pace
+            y = torch.mv(dense, x[0])[None] if len(x) == 1 else (dense @ x.mT).mT
             if self._bias is not None:
-                out += self._bias
+                y += self._bias
+            if accumulate:
+                out += y
+            else:
+                out.copy_(y)
             accumulate = True
         if self._layer is not None:
             _native.linear(
@@ -687,6 +690,24 @@ def _on_device(device: torch.device, stream: int) -> Iterator[int]:
         yield stream
 
 
+# without a derivative: what autograd runs on the CPU once it has done its part
+_ON_CPU_ONLY: dict[str, Callable[..., Any]] = {
+    "attention_decode": _attention_decode_cpu,
+    "gated": _gated_cpu,
+    "rms_norm": _rms_norm_cpu,
+    "rotary": _rotary_cpu,
+}
+
+
+def on_cpu(op: str) -> Callable[..., Any]:
+    """Return the CPU's implementation of an op, to be called past torch's dispatcher.
+
+    Dispatching takes longer than the op itself where there is one token. Arguments are checked as
+    ever; no gradient flows.
+    """
+    return _ON_CPU_ONLY[op]
+
+
 def _bind(device: str) -> None:
     torch.library.impl("tunesmith::quantize_4bit", device, _quantize_4bit)
     torch.library.impl("tunesmith::quantize_absmax", device, _quantize_absmax)
@@ -700,12 +721,10 @@ else:
     torch.library.impl("tunesmith::linear", "cpu", _linear_cpu)
     torch.library.impl("tunesmith::linear_backward", "cpu", _linear_backward_cpu)
     torch.library.impl("tunesmith::attention_backward", "cpu", _attention_backward_cpu)
-    torch.library.impl("tunesmith::attention_decode", "cpu", _attention_decode_cpu)
-    torch.library.impl("tunesmith::rms_norm", "cpu", _rms_norm_cpu)
+    for _op, _implementation in _ON_CPU_ONLY.items():
+        torch.library.impl(f"tunesmith::{_op}", "cpu", _implementation)
     torch.library.impl("tunesmith::rms_norm_backward", "cpu", _rms_norm_backward_cpu)
-    torch.library.impl("tunesmith::gated", "cpu", _gated_cpu)
     torch.library.impl("tunesmith::gated_backward", "cpu", _gated_backward_cpu)
-    torch.library.impl("tunesmith::rotary", "cpu", _rotary_cpu)
     if _native.has_cuda():
         _bind("cuda")
         torch.library.impl("tunesmith::linear", "cuda", _linear_cuda)
