@@ -101,6 +101,11 @@ void tunesmith_attention_decode_cpu(const void* q, const void* keys, const void*
                                     int64_t key_heads, int64_t size, int64_t capacity,
                                     int64_t length, float scale, void* out);
 
+// Writes logps [rows], the log-softmax of logits [rows, columns] at a label each (0 to columns - 1). With
+// `slopes` the derivatives of each by its row of logits take the place of those.
+void tunesmith_logps_cpu(void* logits, const int64_t* labels, int dtype, int64_t rows,
+                         int64_t columns, bool slopes, float* logps);
+
 // RMSNorm (arXiv:1910.07467) of rows of `columns` elements: y = x scale weight, and scale [rows] = one
 // over the root mean square. With `from_one` the weight is what is added to one. x, weight, y and the
 // gradients are of `dtype`.

@@ -128,6 +128,12 @@ void attention_decode(Pointer q, Pointer keys, Pointer values, Pointer first, in
                                  at<void>(out));
 }
 
+void logps(Pointer logits, Pointer labels, int dtype, int64_t rows, int64_t columns, bool slopes,
+           Pointer out) {
+  tunesmith_logps_cpu(at<void>(logits), at<int64_t>(labels), dtype, rows, columns, slopes,
+                      at<float>(out));
+}
+
 void rms_norm(Pointer x, Pointer weight, int dtype, int64_t rows, int64_t columns, float eps,
               bool from_one, Pointer y, Pointer scale) {
   tunesmith_rms_norm_cpu(at<void>(x), at<void>(weight), dtype, rows, columns, eps, from_one,
@@ -263,6 +269,8 @@ PYBIND11_MODULE(_native, m) {
         py::arg("first"), py::arg("dtype"), py::arg("rows"), py::arg("heads"),
         py::arg("key_heads"), py::arg("size"), py::arg("capacity"), py::arg("length"),
         py::arg("scale"), py::arg("out"), Unlocked());
+  m.def("logps", logps, py::arg("logits"), py::arg("labels"), py::arg("dtype"), py::arg("rows"),
+        py::arg("columns"), py::arg("slopes"), py::arg("logps"), Unlocked());
   m.def("rms_norm", rms_norm, py::arg("x"), py::arg("weight"), py::arg("dtype"), py::arg("rows"),
         py::arg("columns"), py::arg("eps"), py::arg("from_one"), py::arg("y"), py::arg("scale"),
         Unlocked());

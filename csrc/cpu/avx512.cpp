@@ -143,11 +143,11 @@ struct Avx512Blocks {
 }  // namespace
 
 const Isa avx512_isa = {"avx512", quantize<Avx512Blocks>, dequantize<Avx512Blocks>,
-                        multiply_avx512, softmax_backward, norm, gated, rotary, decode};
+                        multiply_avx512, softmax_backward, norm, gated, rotary, decode, logps};
 // the multiplications are what it is for
 const Isa avx512_bf16_isa = {"avx512_bf16", quantize<Avx512Blocks>, dequantize<Avx512Blocks>,
-                             multiply_avx512_bf16, softmax_backward, norm, gated, rotary, decode};
+                             multiply_avx512_bf16, softmax_backward, norm, gated, rotary, decode, logps};
 const Isa amx_bf16_isa = {"amx_bf16", quantize<Avx512Blocks>, dequantize<Avx512Blocks>,
-                          multiply_amx_bf16, softmax_backward, norm, gated, rotary, decode};
+                          multiply_amx_bf16, softmax_backward, norm, gated, rotary, decode, logps};
 
 }  // namespace tunesmith

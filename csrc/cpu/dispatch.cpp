@@ -187,6 +187,12 @@ void tunesmith_dequantize_4bit_cpu(const uint8_t* packed, const void* absmax,
                [&](int64_t first, int64_t last) { isa.dequantize(job, first, last); });
 }
 
+void tunesmith_logps_cpu(void* logits, const int64_t* labels, int dtype, int64_t rows,
+                         int64_t columns, bool slopes, float* logps) {
+  const LogpsJob job = {logits, labels, columns, dtype, slopes, logps};
+  share(&Isa::logps, job, rows, columns);
+}
+
 void tunesmith_rms_norm_cpu(const void* x, const void* weight, int dtype, int64_t rows,
                             int64_t columns, float eps, bool from_one, void* y, float* scale) {
   const NormJob job = {x, weight, nullptr, columns, dtype, eps, from_one, scale, y};

@@ -145,6 +145,17 @@ struct RotaryJob {
   void* out;
 };
 
+// Rows of `columns` logits to the log-probabilities of one label each, and, where asked for, in their own
+// place to the derivatives of those.
+struct LogpsJob {
+  void* logits;
+  const int64_t* labels;
+  int64_t columns;
+  int dtype;
+  bool slopes;
+  float* logps;
+};
+
 // Attention of one query a row, as decoding has it, over keys and values [rows, key_heads, capacity,
 // size], of which row r sees [first[r], length).
 struct DecodeJob {
@@ -162,7 +173,7 @@ struct DecodeJob {
 void quantize_absmax(const AbsmaxJob& job, int64_t first, int64_t last);
 
 // `quantize` and `dequantize` do the blocks [first, last), `norm` rows, `gated` elements, `rotary`
-// tokens and `decode` heads of rows, whose bytes no other call touches; `multiply` does all of a product, on several threads.
+// tokens, `decode` heads of rows and `logps` rows, whose bytes no other call touches; `multiply` does all of a product, on several threads.
 struct Isa {
   const char* name;
   void (*quantize)(const QuantizeJob& job, int64_t first, int64_t last);
@@ -173,6 +184,7 @@ struct Isa {
   void (*gated)(const GatedJob& job, int64_t first, int64_t last);
   void (*rotary)(const RotaryJob& job, int64_t first, int64_t last);
   void (*decode)(const DecodeJob& job, int64_t first, int64_t last);
+  void (*logps)(const LogpsJob& job, int64_t first, int64_t last);
 };
 
 extern const Isa scalar_isa;

@@ -2,6 +2,8 @@
 // the file that includes this.
 #pragma once
 
+#include <cmath>
+
 #include "isa.h"
 #include "values.h"
 
@@ -30,6 +32,42 @@ void softmax_backward_as(const SoftmaxJob& job) {
 
 void softmax_backward(const SoftmaxJob& job) {
   as_kept(job.dtype, [&](auto as) { softmax_backward_as<decltype(as)>(job); });
+}
+
+template <typename As>
+void logps_of_row(const LogpsJob& job, int64_t row) {
+  constexpr int64_t kBlock = 1024;  // so many sum up in fp32 without losing what is small
+  const int64_t columns = job.columns;
+  auto* const logits = static_cast<typename As::Storage*>(job.logits) + row * columns;
+  float most = As::to(logits[0]);
+#pragma omp simd reduction(max : most)
+  for (int64_t i = 0; i < columns; ++i) {
+    const float value = As::to(logits[i]);
+    most = value > most ? value : most;
+  }
+  double sum = 0.0;
+  for (int64_t begin = 0; begin < columns; begin += kBlock) {
+    const int64_t end = begin + kBlock < columns ? begin + kBlock : columns;
+    float part = 0.0f;
+#pragma omp simd reduction(+ : part)
+    for (int64_t i = begin; i < end; ++i) part += exp_of(As::to(logits[i]) - most);
+    sum += part;
+  }
+  const float log_sum = float(std::log(sum));  // not added to `most`, beside which it may be lost
+  const int64_t label = job.labels[row];
+  job.logps[row] = (As::to(logits[label]) - most) - log_sum;
+  if (!job.slopes) return;
+#pragma omp simd
+  for (int64_t i = 0; i < columns; ++i) {
+    logits[i] = As::of(-exp_of((As::to(logits[i]) - most) - log_sum));
+  }
+  logits[label] = As::of(1.0f - exp_of(job.logps[row]));
+}
+
+inline void logps(const LogpsJob& job, int64_t first, int64_t last) {
+  as_kept(job.dtype, [&](auto as) {
+    for (int64_t row = first; row < last; ++row) logps_of_row<decltype(as)>(job, row);
+  });
 }
 
 // One head's query over the keys that its row sees, some at a time: what was summed under a smaller

@@ -128,6 +128,11 @@ def attention_decode(
 ) -> None:
     """Write out [rows, heads, size] for one query a row, over keys [first[row], length)."""
 
+def logps(
+    logits: int, labels: int, dtype: int, rows: int, columns: int, slopes: bool, logps: int
+) -> None:
+    """Write fp32 logps [rows], and with `slopes` their derivatives over the logits."""
+
 def rms_norm(
     x: int,
     weight: int,

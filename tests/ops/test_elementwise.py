@@ -90,6 +90,46 @@ def test_rotary_is_bit_for_bit_that_of_transformers(size: int, dtype: torch.dtyp
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("classes", [1, 2, 17, 1000, 1025, 5000])
+def test_logps_and_their_slopes_are_those_of_log_softmax(classes: int, dtype: torch.dtype) -> None:
+    logits = random(5, classes, dtype=dtype, seed=0, size=6.0)
+    labels = torch.arange(5) * 7919 % classes
+    wide = logits.double().requires_grad_()
+    expected = wide.log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
+    (slopes,) = torch.autograd.grad(expected.sum(), wide)
+    held = logits.clone()
+    torch.testing.assert_close(op.logps_(held, labels, False).double(), expected, rtol=0, atol=5e-6)
+    assert torch.equal(held, logits)
+    torch.testing.assert_close(op.logps_(held, labels, True).double(), expected, rtol=0, atol=5e-6)
+    # an fp32 logit of 20 is known to 1e-6, and so is the power of it
+    assert float((held.double() - slopes).abs().max()) <= 2 * torch.finfo(dtype).eps + 1e-6
+
+
+def test_logps_of_extreme_logits() -> None:
+    logits = torch.tensor(
+        [[1e4, -1e4, 0.0], [-torch.inf, 3.0, 3.0], [torch.nan, 0.0, 0.0], [5e37, 5e37, -5e37]]
+    )
+    labels = torch.tensor([0, 1, 1, 0])
+    expected = logits.log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
+    got = op.logps_(logits, labels, True)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6, equal_nan=True)
+    assert logits[2].isnan().all()
+
+
+def test_logps_of_labels_and_logits_that_do_not_fit() -> None:
+    logits = torch.zeros(3, 4)
+    for message, call in [
+        (r"from 0 to 4 for 4 classes", lambda: op.logps_(logits, torch.tensor([0, 4, 1]), True)),
+        (r"from -100 to 1", lambda: op.logps_(logits, torch.tensor([0, -100, 1]), True)),
+        (r"int64 \[2\]", lambda: op.logps_(logits, torch.tensor([0, 1]), True)),
+        (r"with gaps", lambda: op.logps_(torch.zeros(4, 3).mT, torch.tensor([0, 1, 1]), True)),
+    ]:
+        with pytest.raises(OpError, match=message):
+            call()
+    assert not logits.any()
+
+
 @pytest.mark.parametrize("activation", op.ACTIVATIONS)
 def test_gated_holds_at_the_ends(activation: str) -> None:
     gate = torch.tensor([-1e30, -200.0, -88.0, -0.0, 0.0, 88.0, 200.0, 1e30, torch.inf, torch.nan])
@@ -189,6 +229,8 @@ def test_every_instruction_set_agrees(isa: str) -> None:
             *both_ways(lambda x: op.rms_norm(x, weight, 1e-6), x),
             *both_ways(lambda x, y: op.gated(x, y, "gelu_tanh"), x, y),
             *both_ways(lambda x: op.rotary(x, cos, sin), heads),
+            op.logps_(slopes := x.clone(), torch.arange(5), True),
+            slopes,
         ]
 
     before, best = native.isa(), all_of_it()

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from tunesmith.data.render import IGNORE_INDEX
 from tunesmith.errors import OpError
+from tunesmith.ops.elementwise import logps_
 
 __all__ = ["CHUNK_BYTES", "Headless", "head_logps", "shifted", "split_head"]
 
@@ -55,16 +56,10 @@ class _HeadLogps(torch.autograd.Function):
         size = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
         for start in range(0, len(hidden), size):
             part = slice(start, start + size)
-            logits = nn.functional.linear(hidden[part], weight, bias).float()  # [chunk, vocabulary]
-            wanted = labels[part, None]
-            total = logits.logsumexp(dim=1, keepdim=True)
-            logps[part] = (logits.gather(1, wanted) - total).squeeze(1)
-            if slopes is None:
-                continue
-            # d logp / d logits = onehot - softmax
-            slope = logits.sub_(total).exp_().neg_()
-            slope.scatter_add_(1, wanted, torch.ones_like(total))
-            torch.mm(slope.to(weight.dtype), weight, out=slopes[part])
+            logits = nn.functional.linear(hidden[part], weight, bias)  # [chunk, vocabulary]
+            logps[part] = logps_(logits, labels[part], slopes is not None)
+            if slopes is not None:
+                torch.mm(logits, weight, out=slopes[part])
         if slopes is not None:
             ctx.save_for_backward(slopes)
         return logps

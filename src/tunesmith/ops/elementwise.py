@@ -18,7 +18,7 @@ from torch import Tensor
 from tunesmith.errors import OpError
 from tunesmith.ops.schema import DTYPES, differentiable, word
 
-__all__ = ["ACTIVATIONS", "gated", "rms_norm", "rotary"]
+__all__ = ["ACTIVATIONS", "gated", "logps_", "rms_norm", "rotary"]
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -35,6 +35,7 @@ _SCHEMAS = {
     "gated": "(Tensor gate, Tensor up, str activation) -> Tensor",
     "gated_backward": "(Tensor grad_y, Tensor gate, Tensor up, str activation) "
     "-> (Tensor grad_gate, Tensor grad_up)",
+    "logps_": "(Tensor(a!) logits, Tensor labels, bool slopes) -> Tensor",
     "rotary": "(Tensor x, Tensor cos, Tensor sin, bool backward) -> Tensor",
 }
 for _op, _schema in _SCHEMAS.items():
@@ -61,6 +62,18 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """
     y: Tensor = torch.ops.tunesmith.gated.default(gate, up, activation)
     return y
+
+
+def logps_(logits: Tensor, labels: Tensor, slopes: bool) -> Tensor:
+    """Return log_softmax(logits)[label] of each row: fp32 [rows].
+
+    `logits` is [rows, classes] without gaps in bf16, fp16 or fp32; `labels` int64 [rows] from 0 to
+    classes - 1. With `slopes` the derivative of each result by its logits, onehot - softmax, is
+    written over them; otherwise they stay. Sums are fp32 or exacter. Has no derivative itself.
+    Raises OpError for what does not fit together.
+    """
+    logps: Tensor = torch.ops.tunesmith.logps_.default(logits, labels, slopes)
+    return logps
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -115,6 +128,18 @@ def check_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> None:
             "[rows or 1, tokens, head size]"
         )
     _check_alike("rotary", x, cos, sin)
+
+
+def check_logps(logits: Tensor, labels: Tensor) -> None:
+    """Refuse logits and labels that do not fit together."""
+    _check_first("logps_", logits)
+    if logits.dim() != 2 or labels.shape != logits.shape[:1] or labels.dtype != torch.int64:
+        raise OpError(
+            f"logps_: got logits {list(logits.shape)} and labels {word(labels.dtype)} "
+            f"{list(labels.shape)}; allowed is [rows, classes] and int64 [rows]"
+        )
+    if not logits.is_contiguous() or labels.device != logits.device:
+        raise OpError("logps_: got logits with gaps, or labels on another device; copy them")
 
 
 def _check_first(op: str, x: Tensor) -> None:
@@ -194,6 +219,19 @@ def reference_rotary(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Ten
     return x * cos + torch.cat((-high, low), dim=-1) * sin
 
 
+def reference_logps_(logits: Tensor, labels: Tensor, slopes: bool) -> Tensor:
+    """Do the op in plain PyTorch."""
+    check_logps(logits, labels)
+    shares = _sums(logits).log_softmax(dim=1)
+    wanted = labels[:, None]
+    logps = shares.gather(1, wanted)
+    if slopes:
+        slope = shares.exp_().neg_()
+        slope.scatter_add_(1, wanted, torch.ones_like(logps))
+        logits.copy_(slope)
+    return logps.squeeze(1)
+
+
 def _fake_rms_norm(x: Tensor, weight: Tensor, eps: float, from_one: bool) -> tuple[Tensor, Tensor]:
     check_rms_norm(x, weight)
     sums = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -203,6 +241,10 @@ def _fake_rms_norm(x: Tensor, weight: Tensor, eps: float, from_one: bool) -> tup
 torch.library.register_fake("tunesmith::rms_norm", _fake_rms_norm)
 torch.library.register_fake(
     "tunesmith::rms_norm_backward", lambda grad_y, x, weight, scale, from_one: x.new_empty(x.shape)
+)
+torch.library.register_fake(
+    "tunesmith::logps_",
+    lambda logits, labels, slopes: logits.new_empty(len(logits), dtype=_sums(logits).dtype),
 )
 torch.library.register_fake(
     "tunesmith::gated", lambda gate, up, activation: gate.new_empty(gate.shape)
@@ -288,6 +330,7 @@ for _op, _function in (("rms_norm", _RmsNorm), ("gated", _Gated), ("rotary", _Ro
 for _op, _implementation in (
     ("rms_norm", reference_rms_norm),
     ("rms_norm_backward", reference_rms_norm_backward),
+    ("logps_", reference_logps_),
     ("gated", reference_gated),
     ("gated_backward", reference_gated_backward),
     ("rotary", reference_rotary),

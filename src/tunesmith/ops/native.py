@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from tunesmith.errors import OpError
 from tunesmith.ops import attention, elementwise, reference, schema
 from tunesmith.ops.machine import cpu_flags, cpu_multiplies_bf16
 from tunesmith.ops.reference import mean_absmax, no_autocast
@@ -439,6 +440,26 @@ def _attention_decode_cpu(
     return out
 
 
+def _logps_cpu(logits: Tensor, labels: Tensor, slopes: bool) -> Tensor:
+    elementwise.check_logps(logits, labels)
+    rows, classes = logits.shape
+    if logits.dtype == torch.float64 or not logits.numel():
+        return elementwise.reference_logps_(logits, labels, slopes)
+    least, most = labels.aminmax()
+    if least < 0 or most >= classes:
+        raise OpError(
+            f"logps_: got labels from {int(least)} to {int(most)} for {classes} classes; allowed "
+            f"is 0 to {classes - 1}; leave tokens without a label out"
+        )
+    labels = labels.contiguous()
+    logps = logits.new_empty(rows, dtype=torch.float32)
+    _native.logps(
+        logits.data_ptr(), labels.data_ptr(), _CODES[logits.dtype], rows, classes, slopes,
+        logps.data_ptr(),
+    )  # fmt: skip
+    return logps
+
+
 def _rms_norm_cpu(x: Tensor, weight: Tensor, eps: float, from_one: bool) -> tuple[Tensor, Tensor]:
     elementwise.check_rms_norm(x, weight)
     if x.dtype == torch.float64 or not x.numel():
@@ -723,6 +744,7 @@ else:
     torch.library.impl("tunesmith::attention_backward", "cpu", _attention_backward_cpu)
     for _op, _implementation in _ON_CPU_ONLY.items():
         torch.library.impl(f"tunesmith::{_op}", "cpu", _implementation)
+    torch.library.impl("tunesmith::logps_", "cpu", _logps_cpu)
     torch.library.impl("tunesmith::rms_norm_backward", "cpu", _rms_norm_backward_cpu)
     torch.library.impl("tunesmith::gated_backward", "cpu", _gated_backward_cpu)
     if _native.has_cuda():
