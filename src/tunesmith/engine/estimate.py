@@ -17,6 +17,7 @@ import attrs
 from tunesmith.data.examples import Conversation, Preference, Sourced
 from tunesmith.engine.device import Device
 from tunesmith.engine.models import ModelSource, load_config
+from tunesmith.engine.speed import fuses_layers, speed_of_step
 from tunesmith.plugin.methods import Method
 from tunesmith.plugin.quantizers import Quantizer
 from tunesmith.plugin.trainers import TrainerConfig
@@ -67,6 +68,8 @@ class Estimate:
     seconds: float
     trainable: int
     """Trained parameters."""
+    speed: tuple[str, ...] = ()
+    """What runs faster than the stock way, and what does not and why."""
 
     @property
     def memory_bytes(self) -> int:
@@ -135,9 +138,11 @@ def estimate_step(
     batch_tokens = rows_a_pass * (config.max_length if config.packing else longest)
     # Korthikanti et al. count 34 bytes a token and hidden unit in 16 bits, without the attention
     # matrix (fused attention does not keep it); what scales is the compute dtype. A fused LoRA
-    # layer keeps its input and s = x At, and no copies of its input
+    # layer keeps its input and s = x At, and no copies of its input; fused norms and gated blocks
+    # keep what comes in and nothing in between
     linear_inputs = sum(into for _, into in shapes.linears) / max(1, shapes.layers)
-    a_layer = batch_tokens * itemsize * (1.6 * linear_inputs + 4.5 * shapes.hidden)
+    between = 0.8 if fuses_layers(config, device, method is not None) else 4.5
+    a_layer = batch_tokens * itemsize * (1.6 * linear_inputs + between * shapes.hidden)
     kept = shapes.layers * batch_tokens * itemsize * shapes.hidden
     # a layer that is recomputed holds its activations and their gradients, and the allocator much
     # of the one before
@@ -170,6 +175,7 @@ def estimate_step(
         steps=steps,
         seconds=seconds,
         trainable=trainable,
+        speed=speed_of_step(config, shapes.model, device, adapter=method is not None),
     )
 
 

@@ -49,6 +49,10 @@ def plan_text(plan: Any) -> str:
                 f"{gibibytes(found.weights_bytes)}, trained {gibibytes(found.adapter_bytes)}, "
                 f"activations {gibibytes(found.activations_bytes)}) and {short_time(found.seconds)}"
             )
+            lines += [
+                f"    {'speed   ' if i == 0 else '        '} {text}"
+                for i, text in enumerate(found.speed)
+            ]
     for note in plan.notes:
         lines += ["", f"note: {note}"]
     if plan.problems:

@@ -23,44 +23,57 @@ from tunesmith.ops import native_status
 from tunesmith.ops.elementwise import ACTIVATIONS, gated, rms_norm, rotary
 from tunesmith.ops.schema import DTYPES
 
-__all__ = ["gated_block", "norm", "use"]
+__all__ = ["find", "gated_block", "norm", "use"]
 
 _FEATURES = 48
 
 
 def use(model: nn.Module) -> dict[str, int] | str:
-    """Let a model's layers run fused where they can.
+    """Let a model's layers run fused where they can; return what `find` returns."""
+    found = find(model)
+    if not isinstance(found, str):
+        for module in model.modules():
+            _Fused.into(module)
+        for name in _files(model):
+            if (module_file := sys.modules.get(name)) and _has_rotary(module_file):
+                _fuse_rotary(module_file)
+    return found
 
-    Returns how many norms, gated blocks and rotary embeddings do now, by these names ("norms",
-    "gated", "rotary"); or why none does.
+
+def find(model: nn.Module) -> dict[str, int] | str:
+    """Return what of a model, or of its skeleton on the meta device, can run fused.
+
+    That is how many norms, gated blocks and model files with a rotary embedding, by the names
+    "norms", "gated" and "rotary"; or why there are none.
     """
     status = native_status()
     if not status.loaded or status.isa == "scalar":
         return "there are no vector kernels"
-    counts = {"norms": 0, "gated": 0, "rotary": 0}
-    rotaries: set[str] = set()
-    for module in model.modules():
-        if fuse := _Fused.of(module):
-            counts["norms" if isinstance(fuse, _Norm) else "gated"] += 1
-        rotaries.add(type(module).__module__)
-    counts["rotary"] = sum(_fuse_rotary(sys.modules.get(name)) for name in sorted(rotaries))
+    fused = [_Fused.of(module) for module in model.modules()]
+    counts = {
+        "norms": sum(isinstance(each, _Norm) for each in fused),
+        "gated": sum(isinstance(each, _Gated) for each in fused),
+        "rotary": sum(_has_rotary(sys.modules.get(name)) for name in _files(model)),
+    }
     if not any(counts.values()):
         return "nothing in it is a norm, a gated block or a rotary embedding that is known here"
     return counts
 
 
+def _files(model: nn.Module) -> set[str]:
+    return {type(module).__module__ for module in model.modules()}
+
+
 def norm(module: nn.Module) -> tuple[float, bool] | None:
     """Return eps of an RMSNorm and whether its weight counts from one; None if it is none."""
-    present = module.__dict__.get("forward")
-    found = present if isinstance(present, _Norm) else _Norm.recognise(module)
-    return None if found is None else (found.eps, found.from_one)
+    found = _Fused.of(module)
+    return (found.eps, found.from_one) if isinstance(found, _Norm) else None
 
 
 def gated_block(module: nn.Module) -> str | None:
     """Return the activation of a gated block, a key of `ACTIVATIONS`; None if it is none."""
-    present = module.__dict__.get("forward")
-    found = present if isinstance(present, _Gated) else _Gated.recognise(module)
-    return None if found is None else found.activation
+    found = _Fused.of(module)
+    return found.activation if isinstance(found, _Gated) else None
 
 
 class _Fused:
@@ -73,17 +86,19 @@ class _Fused:
 
     @staticmethod
     def of(module: nn.Module) -> _Fused | None:
-        """Return what runs in a module's place, put there now if it fits, or None."""
+        """Return what runs in a module's place, or could; None if there is nothing."""
         present = module.__dict__.get("forward")
         if isinstance(present, _Fused):
             return present
         if present is not None:  # someone else's
             return None
-        for kind in (_Norm, _Gated):
-            if found := kind.recognise(module):
-                module.forward = found
-                return found
-        return None
+        return _Norm.recognise(module) or _Gated.recognise(module)
+
+    @staticmethod
+    def into(module: nn.Module) -> None:
+        """Put it in a module's place."""
+        if found := _Fused.of(module):
+            module.forward = found  # type: ignore[assignment]  # it is called alike
 
     def stock(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module's own forward."""
@@ -197,19 +212,17 @@ class _Gives(nn.Module):
 _ROTARY = "apply_rotary_pos_emb"
 
 
-def _fuse_rotary(module: types.ModuleType | None) -> bool:
-    """Put the fused rotary embedding in the place of a modeling file's own, if it is the same.
-
-    It stays there: both give the same, bit for bit.
-    """
+def _has_rotary(module: types.ModuleType | None) -> bool:
+    """Whether a model file's rotary embedding is the fused one, or does the same bit for bit."""
     own = getattr(module, _ROTARY, None)
-    if module is None or not isinstance(own, types.FunctionType):
-        return False
+    return isinstance(own, types.FunctionType) and (hasattr(own, "_tunesmith") or _is_rotary(own))
+
+
+def _fuse_rotary(module: types.ModuleType) -> None:
+    """Put the fused rotary embedding in the place of a model file's own, and leave it there."""
+    own = getattr(module, _ROTARY)
     if not hasattr(own, "_tunesmith"):
-        if not _is_rotary(own):
-            return False
         setattr(module, _ROTARY, _fused_rotary(own))
-    return True
 
 
 def _fused_rotary(own: Callable[..., Any]) -> Callable[..., Any]:

@@ -245,7 +245,8 @@ def linear(
 ) -> tuple[Tensor, Tensor]:
     """Return y = x Wᵀ + bias + scaling s Bᵀ in x's dtype, and s = (keep_scale keep x) Aᵀ.
 
-    s [tokens, rank] is fp32, and so is all arithmetic of the adapter; fp64 for an x in fp64.
+    s [tokens, rank] is fp32, and so is all arithmetic of the adapter; fp64 for an x in fp64. A
+    kernel may round the adapter's factors to bf16 for an x in bf16, as PyTorch's autocast does.
     """
     schema.check_linear(
         x, weight, absmax, nested_absmax, nested_offset, out_features, blocksize, quant_type,

@@ -1,0 +1,92 @@
+"""What will run faster than the stock way in a training step, and what will not and why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tunesmith.engine.device import Device
+from tunesmith.plugin.trainers import TrainerConfig
+
+__all__ = ["fuses_layers", "speed_of_step"]
+
+
+def speed_of_step(
+    config: TrainerConfig, model: Any, device: Device, *, adapter: bool
+) -> tuple[str, ...]:
+    """Return a line for each piece: the loss, attention, the layers between products, optimizer.
+
+    `model` is the model or its skeleton on the meta device; `adapter` is false where all of it is
+    trained. What can only be found out by trying is said to be so.
+    """
+    return (
+        _loss(config, device, adapter),
+        _attention(config, model, device),
+        _layers(config, model, device, adapter),
+        f"optimizer: {_OPTIMIZERS[config.optimizer]}",
+    )
+
+
+def fuses_layers(config: TrainerConfig, device: Device, adapter: bool) -> bool:
+    """Whether norms and gated blocks will run in one pass if the model has such."""
+    return config.fused_layers and device.name == "cpu" and adapter and _no_kernels() is None
+
+
+_OPTIMIZERS = {
+    "auto": "torch's AdamW (auto: what is trained is small beside the model)",
+    "adamw": "torch's AdamW",
+    "adamw_8bit": "bitsandbytes' AdamW, states in 8 bits",
+    "paged_adamw_8bit": "bitsandbytes' AdamW, states in 8 bits, paged out when memory is short",
+    "adafactor": "Adafactor",
+    "sgd": "plain SGD",
+}
+
+
+def _loss(config: TrainerConfig, device: Device, adapter: bool) -> str:
+    if not config.chunked_loss:
+        return "loss: from the logits of all tokens at once (chunked_loss is off)"
+    if not adapter and device.precision != "fp32":
+        return "loss: from the logits of all tokens at once (mixed precision wraps the whole model)"
+    return "loss: from hidden states, without holding the logits, if the head can be taken off"
+
+
+def _attention(config: TrainerConfig, model: Any, device: Device) -> str:
+    kind = getattr(model.config, "_attn_implementation", None)
+    if not config.varlen_attention:
+        why: str | None = "varlen_attention is off"
+    elif device.name != "cpu":
+        why = f"on {device.name} it is torch's"
+    elif kind != "sdpa":
+        why = f"it is {kind!r}, not torch's"
+    else:
+        why = _no_kernels()
+    if why is not None:
+        return f"attention: as the model has it ({why})"
+    return "attention: sample by sample, with its own backward pass"
+
+
+def _layers(config: TrainerConfig, model: Any, device: Device, adapter: bool) -> str:
+    what = "norms, gated blocks, rotary embedding"
+    if not config.fused_layers:
+        why = "fused_layers is off"
+    elif device.name != "cpu":
+        why = f"on {device.name} they are the model's"
+    elif not adapter:
+        why = "their weights are trained"
+    else:
+        from tunesmith.nn import fused_layers
+
+        found = fused_layers.find(model)
+        if not isinstance(found, str):
+            return (
+                f"in one pass each: {found['norms']} norms, {found['gated']} gated blocks, rotary "
+                f"embedding of {found['rotary']} model files"
+            )
+        why = found
+    return f"{what}: as the model has them ({why})"
+
+
+def _no_kernels() -> str | None:
+    from tunesmith.ops import native_status
+
+    status = native_status()
+    return "there are no vector kernels" if status.isa in ("", "scalar") else None

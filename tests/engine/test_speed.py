@@ -1,0 +1,73 @@
+"""What explain() says about speed is what the trainer then does."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from transformers import GPT2Config, LlamaConfig
+from transformers.models.auto import AutoModelForCausalLM
+
+from tunesmith.engine.device import Device
+from tunesmith.engine.speed import speed_of_step
+from tunesmith.ops import native_status
+from tunesmith.plugin.trainers import TrainerConfig
+from tunesmith_plugins.trainers._speed import prepare
+
+pytestmark = pytest.mark.skipif(
+    native_status().isa in ("", "scalar"), reason="there are no vector kernels on this machine"
+)
+
+CPU = Device("cpu", "bf16", "a CPU", 1 << 34)
+LLAMA = LlamaConfig(
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+)
+GPT2 = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+
+
+def model_of(config: Any, **options: Any) -> Any:
+    return AutoModelForCausalLM.from_config(config, **options)
+
+
+@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("on", [True, False])
+def test_explain_foretells_what_is_logged(
+    config: Any, attention: str, on: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = TrainerConfig(varlen_attention=on, fused_layers=on)
+    with torch.device("meta"):
+        skeleton = model_of(config, attn_implementation=attention)
+    foretold = speed_of_step(options, skeleton, CPU, adapter=True)[1:3]
+    session: Any = SimpleNamespace(
+        device=torch.device("cpu"), model=model_of(config, attn_implementation=attention)
+    )
+    with caplog.at_level(logging.INFO, logger="tunesmith"):
+        prepare(session, options)
+    logged = [record.getMessage() for record in caplog.records if record.name == "tunesmith"]
+    # the same choice; where it is no, reasons may be worded otherwise
+    assert len(logged) == len(foretold) == 2
+    for line, said in zip(logged, foretold, strict=True):
+        assert line.split(" (")[0] == said.split(" (")[0]
+
+
+def test_each_reason_is_named() -> None:
+    model = model_of(LLAMA)
+    on = TrainerConfig()
+    cuda = attrs.evolve(CPU, name="cuda")
+
+    def lines(config: TrainerConfig = on, device: Device = CPU, adapter: bool = True) -> str:
+        return "\n".join(speed_of_step(config, model, device, adapter=adapter))
+
+    assert "5 norms, 2 gated blocks, rotary embedding of 1 model files" in lines()
+    assert "torch's AdamW (auto" in lines()
+    assert "on cuda it is torch's" in lines(device=cuda)
+    assert "on cuda they are the model's" in lines(device=cuda)
+    assert "their weights are trained" in lines(adapter=False)
+    assert "mixed precision" in lines(adapter=False)
+    assert "chunked_loss is off" in lines(attrs.evolve(on, chunked_loss=False))
+    assert "bitsandbytes" in lines(attrs.evolve(on, optimizer="adamw_8bit"))
