@@ -143,7 +143,8 @@ class Layer:
     def formula(self, isa: str = "") -> tuple[Tensor, Tensor]:
         """Return y and s in fp64, from factors as an instruction set rounds them."""
         rounded = to_bf16 if self.rounds_adapter(isa) else unchanged
-        s = rounded(self._dropped()) @ rounded(self._a()).T
+        projected = unchanged if self.x.shape[0] <= FEW_TOKENS else rounded
+        s = projected(self._dropped()) @ projected(self._a()).T
         y = self.x.double() @ self.dense.T + self.scaling * rounded(s) @ rounded(self._b()).T
         return (y if self.bias is None else y + self.bias.double()), s
 
@@ -151,7 +152,8 @@ class Layer:
         """Return grad_x, grad_a and grad_b in fp64, likewise."""
         rounded = to_bf16 if self.rounds_adapter(isa) else unchanged
         grad = grad_y.double()
-        grad_s = rounded(self.scaling * grad @ rounded(self._b()))
+        projected = unchanged if self.x.shape[0] <= FEW_TOKENS else rounded
+        grad_s = rounded(self.scaling * grad @ projected(self._b()))
         through_adapter = grad_s @ rounded(self._a())
         if self.keep is not None:
             through_adapter *= self.keep * self.keep_scale
@@ -246,6 +248,9 @@ def random_layer(
         else None,
     )
 
+
+# up to so many the kernels project into the low rank in fp32, whatever x is (linear.cpp)
+FEW_TOKENS = 8
 
 # of the largest element: a 16-bit output is rounded once, a bf16 product has factors in bf16
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}

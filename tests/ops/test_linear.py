@@ -33,6 +33,9 @@ TOKENS = (0, 1, 2, 3, 5, 16, 17, 64, 130)
 SIZES = ((64, 64), (96, 40), (77, 33), (130, 5), (1, 1), (3, 1), (256, 130))  # K, N
 WEIGHTS = ("nf4", "nf4 nested", "fp4", "fp4 nested", "plain")
 
+# up to so many the kernels project into the low rank in fp32, whatever x is (linear.cpp)
+FEW_TOKENS = 8
+
 # of the largest element; y in 16 bits is rounded once for the base and once for the sum
 TOLERANCE = {
     torch.float64: 1e-6,  # W itself is fp32
@@ -127,9 +130,16 @@ class Layer:
             out["b"] = b = self.lora_b.double().requires_grad_()
             dropped = x if self.keep is None else x * self.keep * self.keep_scale
             s = rounded(dropped) @ rounded(a).t()
+            few = narrow and math.prod(x.shape[:-1]) <= FEW_TOKENS
+            if few:  # projected in fp32 both ways; all other products are as ever
+                s = s + (dropped @ a.t() - s).detach()
             if narrow:
                 s.register_hook(to_bf16)
-            y = y + self.scaling * rounded(s) @ rounded(b).t()
+            low_rank = rounded(s) @ rounded(b).t()
+            if few:
+                slopes = s @ b.detach().t() + rounded(s.detach()) @ b.t()
+                low_rank = slopes + (low_rank - slopes).detach()
+            y = y + self.scaling * low_rank
             s = s.reshape(-1, a.shape[0]) if x.numel() else s.new_empty((0, a.shape[0]))
         y.backward(grad_y.double())
         grads = {name: leaf.grad for name, leaf in out.items()}
