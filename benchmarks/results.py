@@ -26,7 +26,7 @@ from benchmarks.cases import Case
 from benchmarks.limits import Rates
 from benchmarks.measure import Spread, ratio
 
-__all__ = ["SCHEMA", "CaseResult", "Report", "Timing"]
+__all__ = ["SCHEMA", "CaseResult", "Report", "Run", "Timing"]
 
 SCHEMA = 1
 
@@ -76,13 +76,33 @@ class CaseResult:
 
 
 @attrs.frozen
-class Report:
-    """A whole run."""
+class Run:
+    """When, where and with what something was measured; the start of every report."""
 
     date: str
     machine: dict[str, object]
     versions: dict[str, str]
     settings: dict[str, object]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the run as plain data."""
+        return {
+            "date": self.date,
+            "machine": self.machine,
+            "versions": self.versions,
+            "settings": self.settings,
+        }
+
+    def write(self, path: Path) -> None:
+        """Write the JSON, making the directory."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+
+
+@attrs.frozen
+class Report(Run):
+    """A whole run."""
+
     rates: Rates
     cases: list[CaseResult]
     verdicts: list[Verdict] = attrs.field(factory=list)
@@ -91,19 +111,11 @@ class Report:
         """Return the run as plain data."""
         return {
             "schema": SCHEMA,
-            "date": self.date,
-            "machine": self.machine,
-            "versions": self.versions,
-            "settings": self.settings,
+            **super().to_json(),
             "rates": attrs.asdict(self.rates),
             "cases": [_case(each) for each in self.cases],
             "bars": [attrs.asdict(each) for each in self.verdicts],
         }
-
-    def write(self, path: Path) -> None:
-        """Write the JSON, making the directory."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
 
 
 def _case(result: CaseResult) -> dict[str, Any]:

@@ -12,14 +12,13 @@ A spread is {"median", "q1", "q3"}; ours and theirs are medians in the unit of t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import attrs
 
 from benchmarks.measure import Spread, ratio
+from benchmarks.results import Run
 from benchmarks.train.cases import OURS, UNITS, Bar, Case
 from benchmarks.train.turns import CaseResult
 
@@ -107,13 +106,9 @@ def _spread(unit: str, ours: Sequence[float], theirs: Sequence[float]) -> Spread
 
 
 @attrs.frozen
-class Report:
+class Report(Run):
     """A whole run."""
 
-    date: str
-    machine: dict[str, object]
-    versions: dict[str, str]
-    settings: dict[str, object]
     results: list[CaseResult] = attrs.field(factory=list)
     comparisons: list[Comparison] = attrs.field(factory=list)
 
@@ -121,18 +116,10 @@ class Report:
         """Return the run as plain data."""
         return {
             "schema": SCHEMA,
-            "date": self.date,
-            "machine": self.machine,
-            "versions": self.versions,
-            "settings": self.settings,
+            **super().to_json(),
             "cases": [_case(result) for result in self.results],
             "comparisons": [attrs.asdict(each) for each in self.comparisons],
         }
-
-    def write(self, path: Path) -> None:
-        """Write the JSON, making the directory."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
 
 
 def _case(result: CaseResult) -> dict[str, Any]:

@@ -169,6 +169,10 @@ struct DecodeJob {
   void* out;
 };
 
+// Up to this many rows a product need not bring its factors into blocks, and a linear layer's tokens are
+// projected into the low rank one by one.
+constexpr int64_t kFewTokens = 8;
+
 // Does the groups of 256 absmax [first, last). One in 64 of the work at most, so every set shares it.
 void quantize_absmax(const AbsmaxJob& job, int64_t first, int64_t last);
 

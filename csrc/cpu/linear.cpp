@@ -8,9 +8,6 @@
 namespace tunesmith {
 namespace {
 
-// Up to this many tokens are multiplied one by one, as decoding has them.
-constexpr int64_t kFewTokens = 8;
-
 Matrix plain(const void* data, int type, int64_t columns) {
   Matrix matrix = {};
   matrix.data = data;

@@ -728,10 +728,8 @@ void multiply_plain(const Product& product) {
   });
 }
 
-// At most this many rows of `left` are multiplied without a block: decoding is then most of the work,
-// and each value is used as it leaves the register, by up to 4 rows.
-constexpr int64_t kFewTokens = 8;
-
+// Few rows of `left` are multiplied without a block: decoding is then most of the work, and each value
+// is used as it leaves the register, by up to 4 rows.
 inline bool has_few_tokens(const Product& product) {
   return product.transposed && product.rows <= kFewTokens && is_4bit(product.right.type) &&
          product.left.columns > 0 && product.left.columns % 64 == 0;

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tiny_sizes import SIZES
 from torch import Tensor, nn
 from transformers import (
     Gemma2Config,
@@ -34,13 +35,10 @@ pytestmark = pytest.mark.skipif(
     native_status().isa in ("", "scalar"), reason="there are no vector kernels on this machine"
 )
 
-_SIZES: dict[str, Any] = {
-    "vocab_size": 64,
+_SIZES = {
+    **SIZES,
     "hidden_size": 64,
     "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "max_position_embeddings": 128,
     "pad_token_id": 0,
     "eos_token_id": 1,

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_sizes import SIZES
 from torch import Tensor, nn
 from transformers import (
     GemmaConfig,
@@ -30,16 +31,7 @@ pytestmark = pytest.mark.skipif(
     native_status().isa in ("", "scalar"), reason="there are no vector kernels on this machine"
 )
 
-_SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-}
+_SIZES = {**SIZES, "pad_token_id": 0}
 # the model and how many norms, gated blocks and rotary embeddings are found in it
 MODELS: dict[str, tuple[Any, tuple[int, int, int]]] = {
     "llama": (LlamaConfig(**_SIZES), (5, 2, 1)),

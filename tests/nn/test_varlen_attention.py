@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_sizes import SIZES
 from torch import Tensor
 from transformers import (
     Gemma2Config,
@@ -29,21 +30,12 @@ pytestmark = pytest.mark.skipif(
     native_status().isa in ("", "scalar"), reason="there are no vector kernels on this machine"
 )
 
-_SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
-_NO_GROUPS = {**_SIZES, "num_key_value_heads": 4}
+_NO_GROUPS = {**SIZES, "num_key_value_heads": 4}
 CONFIGS = {
-    "llama": LlamaConfig(**_SIZES),
-    "mistral": MistralConfig(**_SIZES, sliding_window=5),
-    "qwen2": Qwen2Config(**_SIZES),
-    "qwen3": Qwen3Config(**_SIZES, head_dim=16),
+    "llama": LlamaConfig(**SIZES),
+    "mistral": MistralConfig(**SIZES, sliding_window=5),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen3": Qwen3Config(**SIZES, head_dim=16),
     "phi": PhiConfig(**_NO_GROUPS),
     "gpt2": GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64),
 }
@@ -126,7 +118,7 @@ def test_generating_is_left_to_torch(calls: list[int]) -> None:
 
 def test_what_is_not_torchs_attention_is_left_alone() -> None:
     model = AutoModelForCausalLM.from_config(
-        Gemma2Config(**_SIZES, head_dim=8), attn_implementation="eager"
+        Gemma2Config(**SIZES, head_dim=8), attn_implementation="eager"
     )
     assert "'eager'" in str(use(model))
     assert model.config._attn_implementation != NAME

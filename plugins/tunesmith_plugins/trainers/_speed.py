@@ -52,10 +52,7 @@ def prepare(session: Session, config: TrainerConfig) -> None:
         why = f"{elsewhere} attention is torch's"
     else:
         why = varlen_attention.use(session.model)
-    if why is not None:
-        log.info("attention: as the model has it (%s)", why)
-    else:
-        log.info("attention: sample by sample, with its own backward pass")
+    log.info("%s", varlen_attention.described(why))
 
     if not config.fused_layers:
         fused: dict[str, int] | str = "fused_layers is off"
@@ -63,12 +60,4 @@ def prepare(session: Session, config: TrainerConfig) -> None:
         fused = f"{elsewhere} they are the model's"
     else:
         fused = fused_layers.use(session.model)
-    if isinstance(fused, str):
-        log.info("norms, gated blocks, rotary embedding: as the model has them (%s)", fused)
-    else:
-        log.info(
-            "in one pass each: %d norms, %d gated blocks, rotary embedding of %d model files",
-            fused["norms"],
-            fused["gated"],
-            fused["rotary"],
-        )
+    log.info("%s", fused_layers.described(fused))

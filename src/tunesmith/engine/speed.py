@@ -28,7 +28,7 @@ def speed_of_step(
 
 def fuses_layers(config: TrainerConfig, device: Device, adapter: bool) -> bool:
     """Whether norms and gated blocks will run in one pass if the model has such."""
-    return config.fused_layers and device.name == "cpu" and adapter and _no_kernels() is None
+    return config.fused_layers and device.name == "cpu" and adapter and _vectors()
 
 
 _OPTIMIZERS = {
@@ -50,6 +50,8 @@ def _loss(config: TrainerConfig, device: Device, adapter: bool) -> str:
 
 
 def _attention(config: TrainerConfig, model: Any, device: Device) -> str:
+    from tunesmith.nn import varlen_attention
+
     kind = getattr(model.config, "_attn_implementation", None)
     if not config.varlen_attention:
         why: str | None = "varlen_attention is off"
@@ -58,35 +60,25 @@ def _attention(config: TrainerConfig, model: Any, device: Device) -> str:
     elif kind != "sdpa":
         why = f"it is {kind!r}, not torch's"
     else:
-        why = _no_kernels()
-    if why is not None:
-        return f"attention: as the model has it ({why})"
-    return "attention: sample by sample, with its own backward pass"
+        why = None if _vectors() else "there are no vector kernels"
+    return varlen_attention.described(why)
 
 
 def _layers(config: TrainerConfig, model: Any, device: Device, adapter: bool) -> str:
-    what = "norms, gated blocks, rotary embedding"
+    from tunesmith.nn import fused_layers
+
     if not config.fused_layers:
-        why = "fused_layers is off"
+        found: dict[str, int] | str = "fused_layers is off"
     elif device.name != "cpu":
-        why = f"on {device.name} they are the model's"
+        found = f"on {device.name} they are the model's"
     elif not adapter:
-        why = "their weights are trained"
+        found = "their weights are trained"
     else:
-        from tunesmith.nn import fused_layers
-
         found = fused_layers.find(model)
-        if not isinstance(found, str):
-            return (
-                f"in one pass each: {found['norms']} norms, {found['gated']} gated blocks, rotary "
-                f"embedding of {found['rotary']} model files"
-            )
-        why = found
-    return f"{what}: as the model has them ({why})"
+    return fused_layers.described(found)
 
 
-def _no_kernels() -> str | None:
+def _vectors() -> bool:
     from tunesmith.ops import native_status
 
-    status = native_status()
-    return "there are no vector kernels" if status.isa in ("", "scalar") else None
+    return native_status().vectors

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tunesmith.errors import OpError
 from tunesmith.nn import fused_layers
 from tunesmith.nn.lora_linear import LoraLinear
-from tunesmith.nn.nf4_linear import NF4Linear
+from tunesmith.nn.nf4_linear import NF4Linear, frozen_arguments
 from tunesmith.ops import native_status
 from tunesmith.ops.native import PreparedLinear, on_cpu
 from tunesmith.ops.schema import DTYPES
@@ -55,8 +55,7 @@ def generate(model: Any, **options: Any) -> Tensor:
 
 def _why_not(inner: Any, options: dict[str, Any]) -> str | None:
     """Return why a call of generate is not for the decoder, or None."""
-    status = native_status()
-    if not status.loaded or status.isa == "scalar":
+    if not native_status().vectors:
         return "there are no vector kernels"
     if inner.device.type != "cpu":
         return f"the model is on {inner.device.type}"
@@ -317,13 +316,11 @@ def _norm(module: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
 
 
 def _linear(module: nn.Module, rows: int, dtype: torch.dtype) -> PreparedLinear:
-    arguments: tuple[Any, ...] | None
-    if isinstance(module, LoraLinear) or type(module) is NF4Linear:
+    arguments: tuple[Any, ...] | None = None
+    if isinstance(module, LoraLinear):
         arguments = module.arguments()
-    elif type(module) is nn.Linear and module.weight.dtype == dtype:
-        arguments = ((module.weight, None, None, None), module.weight.shape, 0, "", module.bias)
-    else:
-        arguments = None
+    elif type(module) is NF4Linear or (type(module) is nn.Linear and module.weight.dtype == dtype):
+        arguments = frozen_arguments(module)
     if arguments is None:
         raise _UnknownError(f"{type(module).__name__} is no layer for this")
     parts, shape, blocksize, quant_type, bias, *lora = arguments

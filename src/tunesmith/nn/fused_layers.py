@@ -23,21 +23,19 @@ from tunesmith.ops import native_status
 from tunesmith.ops.elementwise import ACTIVATIONS, gated, rms_norm, rotary
 from tunesmith.ops.schema import DTYPES
 
-__all__ = ["find", "gated_block", "norm", "use"]
+__all__ = ["described", "find", "gated_block", "norm", "use"]
 
 _FEATURES = 48
 
 
 def use(model: nn.Module) -> dict[str, int] | str:
     """Let a model's layers run fused where they can; return what `find` returns."""
-    found = find(model)
-    if not isinstance(found, str):
-        for module in model.modules():
-            _Fused.into(module)
-        for name in _files(model):
-            if (module_file := sys.modules.get(name)) and _has_rotary(module_file):
-                _fuse_rotary(module_file)
-    return found
+    fused, files = _fusable(model)
+    for module, forward in fused.items():
+        module.forward = forward  # type: ignore[assignment]  # it is called alike
+    for file in files:
+        _fuse_rotary(file)
+    return _counts(fused, files)
 
 
 def find(model: nn.Module) -> dict[str, int] | str:
@@ -46,22 +44,36 @@ def find(model: nn.Module) -> dict[str, int] | str:
     That is how many norms, gated blocks and model files with a rotary embedding, by the names
     "norms", "gated" and "rotary"; or why there are none.
     """
-    status = native_status()
-    if not status.loaded or status.isa == "scalar":
+    return _counts(*_fusable(model))
+
+
+def described(found: dict[str, int] | str) -> str:
+    """Return as a sentence what `find` and `use` return."""
+    if isinstance(found, str):
+        return f"norms, gated blocks, rotary embedding: as the model has them ({found})"
+    return (
+        f"in one pass each: {found['norms']} norms, {found['gated']} gated blocks, rotary "
+        f"embedding of {found['rotary']} model files"
+    )
+
+
+def _fusable(model: nn.Module) -> tuple[dict[nn.Module, _Fused], list[types.ModuleType]]:
+    """Return what runs or could run in the place of modules, and model files to patch."""
+    if not native_status().vectors:
+        return {}, []
+    fused = {module: found for module in model.modules() if (found := _Fused.of(module))}
+    names = {type(module).__module__ for module in model.modules()}
+    files = [file for name in names if (file := sys.modules.get(name)) and _has_rotary(file)]
+    return fused, files
+
+
+def _counts(fused: dict[nn.Module, _Fused], files: list[types.ModuleType]) -> dict[str, int] | str:
+    if not native_status().vectors:
         return "there are no vector kernels"
-    fused = [_Fused.of(module) for module in model.modules()]
-    counts = {
-        "norms": sum(isinstance(each, _Norm) for each in fused),
-        "gated": sum(isinstance(each, _Gated) for each in fused),
-        "rotary": sum(_has_rotary(sys.modules.get(name)) for name in _files(model)),
-    }
-    if not any(counts.values()):
+    if not fused and not files:
         return "nothing in it is a norm, a gated block or a rotary embedding that is known here"
-    return counts
-
-
-def _files(model: nn.Module) -> set[str]:
-    return {type(module).__module__ for module in model.modules()}
+    norms = sum(isinstance(each, _Norm) for each in fused.values())
+    return {"norms": norms, "gated": len(fused) - norms, "rotary": len(files)}
 
 
 def norm(module: nn.Module) -> tuple[float, bool] | None:
@@ -93,12 +105,6 @@ class _Fused:
         if present is not None:  # someone else's
             return None
         return _Norm.recognise(module) or _Gated.recognise(module)
-
-    @staticmethod
-    def into(module: nn.Module) -> None:
-        """Put it in a module's place."""
-        if found := _Fused.of(module):
-            module.forward = found  # type: ignore[assignment]  # it is called alike
 
     def stock(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module's own forward."""
@@ -212,7 +218,7 @@ class _Gives(nn.Module):
 _ROTARY = "apply_rotary_pos_emb"
 
 
-def _has_rotary(module: types.ModuleType | None) -> bool:
+def _has_rotary(module: types.ModuleType) -> bool:
     """Whether a model file's rotary embedding is the fused one, or does the same bit for bit."""
     own = getattr(module, _ROTARY, None)
     return isinstance(own, types.FunctionType) and (hasattr(own, "_tunesmith") or _is_rotary(own))

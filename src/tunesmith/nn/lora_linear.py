@@ -22,7 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from tunesmith.errors import ModelError, OpError
-from tunesmith.nn.nf4_linear import NF4Linear, autocast
+from tunesmith.nn.nf4_linear import NF4Linear, autocast, frozen_arguments
 from tunesmith.ops import frozen_linear, quantize_4bit
 from tunesmith.ops.schema import DTYPES
 
@@ -138,16 +138,11 @@ class LoraLinear(lora.Linear):  # type: ignore[misc]
 
     def _fused(self, name: str, x: Tensor) -> Tensor:
         dropout = self.lora_dropout[name]
-        adapter = (self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        return frozen_linear(x, *(*self._base_arguments(), adapter, p))
+        return frozen_linear(x, *(*frozen_arguments(self.base_layer), self._adapter(name), p))
 
-    def _base_arguments(self) -> tuple[Any, ...]:
-        base = self.base_layer
-        if isinstance(base, NF4Linear):
-            return base.arguments()
-        parts = (base.weight, None, None, None)
-        return parts, (base.out_features, base.in_features), 0, "", base.bias
+    def _adapter(self, name: str) -> tuple[Tensor, Tensor, float]:
+        return self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
 
     def arguments(self) -> tuple[Any, ...] | None:
         """Return what `ops.frozen_linear` takes after x and before dropout, or None.
@@ -158,14 +153,13 @@ class LoraLinear(lora.Linear):  # type: ignore[misc]
         if not isinstance(base, NF4Linear) and type(base) is not nn.Linear:
             return None
         if self.merged_adapters and not self.disable_adapters:
-            return self._base_arguments()
+            return frozen_arguments(base)
         name = self._single_adapter()
         dtype = base.compute_dtype if isinstance(base, NF4Linear) else base.weight.dtype
         x = torch.empty((0, base.in_features), dtype=dtype)
         if name is None or not self._fits(name, x, x):
             return None
-        adapter = (self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
-        return (*self._base_arguments(), adapter)
+        return (*frozen_arguments(base), self._adapter(name))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the named adapters (by default the active ones) into the base weight.

@@ -23,7 +23,7 @@ from tunesmith.ops import (
 )
 from tunesmith.ops.schema import DTYPES, word
 
-__all__ = ["NF4Linear", "autocast"]
+__all__ = ["NF4Linear", "autocast", "frozen_arguments"]
 
 _PARTS = ("packed", "absmax", "nested_absmax", "nested_offset")
 
@@ -161,17 +161,7 @@ class NF4Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return x Wᵀ + b for x [..., in_features], in x's dtype or autocast's."""
-        return frozen_linear(autocast(input), *self.arguments())
-
-    def arguments(self) -> tuple[Any, ...]:
-        """Return what `ops.frozen_linear` takes after x."""
-        return (
-            (self.packed, self.absmax, self.nested_absmax, self.nested_offset),
-            (self.out_features, self.in_features),
-            self.blocksize,
-            self.quant_type,
-            self.bias,
-        )
+        return frozen_linear(autocast(input), *frozen_arguments(self))
 
     def reset_parameters(self) -> None:
         """Refuse: there is no weight to initialize."""
@@ -256,6 +246,15 @@ class NF4Linear(nn.Linear):
                 f"{name}: got {list(w.shape)} {theirs}; this layer holds {list(self.nf4.shape)} "
                 f"{ours}; build one with NF4Linear(interchange.from_tensors(state_dict))"
             )
+
+
+def frozen_arguments(linear: nn.Linear) -> tuple[Any, ...]:
+    """Return what `ops.frozen_linear` takes after x, for a frozen layer in 4 bits or plain."""
+    shape = (linear.out_features, linear.in_features)
+    if isinstance(linear, NF4Linear):
+        parts = (linear.packed, linear.absmax, linear.nested_absmax, linear.nested_offset)
+        return parts, shape, linear.blocksize, linear.quant_type, linear.bias
+    return (linear.weight, None, None, None), shape, 0, "", linear.bias
 
 
 def autocast(x: Tensor) -> Tensor:

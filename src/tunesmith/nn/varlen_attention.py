@@ -24,7 +24,7 @@ from tunesmith.ops import native_status
 from tunesmith.ops.attention import attention, check_runs
 from tunesmith.ops.schema import DTYPES
 
-__all__ = ["NAME", "attend", "runs_of", "use"]
+__all__ = ["NAME", "attend", "described", "runs_of", "use"]
 
 NAME = "tunesmith_varlen"
 """What this is called in transformers' registry of attention functions."""
@@ -40,8 +40,7 @@ def use(model: Any) -> str | None:
     from transformers.masking_utils import sdpa_mask
 
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    status = native_status()
-    if not status.loaded or status.isa == "scalar":
+    if not native_status().vectors:
         return "there are no vector kernels for its backward pass"
     current = inner.config._attn_implementation
     if current == NAME:
@@ -56,6 +55,13 @@ def use(model: Any) -> str | None:
     if inner.config._attn_implementation != NAME:
         return "it does not take its attention from transformers' AttentionInterface"
     return None
+
+
+def described(why: str | None) -> str:
+    """Return as a sentence what `use` returned."""
+    if why is not None:
+        return f"attention: as the model has it ({why})"
+    return "attention: sample by sample, with its own backward pass"
 
 
 def attend(

@@ -69,6 +69,11 @@ class NativeStatus:
     cuda: bool
     """Whether the CUDA kernels are compiled in."""
 
+    @property
+    def vectors(self) -> bool:
+        """Whether the CPU kernels in use have vector instructions: others gain nothing."""
+        return self.isa not in ("", "scalar")
+
     def __str__(self) -> str:
         """Return it as one line."""
         if not self.loaded:
