@@ -17,6 +17,7 @@ import attrs
 
 from benchmarks.machine import describe, slug, versions
 from benchmarks.train.cases import CASES, GROUPS, Bar, Case, Job
+from benchmarks.train.growth import compare_growth
 from benchmarks.train.report import NOT_ASKED, Report, compare, header_lines, not_asked, table_lines
 from benchmarks.train.rows import find_rows, write_rows
 from benchmarks.train.turns import Worker, run_case
@@ -58,14 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     now = datetime.datetime.now(datetime.UTC)
     with tempfile.TemporaryDirectory(prefix="tunesmith-bench-") as name:
         directory = Path(name)
-        rows = find_rows(sizes.max_length)
-        write_rows(rows, directory / "rows.json")
+        source = find_rows(sizes.max_length).source
         model = "tiny Llama, random" if options.quick else "SmolLM2-135M-Instruct"
         report = Report(
             date=now.isoformat(timespec="seconds"),
             machine=describe("cpu"),
             versions=_versions(),
-            settings={"model": model, "rows": rows.source, **attrs.asdict(sizes)},
+            settings={"model": model, "rows": source, **attrs.asdict(sizes)},
         )
         path = options.json or RESULTS / f"train-{slug(report.machine)}-{now:%Y-%m-%d}.json"
         print("\n".join(header_lines(report)), flush=True)
@@ -85,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             report.results.append(result)
             report.comparisons.extend(compare(result))
             report.write(path)  # a long run that is interrupted has kept what it knew
+        report.comparisons.extend(compare_growth(report.results))
+        report.write(path)
     print("\n".join([*table_lines(report.comparisons), "", f"written to {path}"]))
     failed = any(each.passed is False for each in report.comparisons)
     return 1 if options.check and failed else 0
@@ -96,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--only", action="append", choices=GROUPS, help="a case; may be given several times")
     add("--rounds", type=int, default=0, help="turns that each takes; 5, or 2 with --quick")
     add("--quick", action="store_true", help="a tiny random Llama, two rounds: shows that it runs")
-    add("--slow", action="store_true", help="compare losses in bf16 on the real model as well")
+    add("--slow", action="store_true", help="the cases that take longest as well: see README.md")
     add("--json", type=Path, metavar="PATH", help="instead of benchmarks/results/")
     add("--check", action="store_true", help="exit with 1 if a bar fails")
     return parser
@@ -128,17 +130,22 @@ def _start(
     contestant: str,
 ) -> Worker:
     save = _save_tiny if tiny else _save_smollm2
+    max_length = case.max_length or sizes.max_length
+    rows = directory / f"rows-{max_length}.json"
+    if not rows.is_file():
+        write_rows(find_rows(max_length), rows)
     job = Job(
         kind=case.kind,
         contestant=contestant,
         model=str(_saved(directory / save.__name__.removeprefix("_save_"), save)),
-        rows=str(directory / "rows.json"),
+        rows=str(rows),
         work=str(directory / f"work-{next(numbers)}"),
         checkpointing=case.checkpointing,
         precision=case.precision,
         quantized=case.quantized,
         batch=case.batch,
-        max_length=sizes.max_length,
+        max_length=max_length,
+        filled=case.filled,
         turns=case.rounds or sizes.rounds,
         steps_per_turn=min(case.steps, sizes.most_steps),
         new_tokens=sizes.new_tokens,

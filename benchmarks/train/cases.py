@@ -10,6 +10,7 @@ __all__ = [
     "BF16",
     "CASES",
     "GROUPS",
+    "GROWTH",
     "OURS",
     "PEFT_BNB",
     "TRANSFORMERS_BNB",
@@ -35,6 +36,9 @@ UNITS = {
     "s": "theirs over ours, at least",
     "MiB": "ours over theirs, at most",
     "loss": "largest difference at a step, at most",
+    "relative loss": "largest difference at a step over theirs, at most",
+    "least ratio": "the least of tokens/s over theirs at any length, over that at 512, at least",
+    "slope": "MiB a token in the last doubling of a sample over the one before, at most",
 }
 """What is measured, and what a bar compares."""
 
@@ -56,7 +60,7 @@ class Case:
     kind: str
     """What a worker does: a key of `jobs.KINDS`."""
     unit: str
-    """A key of `UNITS`."""
+    """A key of `UNITS`; the last two are those of `growth`."""
     bars: tuple[Bar, ...]
     group: str = ""
     """What --only calls it; the name, unless given."""
@@ -72,6 +76,10 @@ class Case:
     """Steps in a turn; long ones need no company."""
     rounds: int | None = None
     """Turns a contestant takes; None leaves it to the run."""
+    max_length: int | None = None
+    """Tokens of a sequence; None leaves it to the run."""
+    filled: bool = False
+    """Each sequence is one sample that fills it; else SFT packs short ones."""
     tiny: bool = False
     """On a random two-layer Llama, whatever model the run is about."""
     slow: bool = False
@@ -90,7 +98,7 @@ class Case:
     @property
     def alone(self) -> bool:
         """Whether each has the machine for itself, as its time plays no part."""
-        return self.unit in ("MiB", "loss")
+        return self.unit in ("MiB", "loss", "relative loss")
 
 
 @attrs.frozen
@@ -111,6 +119,8 @@ class Job:
     batch: int
     max_length: int
     """Tokens of a sequence."""
+    filled: bool
+    """Each sequence is one sample that fills it."""
     turns: int
     steps_per_turn: int
     new_tokens: int
@@ -122,6 +132,27 @@ class Job:
 
 
 _SFT_16BIT = "sft-16bit"
+
+GROWTH = (256, 512, 1024, 2048, 4096)
+"""Tokens of a sample in the cases of the group growth."""
+
+
+def _growth(length: int, *, memory: bool = False) -> Case:
+    return Case(
+        f"growth, {length} tokens" + ", memory" * memory,
+        "memory" if memory else "sft",
+        "MiB" if memory else "tokens/s",
+        (Bar(TRL_BNB),),  # what is promised is about all of them: see `growth`
+        "growth",
+        checkpointing=memory,
+        batch=1,
+        steps=1,
+        rounds=1 if memory else 3,
+        max_length=length,
+        filled=True,
+        slow=True,
+    )
+
 
 CASES: tuple[Case, ...] = (
     Case("sft", "sft", "tokens/s", (Bar(TRL_BNB, 2.3),)),
@@ -158,8 +189,26 @@ CASES: tuple[Case, ...] = (
         rounds=1,
         tiny=True,
     ),
-    # no bar: TRL rounds the adapters of a 4-bit base to bf16, ours keeps them in fp32
-    Case("loss, bf16", "losses", "loss", (Bar(TRL_BNB),), "loss", rounds=1, slow=True),
+    Case(
+        "loss, bf16",
+        "losses",
+        "relative loss",
+        (Bar(TRL_BNB, 1e-2),),
+        "loss",
+        rounds=1,
+        slow=True,
+    ),
+    Case(
+        "convergence",
+        "convergence",
+        "relative loss",
+        (Bar(TRL_BNB, 5e-3),),
+        batch=4,
+        rounds=1,
+        slow=True,
+    ),
+    *(_growth(length) for length in GROWTH),
+    *(_growth(length, memory=True) for length in GROWTH),
 )
 
 GROUPS = tuple(dict.fromkeys(case.asked_as for case in CASES))

@@ -12,7 +12,6 @@ import attrs
 import torch
 
 from benchmarks.train.cases import BF16, OURS, PEFT_BNB, TRANSFORMERS_BNB, TRL_BNB, Job
-from benchmarks.train.rows import read_rows
 
 __all__ = ["SEED", "Training", "import_libraries", "load_base", "load_to_decode", "make_trainer"]
 
@@ -81,13 +80,16 @@ def load_to_decode(job: Job) -> Callable[..., Any]:
     return generate
 
 
-def make_trainer(job: Job, kind: str, steps: int, *, packing: bool) -> Training:
-    """Return the contestant's trainer for "sft" or "dpo", ready to take so many steps.
+def make_trainer(
+    job: Job, rows: Sequence[tuple[str, ...]], steps: int, *, packing: bool
+) -> Training:
+    """Return the contestant's trainer, ready to take so many steps.
 
+    It is one of SFT for rows (prompt, completion), one of DPO for rows (prompt, chosen, rejected).
     All take the rows in one shuffled order.
     """
     make = _ours if job.contestant == OURS else _trl
-    training = make(job, kind, steps, packing)
+    training = make(job, rows, steps, packing)
     trainer = training.trainer
     order = list(range(len(trainer.train_dataset)))
     random.Random(SEED).shuffle(order)
@@ -113,13 +115,13 @@ def _session(job: Job) -> Any:
     return session
 
 
-def _ours(job: Job, kind: str, steps: int, packing: bool) -> Training:
+def _ours(job: Job, rows: Sequence[tuple[str, ...]], steps: int, packing: bool) -> Training:
     from tunesmith.data.examples import Conversation, Message, Preference, Sourced
     from tunesmith.plugin.trainers import TrainingData
     from tunesmith_plugins.trainers.dpo import DPO, DPOConfig
     from tunesmith_plugins.trainers.sft import SFT, SFTConfig
 
-    rows = read_rows(Path(job.rows))
+    sft = len(rows[0]) == 2
     options: dict[str, Any] = {
         "batch_size": job.batch,
         "gradient_accumulation": 1,
@@ -135,10 +137,10 @@ def _ours(job: Job, kind: str, steps: int, packing: bool) -> Training:
     session.trains = True
     made: list[Any]
     trainer: Any
-    if kind == "sft":
+    if sft:
         made = [
             Conversation([Message("user", prompt), Message("assistant", answer)])
-            for prompt, answer in rows.answers
+            for prompt, answer in rows
         ]
         trainer = SFT(SFTConfig(packing=packing, **options))
     else:
@@ -148,12 +150,12 @@ def _ours(job: Job, kind: str, steps: int, packing: bool) -> Training:
                 [Message("assistant", chosen)],
                 [Message("assistant", rejected)],
             )
-            for prompt, chosen, rejected in rows.pairs[: job.batch * steps]
+            for prompt, chosen, rejected in rows
         ]
         trainer = DPO(DPOConfig(**options))
     data = [Sourced(example, f"row {number}") for number, example in enumerate(made, 1)]
     built = trainer.build(session, TrainingData(data, [], _no_drop), Path(job.work))
-    if kind == "sft":
+    if sft:
         return Training(built, _count(built, _our_tokens))
 
     def reference(passes: int) -> None:
@@ -200,12 +202,12 @@ def _loading(job: Job) -> dict[str, Any]:
     return options
 
 
-def _trl(job: Job, kind: str, steps: int, packing: bool) -> Training:
+def _trl(job: Job, rows: Sequence[tuple[str, ...]], steps: int, packing: bool) -> Training:
     import trl
     from datasets import Dataset
     from transformers import AutoTokenizer
 
-    rows = read_rows(Path(job.rows))
+    sft = len(rows[0]) == 2
     loading = _loading(job)
     quantization = loading.pop("quantization_config", None)
     options: dict[str, Any] = {
@@ -226,10 +228,10 @@ def _trl(job: Job, kind: str, steps: int, packing: bool) -> Training:
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
     }
-    if kind == "sft":
+    if sft:
         made = [
             {"prompt": _turn("user", prompt), "completion": _turn("assistant", answer)}
-            for prompt, answer in rows.answers
+            for prompt, answer in rows
         ]
         trainer_class, arguments = trl.SFTTrainer, trl.SFTConfig(packing=packing, **options)
     else:
@@ -239,7 +241,7 @@ def _trl(job: Job, kind: str, steps: int, packing: bool) -> Training:
                 "chosen": _turn("assistant", chosen),
                 "rejected": _turn("assistant", rejected),
             }
-            for prompt, chosen, rejected in rows.pairs[: job.batch * steps]
+            for prompt, chosen, rejected in rows
         ]
         trainer_class, arguments = trl.DPOTrainer, trl.DPOConfig(**options)
     trainer = trainer_class(
@@ -250,7 +252,7 @@ def _trl(job: Job, kind: str, steps: int, packing: bool) -> Training:
         peft_config=_lora(),
         quantization_config=quantization,
     )
-    if kind == "sft":
+    if sft:
         return Training(trainer, _count(trainer, lambda row: len(row["input_ids"])))
     limit = job.max_length
     return Training(trainer, _count(trainer, lambda row: _trl_pair_tokens(row, limit)))

@@ -6,7 +6,7 @@ import gc
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +29,9 @@ WARM_UP = 2
 """Steps that do not count."""
 _MEMORY_STEPS = 3
 _LOSS_STEPS = 30
+_CONVERGENCE_STEPS = 200
+_HELD_OUT = 100
+"""Rows that are not learnt."""
 _PROMPT_TOKENS = 32
 
 
@@ -90,7 +93,7 @@ class _TakesTurns(transformers.TrainerCallback):  # type: ignore[misc]  # transf
 def _train(job: Job, parent: Parent) -> None:
     steps = WARM_UP + job.turns * job.steps_per_turn
     # one more, so that there is a step to be stopped before
-    training = make_trainer(job, job.kind, steps + 1, packing=job.kind == "sft")
+    training = make_trainer(job, _rows(job, steps + 1), steps + 1, packing=_packing(job))
     training.trainer.add_callback(_TakesTurns(job, training, parent))
     training.trainer.train()
 
@@ -142,7 +145,8 @@ def _memory(job: Job, parent: Parent) -> None:
     parent.ready()
     while parent.turn():
         with PrivateMemory() as memory:
-            training = make_trainer(job, "sft", _MEMORY_STEPS, packing=True)
+            rows = _rows(job, _MEMORY_STEPS)
+            training = make_trainer(job, rows, _MEMORY_STEPS, packing=_packing(job))
             training.trainer.train()
         resident = f"resident, with mapped files, {memory.resident / 2**20:.0f} MiB"
         parent.answer(memory.peak / 2**20, note=resident)
@@ -183,9 +187,9 @@ def _status(field: str) -> int:
 
 
 def _losses(job: Job, parent: Parent) -> None:
-    training = make_trainer(job, "sft", _LOSS_STEPS, packing=False)
+    training = make_trainer(job, _rows(job, _LOSS_STEPS), _LOSS_STEPS, packing=False)
     trainer = training.trainer
-    _start_alike(trainer.model)
+    _start_alike(trainer.model, "lora_")
     step = trainer.training_step
     losses: list[float] = []
 
@@ -202,13 +206,67 @@ def _losses(job: Job, parent: Parent) -> None:
         parent.answer(*losses, note=f"{losses[0]:.4f} to {losses[-1]:.4f}, mean {mean:.4f}")
 
 
-def _start_alike(model: torch.nn.Module) -> None:
-    """Give the adapters the weights that everyone's begin with."""
+def _start_alike(model: torch.nn.Module, which: str) -> None:
+    """Give the adapters that are called so the weights that everyone's begin with."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in sorted(model.named_parameters()):
-        if "lora_" in name:
+        if which in name:
             start = torch.randn(parameter.shape, generator=generator) * 0.02
             parameter.data.copy_(start)
+
+
+def _convergence(job: Job, parent: Parent) -> None:
+    answers = _rows(job, _CONVERGENCE_STEPS)
+    held_out, learnt = answers[:_HELD_OUT], answers[_HELD_OUT:]
+    trainer = make_trainer(job, learnt, _CONVERGENCE_STEPS, packing=False).trainer
+    _start_alike(trainer.model, "lora_A")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(job.model)
+    parent.ready()
+    while parent.turn():
+        before = _held_out_loss(trainer.model, tokenizer, held_out, job.max_length)
+        trainer.train()
+        after = _held_out_loss(trainer.model, tokenizer, held_out, job.max_length)
+        steps = trainer.state.global_step
+        parent.answer(after, note=f"from {before:.4f} to {after:.4f} in {steps} steps")
+
+
+def _held_out_loss(
+    model: torch.nn.Module, tokenizer: Any, answers: Sequence[tuple[str, ...]], max_length: int
+) -> float:
+    """Return the mean negative log-likelihood of the answers' tokens, from fp32 logits.
+
+    The model is in training mode, as no dropout is set: in the other one bitsandbytes repacks its
+    weights for good.
+    """
+    model.train()
+    total, count = 0.0, 0
+    for prompt, answer in answers:
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        asked = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+        start = len(tokenizer(asked, add_special_tokens=False)["input_ids"])
+        whole = tokenizer.apply_chat_template(turns, tokenize=False)
+        ids = torch.tensor([tokenizer(whole, add_special_tokens=False)["input_ids"][:max_length]])
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
+        wanted = ids[0, start:]
+        logps = logits[start - 1 : -1].float().log_softmax(-1)
+        total -= float(logps.gather(1, wanted[:, None]).sum())
+        count += len(wanted)
+    return total / count
+
+
+def _rows(job: Job, steps: int) -> list[tuple[str, ...]]:
+    """Return what a trainer that takes so many steps learns from."""
+    rows = read_rows(Path(job.rows))
+    if job.kind == "dpo":
+        return list(rows.pairs[: job.batch * steps])
+    if job.filled:
+        return [(prompt, chosen) for prompt, chosen, _ in rows.pairs[: job.batch * steps]]
+    return list(rows.answers)
+
+
+def _packing(job: Job) -> bool:
+    return job.kind != "dpo" and not job.filled
 
 
 KINDS: dict[str, Callable[[Job, Parent], None]] = {
@@ -218,5 +276,6 @@ KINDS: dict[str, Callable[[Job, Parent], None]] = {
     "decode": _decode,
     "memory": _memory,
     "losses": _losses,
+    "convergence": _convergence,
 }
 """What a case's kind stands for."""

@@ -92,13 +92,16 @@ def _compare(bar: Bar, result: CaseResult) -> Comparison:
 def _typical(case: Case, samples: Sequence[float] | None) -> float | None:
     if not samples:
         return None
-    return samples[-1] if case.unit == "loss" else Spread.of(samples).median
+    return samples[-1] if "loss" in case.unit else Spread.of(samples).median
 
 
 def _spread(unit: str, ours: Sequence[float], theirs: Sequence[float]) -> Spread:
     """Return what `UNITS` says is compared, over the turns; nan, which passes no bar, stays nan."""
-    if unit == "loss":
-        differences = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
+    if "loss" in unit:
+        relative = unit == "relative loss"
+        differences = [
+            abs(a - b) / (abs(b) if relative else 1.0) for a, b in zip(ours, theirs, strict=True)
+        ]
         # max would pass over a nan that is not the first
         worst = float("nan") if any(d != d for d in differences) else max(differences)
         return Spread(worst, worst, worst)
@@ -185,12 +188,12 @@ def _number(value: float | None) -> str:
 def _times(unit: str, value: float | None) -> str:
     if value is None:
         return ""
-    return f"{value:.2g}" if unit == "loss" else f"{value:.2f}x"
+    return f"{value:.2g}" if "loss" in unit else f"{value:.2f}x"
 
 
 def _bar(comparison: Comparison) -> str:
     if comparison.limit is None:
         return "none"
     sense = "<=" if UNITS[comparison.unit].endswith("at most") else ">="
-    limit = f"{comparison.limit:.0e}" if comparison.unit == "loss" else f"{comparison.limit:.2f}x"
+    limit = f"{comparison.limit:.0e}" if "loss" in comparison.unit else f"{comparison.limit:.2f}x"
     return f"{sense} {limit}"

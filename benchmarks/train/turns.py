@@ -22,7 +22,7 @@ __all__ = ["CaseResult", "Contestant", "ContestantError", "Worker", "run_case"]
 
 _PAUSE = 0.3
 """Seconds before a turn: an OpenMP runtime may let its threads spin for 0.2 after its work."""
-_PATIENCE = 900.0
+_PATIENCE = 3600.0
 """Seconds that an answer may take."""
 
 

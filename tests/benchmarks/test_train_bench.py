@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Sequence
 
+import attrs
 import pytest
 
 from benchmarks.train import __main__ as command
-from benchmarks.train.cases import CASES, GROUPS, OURS, TRL_BNB, UNITS, Bar, Case, Job
+from benchmarks.train.cases import CASES, GROUPS, GROWTH, OURS, TRL_BNB, UNITS, Bar, Case, Job
+from benchmarks.train.growth import compare_growth
 from benchmarks.train.report import Report, compare, not_asked, table_lines
 from benchmarks.train.rows import find_rows, read_rows, write_rows
 from benchmarks.train.turns import CaseResult, Contestant, ContestantError, Worker, run_case
@@ -101,7 +104,7 @@ def test_losses_of_different_length_are_no_comparison():
 
 
 def test_every_case_has_a_unit_that_says_what_is_compared():
-    assert {one.unit for one in CASES} == set(UNITS)
+    assert {one.unit for one in CASES} | {"least ratio", "slope"} == set(UNITS)
     assert GROUPS == (
         "sft",
         "sft-checkpointing",
@@ -111,7 +114,54 @@ def test_every_case_has_a_unit_that_says_what_is_compared():
         "load",
         "decode",
         "loss",
+        "convergence",
+        "growth",
     )
+
+
+def test_relative_losses_are_compared_to_theirs():
+    (found,) = compare(result("relative loss", 0.1, [2.0, 1.0], [2.0, 0.8]))
+    assert found.measured == pytest.approx(0.25)
+    assert found.passed is False
+    assert compare(result("relative loss", 0.3, [2.0, 1.0], [2.0, 0.8]))[0].passed is True
+
+
+# growth with the length of a sample
+
+
+def grown(unit: str, ours: Sequence[float], theirs: Sequence[float]) -> list[CaseResult]:
+    return [
+        attrs.evolve(
+            result(unit, None, [mine], [other]),
+            case=attrs.evolve(case(unit, None), max_length=length),
+        )
+        for length, mine, other in zip(GROWTH, ours, theirs, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(("worst", "passed"), [(1.9, True), (1.7, False)])
+def test_speed_against_theirs_may_fall_a_tenth_below_that_at_512_tokens(worst, passed):
+    speed, memory = compare_growth(grown("tokens/s", [3.0, 2.0, 2.5, 2.0, worst], [1.0] * 5))
+    assert speed.measured == pytest.approx(worst / 2.0)
+    assert speed.passed is passed
+    assert memory.passed is None
+    assert memory.note.startswith("not run")
+
+
+@pytest.mark.parametrize(("last", "passed"), [(900.0, True), (1300.0, False)])
+def test_memory_may_not_grow_faster_than_the_samples(last, passed):
+    peaks = [125.0, 150.0, 200.0, 500.0, last]  # 0.29 MiB a token from 1024 to 2048
+    _, memory = compare_growth(grown("MiB", peaks, [1.0] * 5))
+    assert memory.measured == pytest.approx((last - 500) / 2048 / (300 / 1024))
+    assert memory.passed is passed
+
+
+def test_a_length_that_did_not_run_leaves_the_growth_without_a_verdict():
+    results = grown("tokens/s", [1.0] * 5, [1.0] * 5)
+    speed, _ = compare_growth(results[:-1])
+    assert speed.note == "not run: nothing to compare at 4096 tokens"
+    assert speed.passed is None
+    assert compare_growth([]) == []
 
 
 # who takes which turn
@@ -164,6 +214,7 @@ def job(tmp_path) -> Job:
         quantized=True,
         batch=2,
         max_length=64,
+        filled=False,
         turns=1,
         steps_per_turn=1,
         new_tokens=4,

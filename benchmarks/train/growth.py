@@ -1,0 +1,72 @@
+"""What is promised about how speed and memory grow with the length of a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import attrs
+
+from benchmarks.measure import Spread
+from benchmarks.train.cases import GROWTH, OURS, TRL_BNB
+from benchmarks.train.report import Comparison, compare
+from benchmarks.train.turns import CaseResult
+
+__all__ = ["compare_growth"]
+
+_BASE = 512
+_LEAST = 0.9
+_MOST = 1.1
+"""A tenth for what comes in whole pages; memory that grew with the square would give 2."""
+
+
+def compare_growth(results: Sequence[CaseResult]) -> list[Comparison]:
+    """Return what becomes of both promises; nothing if no case of the growth was run.
+
+    Where a length is missing the note says so, and the promise counts as not run.
+    """
+    timed: dict[int, float] = {}
+    weighed: dict[int, float] = {}
+    grown = [result for result in results if result.case.max_length is not None]
+    for result in grown:
+        length = result.case.max_length or 0
+        (found,) = compare(result)
+        if result.case.unit == "tokens/s" and found.measured is not None:
+            timed[length] = found.measured
+        elif result.case.unit == "MiB" and result.samples.get(OURS):
+            weighed[length] = Spread.of(result.samples[OURS]).median
+    return [_speed(timed), _memory(weighed)] if grown else []
+
+
+def _speed(ratios: Mapping[int, float]) -> Comparison:
+    row = Comparison("growth, tokens/s", "least ratio", TRL_BNB, limit=_LEAST)
+    if _missing(ratios):
+        return attrs.evolve(row, note=_missing(ratios))
+    worst, base = min(ratios.values()), ratios[_BASE]
+    measured = worst / base
+    note = ", ".join(f"{length} tokens: {ratio:.2f}x" for length, ratio in ratios.items())
+    return attrs.evolve(
+        row, ours=worst, theirs=base, measured=measured, passed=measured >= _LEAST, note=note
+    )
+
+
+def _memory(peaks: Mapping[int, float]) -> Comparison:
+    row = Comparison("growth, memory", "slope", OURS, limit=_MOST)
+    if _missing(peaks):
+        return attrs.evolve(row, note=_missing(peaks))
+    before, middle, last = GROWTH[-3:]
+    late = (peaks[last] - peaks[middle]) / (last - middle)
+    early = (peaks[middle] - peaks[before]) / (middle - before)
+    note = ", ".join(f"{length} tokens: {peak:.0f} MiB" for length, peak in peaks.items())
+    return attrs.evolve(
+        row,
+        ours=late,
+        theirs=early,
+        measured=late / early,
+        passed=late <= _MOST * early,
+        note=note,
+    )
+
+
+def _missing(found: Mapping[int, float]) -> str:
+    left = [str(length) for length in GROWTH if length not in found]
+    return f"not run: nothing to compare at {', '.join(left)} tokens" if left else ""
