@@ -11,7 +11,7 @@ from typing import Any
 import attrs
 import torch
 
-from benchmarks.train.cases import BF16, OURS, PEFT_BNB, TRANSFORMERS_BNB, TRL_BNB, Job
+from benchmarks.train.cases import BF16, OURS, OURS_FP32, PEFT_BNB, TRANSFORMERS_BNB, TRL_BNB, Job
 
 __all__ = ["SEED", "Training", "import_libraries", "load_base", "load_to_decode", "make_trainer"]
 
@@ -88,7 +88,7 @@ def make_trainer(
     It is one of SFT for rows (prompt, completion), one of DPO for rows (prompt, chosen, rejected).
     All take the rows in one shuffled order.
     """
-    make = _ours if job.contestant == OURS else _trl
+    make = _ours if job.contestant in (OURS, OURS_FP32) else _trl
     training = make(job, rows, steps, packing)
     trainer = training.trainer
     order = list(range(len(trainer.train_dataset)))
@@ -108,7 +108,8 @@ def _session(job: Job) -> Any:
     from tunesmith_plugins.quantizers.nf4 import NF4, NF4Config
 
     recipe = Recipe(model=job.model, seed=SEED)
-    session = open_session(recipe, Path(job.model), "cpu", job.precision)
+    precision = "fp32" if job.contestant == OURS_FP32 else job.precision
+    session = open_session(recipe, Path(job.model), "cpu", precision)
     if job.quantized:
         session.use_quantizer(NF4(NF4Config()))
     session.use_method(Lora(LoraConfig(r=RANK, alpha=ALPHA)))

@@ -7,6 +7,7 @@
 #endif
 #endif
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -120,12 +121,12 @@ std::atomic<const Isa*>& current() {
   return isa;
 }
 
-// Does the `count` parts of a job, of so many elements each, on several threads.
+// Does the `count` parts of a job, of so many elements each (none, even), on several threads.
 template <typename Job>
 void share(void (*Isa::*part)(const Job&, int64_t, int64_t), const Job& job, int64_t count,
            int64_t elements) {
   const auto work = current().load()->*part;
-  parallel_for(count, divide_up(kGrain, elements),
+  parallel_for(count, divide_up(kGrain, std::max<int64_t>(elements, 1)),
                [&](int64_t first, int64_t last) { work(job, first, last); });
 }
 

@@ -162,7 +162,7 @@ class Verbs:
         fused_layers: Run norms, gated feed-forward blocks and rotary embeddings in one pass each:
             on the CPU, and where the model's own do the same. Less time and memory; the numbers are
             the same.
-        optimizer: auto takes AdamW as torch has it; the 8-bit ones come from bitsandbytes.
+        optimizer: auto takes torch's fused AdamW; bitsandbytes' 8-bit ones round its states.
         weight_decay: AdamW's decoupled weight decay; 0 as QLoRA and Alpaca.
         max_grad_norm: Gradients are scaled down to this norm; 1.0 is transformers' default, QLoRA
             uses 0.3.
@@ -243,7 +243,7 @@ class Verbs:
         fused_layers: Run norms, gated feed-forward blocks and rotary embeddings in one pass each:
             on the CPU, and where the model's own do the same. Less time and memory; the numbers are
             the same.
-        optimizer: auto takes AdamW as torch has it; the 8-bit ones come from bitsandbytes.
+        optimizer: auto takes torch's fused AdamW; bitsandbytes' 8-bit ones round its states.
         weight_decay: AdamW's decoupled weight decay; 0 as QLoRA and Alpaca.
         seed: Seed of shuffling and dropout; unset takes the recipe's.
         eval_data: Held-out data to evaluate on, read in the same format as the training data.

@@ -36,16 +36,16 @@ def model_of(config: Any, **options: Any) -> Any:
 @pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("on", [True, False])
+@pytest.mark.parametrize("adapter", [True, False])
 def test_explain_foretells_what_is_logged(
-    config: Any, attention: str, on: bool, caplog: pytest.LogCaptureFixture
+    config: Any, attention: str, on: bool, adapter: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     options = TrainerConfig(varlen_attention=on, fused_layers=on)
     with torch.device("meta"):
         skeleton = model_of(config, attn_implementation=attention)
-    foretold = speed_of_step(options, skeleton, CPU, adapter=True)[1:3]
-    session: Any = SimpleNamespace(
-        device=torch.device("cpu"), model=model_of(config, attn_implementation=attention)
-    )
+    foretold = speed_of_step(options, skeleton, CPU, adapter=adapter)[1:3]
+    model = model_of(config, attn_implementation=attention).requires_grad_(not adapter)
+    session: Any = SimpleNamespace(device=torch.device("cpu"), model=model)
     with caplog.at_level(logging.INFO, logger="tunesmith"):
         prepare(session, options)
     logged = [record.getMessage() for record in caplog.records if record.name == "tunesmith"]
@@ -63,11 +63,17 @@ def test_each_reason_is_named() -> None:
     def lines(config: TrainerConfig = on, device: Device = CPU, adapter: bool = True) -> str:
         return "\n".join(speed_of_step(config, model, device, adapter=adapter))
 
-    assert "5 norms, 2 gated blocks, rotary embedding of 1 model files" in lines()
-    assert "torch's AdamW (auto" in lines()
+    assert "in one pass each: 5 norms, 2 gated blocks, the rotary embedding" in lines()
+    assert "optimizer: torch's fused AdamW (auto: what is trained is small" in lines()
     assert "on cuda it is torch's" in lines(device=cuda)
     assert "on cuda they are the model's" in lines(device=cuda)
-    assert "their weights are trained" in lines(adapter=False)
+    assert "but not 5 norms, whose weights are trained" in lines(adapter=False)
+    assert "(auto: 8 bytes of states for each weight; adamw_8bit would round" in lines(
+        adapter=False
+    )
+    paged = attrs.evolve(on, optimizer="paged_adamw_8bit")
+    assert "on the CPU nothing is paged" in lines(paged)
+    assert "nothing is paged" not in lines(paged, device=cuda)
     assert "mixed precision" in lines(adapter=False)
     assert "chunked_loss is off" in lines(attrs.evolve(on, chunked_loss=False))
     assert "bitsandbytes" in lines(attrs.evolve(on, optimizer="adamw_8bit"))

@@ -24,7 +24,7 @@ from transformers.models.auto import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
 from tunesmith.nn import fused_layers
-from tunesmith.nn.fused_layers import use
+from tunesmith.nn.fused_layers import described, use
 from tunesmith.ops import native_status
 
 pytestmark = pytest.mark.skipif(
@@ -68,6 +68,9 @@ def model_of(config: Any, dtype: torch.dtype = torch.float32) -> Any:
     return model
 
 
+NONE_TRAINED = {"trained": 0}
+
+
 def loss_and_gradients(model: Any) -> tuple[Tensor, list[Tensor]]:
     model.zero_grad()
     loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
@@ -87,12 +90,27 @@ def test_loss_and_gradients_are_the_models_own(name: str, dtype: torch.dtype, li
     config, counts = MODELS[name]
     model = model_of(config, dtype)
     loss, gradients = loss_and_gradients(model)
-    assert use(model) == dict(zip(("norms", "gated", "rotary"), counts, strict=True))
+    assert use(model) == dict(zip(("norms", "gated", "rotary"), counts, strict=True)) | NONE_TRAINED
     ours, our_gradients = loss_and_gradients(model)
     assert error(ours, loss) <= limit
     assert len(our_gradients) == len(gradients) > 0
     for a, b in zip(our_gradients, gradients, strict=True):
         assert error(a, b) <= limit
+
+
+def test_a_norm_that_is_trained_runs_its_own_code_and_is_not_counted() -> None:
+    model = model_of(MODELS["llama"][0])
+    model.model.norm.weight.requires_grad_(True)
+    loss, gradients = loss_and_gradients(model)
+    found = use(model)
+    assert isinstance(found, dict)
+    assert found["trained"] == 1
+    assert found["norms"] == len([n for n, _ in model.named_modules() if n.endswith("norm")]) - 1
+    assert "but not 1 norms, whose weights are trained" in described(found)
+    ours, our_gradients = loss_and_gradients(model)
+    assert error(ours, loss) <= 1e-5
+    assert len(our_gradients) == len(gradients)
+    assert "their weights are trained" in str(use(nn.ModuleList([nn.RMSNorm(32, eps=1e-6)])))
 
 
 def test_a_model_without_such_layers_says_so() -> None:
@@ -150,7 +168,7 @@ def test_torchs_own_rms_norm_is_known() -> None:
     norm.weight.requires_grad_(False)
     x = torch.randn(3, 32)
     expected = norm(x)
-    assert use(nn.ModuleList([norm])) == {"norms": 1, "gated": 0, "rotary": 0}
+    assert use(nn.ModuleList([norm])) == {"norms": 1, "gated": 0, "rotary": 0} | NONE_TRAINED
     torch.testing.assert_close(norm(x), expected)
 
 

@@ -188,6 +188,13 @@ def test_a_row_that_sees_no_key_gets_zeros_and_nan_is_kept() -> None:
         assert out[1].isnan().all()
 
 
+@pytest.mark.parametrize("keys", [5, 0])
+def test_before_the_first_key_there_are_zeros(keys: int) -> None:
+    q, cache = torch.ones(2, 4, 8), torch.ones(2, 2, keys, 8)
+    out = op.attention_decode(q, cache, cache, torch.zeros(2, dtype=torch.int64), 0, 1.0)
+    assert torch.equal(out, torch.zeros(2, 4, 8))
+
+
 def test_what_does_not_fit_one_query_is_refused() -> None:
     q, keys, first = torch.zeros(2, 4, 8), torch.zeros(2, 2, 5, 8), torch.tensor([0, 0])
     for arguments in [

@@ -19,6 +19,7 @@ from tunesmith.engine.device import Device
 from tunesmith.engine.models import ModelSource, load_config
 from tunesmith.engine.speed import fuses_layers, speed_of_step
 from tunesmith.plugin.methods import Method
+from tunesmith.plugin.optimizers import optimizer_called
 from tunesmith.plugin.quantizers import Quantizer
 from tunesmith.plugin.trainers import TrainerConfig
 
@@ -129,8 +130,9 @@ def estimate_step(
         wrapped.unload()  # the skeleton is used again for the next step
     else:
         trainable = shapes.parameters
-    # fp32 weight (held already by full fine-tuning), gradient, and Adam's two moments
-    adapter = trainable * 4 * (4 if method is not None else 3)
+    # fp32 weight (held already by full fine-tuning), gradient, and what the optimizer keeps
+    states = optimizer_called(config.optimizer).state_bytes
+    adapter = trainable * (4 * (2 if method is not None else 1) + states)
 
     lengths = [_tokens(row) for row in examples]
     longest = min(max(lengths), config.max_length)

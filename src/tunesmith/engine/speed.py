@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tunesmith.engine.device import Device
+from tunesmith.plugin.optimizers import AUTO, OPTIMIZERS, optimizer_called
 from tunesmith.plugin.trainers import TrainerConfig
 
 __all__ = ["fuses_layers", "speed_of_step"]
@@ -22,23 +23,13 @@ def speed_of_step(
         _loss(config, device, adapter),
         _attention(config, model, device),
         _layers(config, model, device, adapter),
-        f"optimizer: {_OPTIMIZERS[config.optimizer]}",
+        _optimizer(config, device, adapter),
     )
 
 
 def fuses_layers(config: TrainerConfig, device: Device, adapter: bool) -> bool:
     """Whether norms and gated blocks will run in one pass if the model has such."""
     return config.fused_layers and device.name == "cpu" and adapter and _vectors()
-
-
-_OPTIMIZERS = {
-    "auto": "torch's AdamW (auto: what is trained is small beside the model)",
-    "adamw": "torch's AdamW",
-    "adamw_8bit": "bitsandbytes' AdamW, states in 8 bits",
-    "paged_adamw_8bit": "bitsandbytes' AdamW, states in 8 bits, paged out when memory is short",
-    "adafactor": "Adafactor",
-    "sgd": "plain SGD",
-}
 
 
 def _loss(config: TrainerConfig, device: Device, adapter: bool) -> str:
@@ -71,11 +62,24 @@ def _layers(config: TrainerConfig, model: Any, device: Device, adapter: bool) ->
         found: dict[str, int] | str = "fused_layers is off"
     elif device.name != "cpu":
         found = f"on {device.name} they are the model's"
-    elif not adapter:
-        found = "their weights are trained"
     else:
-        found = fused_layers.find(model)
+        found = fused_layers.find(model, trained=not adapter)
     return fused_layers.described(found)
+
+
+def _optimizer(config: TrainerConfig, device: Device, adapter: bool) -> str:
+    taken = optimizer_called(config.optimizer)
+    notes = []
+    if config.optimizer == AUTO and adapter:
+        notes.append("auto: what is trained is small beside the model, and so are its states")
+    elif config.optimizer == AUTO:
+        notes.append(
+            f"auto: {taken.state_bytes:.0f} bytes of states for each weight; adamw_8bit would "
+            f"round them to {OPTIMIZERS['adamw_8bit'].state_bytes:.0f}"
+        )
+    if taken.argument.startswith("paged") and device.name == "cpu":
+        notes.append("on the CPU nothing is paged")
+    return f"optimizer: {taken.text}" + (f" ({'; '.join(notes)})" if notes else "")
 
 
 def _vectors() -> bool:

@@ -26,6 +26,7 @@ from tunesmith.ops.schema import DTYPES
 __all__ = ["described", "find", "gated_block", "norm", "use"]
 
 _FEATURES = 48
+_COUNTED = {"norms": "norms", "gated": "gated blocks"}
 
 
 def use(model: nn.Module) -> dict[str, int] | str:
@@ -35,26 +36,29 @@ def use(model: nn.Module) -> dict[str, int] | str:
         module.forward = forward  # type: ignore[assignment]  # it is called alike
     for file in files:
         _fuse_rotary(file)
-    return _counts(fused, files)
+    return _counts(fused, files, sum(norm.trained for norm in _norms(fused)))
 
 
-def find(model: nn.Module) -> dict[str, int] | str:
+def find(model: nn.Module, *, trained: bool = False) -> dict[str, int] | str:
     """Return what of a model, or of its skeleton on the meta device, can run fused.
 
-    That is how many norms, gated blocks and model files with a rotary embedding, by the names
-    "norms", "gated" and "rotary"; or why there are none.
+    That is how many norms, gated blocks and files of models with a rotary embedding, by the names
+    "norms", "gated" and "rotary"; or why there are none. With `trained` norms run their own code,
+    as they do where their weights are trained, and are counted as "trained".
     """
-    return _counts(*_fusable(model))
+    fused, files = _fusable(model)
+    return _counts(fused, files, len(_norms(fused)) if trained else 0)
 
 
 def described(found: dict[str, int] | str) -> str:
     """Return as a sentence what `find` and `use` return."""
     if isinstance(found, str):
         return f"norms, gated blocks, rotary embedding: as the model has them ({found})"
-    return (
-        f"in one pass each: {found['norms']} norms, {found['gated']} gated blocks, rotary "
-        f"embedding of {found['rotary']} model files"
-    )
+    parts = [f"{found[name]} {what}" for name, what in _COUNTED.items() if found[name]]
+    parts += ["the rotary embedding"] if found["rotary"] else []
+    if found["trained"]:
+        parts.append(f"but not {found['trained']} norms, whose weights are trained")
+    return f"in one pass each: {', '.join(parts)}"
 
 
 def _fusable(model: nn.Module) -> tuple[dict[nn.Module, _Fused], list[types.ModuleType]]:
@@ -67,13 +71,22 @@ def _fusable(model: nn.Module) -> tuple[dict[nn.Module, _Fused], list[types.Modu
     return fused, files
 
 
-def _counts(fused: dict[nn.Module, _Fused], files: list[types.ModuleType]) -> dict[str, int] | str:
+def _norms(fused: dict[nn.Module, _Fused]) -> list[_Norm]:
+    return [each for each in fused.values() if isinstance(each, _Norm)]
+
+
+def _counts(
+    fused: dict[nn.Module, _Fused], files: list[types.ModuleType], trained: int
+) -> dict[str, int] | str:
     if not native_status().vectors:
         return "there are no vector kernels"
-    if not fused and not files:
-        return "nothing in it is a norm, a gated block or a rotary embedding that is known here"
-    norms = sum(isinstance(each, _Norm) for each in fused.values())
-    return {"norms": norms, "gated": len(fused) - norms, "rotary": len(files)}
+    norms = len(_norms(fused))
+    found = {"norms": norms - trained, "gated": len(fused) - norms, "rotary": len(files)}
+    if any(found.values()):
+        return {**found, "trained": trained}
+    if trained:
+        return "there are norms only, and their weights are trained"
+    return "nothing in it is a norm, a gated block or a rotary embedding that is known here"
 
 
 def norm(module: nn.Module) -> tuple[float, bool] | None:
@@ -116,6 +129,11 @@ class _Norm(_Fused):
         super().__init__(module)
         self.eps, self.from_one = eps, from_one
 
+    @property
+    def trained(self) -> bool:
+        """Whether the module's own code has to run for its weight to get a gradient."""
+        return bool(self.module.weight.requires_grad)
+
     @classmethod
     def recognise(cls, module: nn.Module) -> _Norm | None:
         parameters = dict(module.named_parameters())
@@ -135,7 +153,7 @@ class _Norm(_Fused):
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         weight = self.module.weight
-        if args or kwargs or weight.requires_grad or not _suits(x, weight):
+        if args or kwargs or self.trained or not _suits(x, weight):
             return self.stock(x, *args, **kwargs)
         return rms_norm(x, weight, self.eps, self.from_one)
 

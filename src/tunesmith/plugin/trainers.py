@@ -16,6 +16,7 @@ import attrs
 
 from tunesmith.data.examples import Sourced
 from tunesmith.errors import DataError, OptionError
+from tunesmith.plugin.optimizers import AUTO, OPTIMIZERS, optimizer_called
 from tunesmith.plugin.options import at_least, more_than, one_of
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ SCHEDULERS = (
     "warmup_stable_decay",
 )
 LOGGERS = ("none", "tensorboard", "wandb")
-OPTIMIZERS = ("auto", "adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd")
 
 
 @attrs.frozen
@@ -84,8 +84,8 @@ class TrainerConfig:
     fused_layers: bool = True
     """Run norms, gated feed-forward blocks and rotary embeddings in one pass each: on the CPU, and
     where the model's own do the same. Less time and memory; the numbers are the same."""
-    optimizer: str = attrs.field(default="auto", validator=one_of(*OPTIMIZERS))
-    """auto takes AdamW as torch has it; the 8-bit ones come from bitsandbytes."""
+    optimizer: str = attrs.field(default=AUTO, validator=one_of(AUTO, *OPTIMIZERS))
+    """auto takes torch's fused AdamW; bitsandbytes' 8-bit ones round its states."""
     weight_decay: float = attrs.field(default=0.0, validator=at_least(0))
     """AdamW's decoupled weight decay; 0 as QLoRA and Alpaca."""
     max_grad_norm: float = attrs.field(default=1.0, validator=more_than(0))
@@ -174,14 +174,6 @@ def training_arguments(
     config: TrainerConfig = trainer.config
     evaluates = len(data.evaluation) > 0
     full = session.method is None
-    optimizer = {
-        "auto": "adamw_torch",
-        "adamw": "adamw_torch",
-        "adamw_8bit": "adamw_bnb_8bit",
-        "paged_adamw_8bit": "paged_adamw_8bit",
-        "adafactor": "adafactor",
-        "sgd": "sgd",
-    }[config.optimizer]
     eval_strategy = "no" if not evaluates else ("steps" if config.eval_steps else "epoch")
     best = config.early_stopping is not None
     if best:  # the best weights can only be put back if each evaluation left a checkpoint
@@ -203,7 +195,7 @@ def training_arguments(
         "warmup_steps": config.warmup,
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
-        "optim": optimizer,
+        "optim": optimizer_called(config.optimizer).argument,
         # an adapter trains in fp32 on a base held in the compute dtype; full fine-tuning holds
         # fp32 weights and computes in 16 bits by autocast
         "bf16": full and session.dtype == torch.bfloat16,

@@ -23,7 +23,16 @@ REAL_POOL = CSRC / "cpu" / "pool.cpp"
 EXACT_POOL = FUZZ / "exact_pool.cpp"
 DRIVER = FUZZ / "main.cpp"
 
-TARGETS = ("quantize", "dequantize", "linear", "linear_backward", "pool")
+TARGETS = (
+    "quantize",
+    "dequantize",
+    "linear",
+    "linear_backward",
+    "attention",
+    "elementwise",
+    "logps",
+    "pool",
+)
 
 # -ffp-contract=off as in CMakeLists.txt; the rest of the warnings are CMake's business
 COMMON = ("-std=c++17", "-ffp-contract=off", "-Wno-psabi")
@@ -33,6 +42,11 @@ SANITIZED = (
     "-fno-omit-frame-pointer",
     "-fsanitize=address,undefined",
     "-fno-sanitize-recover=all",
+)
+
+SMALLER = (
+    ("isa.h", "kLarge = int64_t(1) << 24", "kLarge = int64_t(1) << 9"),
+    ("attention.cpp", "kQueries = 128, kKeys = 256", "kQueries = 12, kKeys = 20"),
 )
 
 # the longest to compile first
@@ -101,11 +115,11 @@ def csrc_for_inputs(folder: Path) -> Path:
     """Copy csrc to `folder`; what it does for large tensors begins at a size that inputs have."""
     csrc = folder / "csrc"
     shutil.copytree(CSRC, csrc, dirs_exist_ok=True)
-    header = csrc / "cpu" / "isa.h"
-    old, new = "kLarge = int64_t(1) << 24", "kLarge = int64_t(1) << 9"
-    text = header.read_text()
-    assert text.count(old) == 1, f"{old!r} is {text.count(old)} times in isa.h"
-    header.write_text(text.replace(old, new))
+    for name, old, new in SMALLER:
+        source = csrc / "cpu" / name
+        text = source.read_text()
+        assert text.count(old) == 1, f"{old!r} is {text.count(old)} times in {name}"
+        source.write_text(text.replace(old, new))
     return csrc
 
 

@@ -30,8 +30,8 @@ class Random {
     return z ^ (z >> 31);
   }
 
-  // An IEEE number of that format, as its bits.
-  uint32_t number(Kind kind, int exponent_bits, int mantissa_bits) {
+  // An IEEE number of that format, as its bits. A tame one is below 2^(lift + 1).
+  uint32_t number(Kind kind, int exponent_bits, int mantissa_bits, unsigned lift = 0) {
     const uint64_t random = bits();
     const uint32_t sign = uint32_t(random >> 63) << (exponent_bits + mantissa_bits);
     const uint32_t all_exponent_bits = (1u << exponent_bits) - 1;
@@ -51,7 +51,7 @@ class Random {
     } else if (chance > 29) {
       exponent = mantissa = 0;
     } else if (kind == kTame) {
-      exponent = (1u << (exponent_bits - 1)) - 1 - exponent % 6;  // 1.0 and a little below
+      exponent = (1u << (exponent_bits - 1)) - 1 + lift - exponent % 6;  // 1.0 and a little below
     } else {
       exponent = chance < 16 ? 0 : exponent % 4;
     }

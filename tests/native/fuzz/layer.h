@@ -14,21 +14,6 @@
 
 namespace fuzz {
 
-// A sum, and the sum of its terms' magnitudes: what its rounding errors are in proportion to.
-struct Sum {
-  double value = 0, size = 0;
-
-  void add(double term) {
-    value += term;
-    size += std::fabs(term);
-  }
-  // A sum that is itself as far off as its size.
-  void add(const Sum& term, double factor) {
-    value += factor * term.value;
-    size += std::fabs(factor) * term.size;
-  }
-};
-
 class Layer {
  public:
   explicit Layer(Input& input)

@@ -44,16 +44,16 @@ class Tensor {
     std::free(memory_);
   }
 
-  Tensor&& fill(Random random, Kind kind) && {
+  Tensor&& fill(Random random, Kind kind, unsigned lift = 0) && {
     for (int64_t i = 0; i < count_; ++i) {
       if (type_ == TUNESMITH_FLOAT32) {
-        const uint32_t bits = random.number(kind, 8, 23);
+        const uint32_t bits = random.number(kind, 8, 23, lift);
         std::memcpy(data_ + 4 * i, &bits, 4);
       } else if (type_ == kBytes) {
         data_[i] = uint8_t(random.bits());
       } else {
-        const uint32_t wide =
-            type_ == TUNESMITH_FLOAT16 ? random.number(kind, 5, 10) : random.number(kind, 8, 7);
+        const uint32_t wide = type_ == TUNESMITH_FLOAT16 ? random.number(kind, 5, 10, lift)
+                                                         : random.number(kind, 8, 7, lift);
         const auto bits = uint16_t(wide);
         std::memcpy(data_ + 2 * i, &bits, 2);
       }
@@ -68,6 +68,15 @@ class Tensor {
   size_t nbytes() const { return size_t(count_) * size_of(type_); }
   double operator[](int64_t i) const {
     return type_ == kBytes ? double(data_[i]) : read(data_, type_, i);
+  }
+
+  // Whether nothing was written since it was made, from one element to another.
+  bool untouched(int64_t first, int64_t last) const {
+    const size_t size = size_of(type_);
+    for (size_t i = size_t(first) * size; i < size_t(last) * size; ++i) {
+      if (data_[i] != kPattern) return false;
+    }
+    return true;
   }
 
  private:

@@ -1,4 +1,5 @@
-// The three float types in double precision, worked out apart from csrc/nf4.h.
+// The three float types in double precision, worked out apart from csrc/nf4.h, and sums with what they
+// may be off by.
 #pragma once
 
 #include <algorithm>
@@ -54,6 +55,21 @@ inline double half_unit(double size, int dtype) {
   const Format format = format_of(dtype);
   return std::ldexp(size, -format.precision) + std::ldexp(0.5, format.least - format.precision + 1);
 }
+
+// A sum, and the sum of its terms' magnitudes: what its rounding errors are in proportion to.
+struct Sum {
+  double value = 0, size = 0;
+
+  void add(double term) {
+    value += term;
+    size += std::fabs(term);
+  }
+  // A sum that is itself as far off as its size.
+  void add(const Sum& term, double factor) {
+    value += factor * term.value;
+    size += std::fabs(factor) * term.size;
+  }
+};
 
 // The same bits but for the kind of NaN.
 inline bool same(double a, double b) {

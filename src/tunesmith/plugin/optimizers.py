@@ -1,0 +1,42 @@
+"""The optimizers that every trainer offers, and what each holds for a trained weight."""
+
+from __future__ import annotations
+
+import attrs
+
+__all__ = ["AUTO", "OPTIMIZERS", "Optimizer", "optimizer_called"]
+
+AUTO = "auto"
+
+
+@attrs.frozen
+class Optimizer:
+    """One of them."""
+
+    argument: str
+    """The `optim` of transformers' TrainingArguments."""
+    state_bytes: float
+    """Bytes of state for each trained weight."""
+    text: str
+    """What explain() calls it."""
+
+
+OPTIMIZERS = {
+    # two moments in fp32
+    "adamw": Optimizer("adamw_torch_fused", 8.0, "torch's fused AdamW"),
+    # two moments of a byte, and two fp32 scales for each block of 256 (arXiv:2110.02861)
+    "adamw_8bit": Optimizer("adamw_bnb_8bit", 2.03, "bitsandbytes' AdamW, states in 8 bits"),
+    "paged_adamw_8bit": Optimizer(
+        "paged_adamw_8bit",
+        2.03,
+        "bitsandbytes' AdamW, states in 8 bits, paged out where a GPU's memory is short",
+    ),
+    # a row and a column of second moments for each matrix (arXiv:1804.04235), rounded up
+    "adafactor": Optimizer("adafactor", 0.5, "Adafactor"),
+    "sgd": Optimizer("sgd", 0.0, "plain SGD"),
+}
+
+
+def optimizer_called(name: str) -> Optimizer:
+    """Return the optimizer that an option `optimizer` stands for."""
+    return OPTIMIZERS["adamw" if name == AUTO else name]
