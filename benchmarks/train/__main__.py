@@ -45,7 +45,7 @@ class Sizes:
     new_tokens: int
 
 
-FULL = Sizes(rounds=5, most_steps=2, max_length=512, new_tokens=32)
+FULL = Sizes(rounds=5, most_steps=8, max_length=512, new_tokens=32)
 QUICK = Sizes(rounds=2, most_steps=1, max_length=128, new_tokens=8)
 
 

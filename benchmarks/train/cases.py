@@ -148,7 +148,7 @@ def _growth(length: int, *, memory: bool = False) -> Case:
         "growth",
         checkpointing=memory,
         batch=1,
-        steps=1,
+        steps=max(1, 2048 // length),  # a turn of some seconds
         rounds=1 if memory else 3,
         max_length=length,
         filled=True,

@@ -119,6 +119,7 @@ class Verbs:
         chunked_loss: bool = True,
         varlen_attention: bool = True,
         fused_layers: bool = True,
+        compile: bool = False,
         optimizer: str = "auto",
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
@@ -162,6 +163,8 @@ class Verbs:
         fused_layers: Run norms, gated feed-forward blocks and rotary embeddings in one pass each:
             on the CPU, and where the model's own do the same. Less time and memory; the numbers are
             the same.
+        compile: Compile the model's layers with torch.compile, which takes a minute or more at
+            first; attention and what stands between the linear layers are then torch's to fuse.
         optimizer: auto takes torch's fused AdamW; bitsandbytes' 8-bit ones round its states.
         weight_decay: AdamW's decoupled weight decay; 0 as QLoRA and Alpaca.
         max_grad_norm: Gradients are scaled down to this norm; 1.0 is transformers' default, QLoRA
@@ -201,6 +204,7 @@ class Verbs:
         chunked_loss: bool = True,
         varlen_attention: bool = True,
         fused_layers: bool = True,
+        compile: bool = False,
         optimizer: str = "auto",
         weight_decay: float = 0.0,
         seed: int | None = None,
@@ -243,6 +247,8 @@ class Verbs:
         fused_layers: Run norms, gated feed-forward blocks and rotary embeddings in one pass each:
             on the CPU, and where the model's own do the same. Less time and memory; the numbers are
             the same.
+        compile: Compile the model's layers with torch.compile, which takes a minute or more at
+            first; attention and what stands between the linear layers are then torch's to fuse.
         optimizer: auto takes torch's fused AdamW; bitsandbytes' 8-bit ones round its states.
         weight_decay: AdamW's decoupled weight decay; 0 as QLoRA and Alpaca.
         seed: Seed of shuffling and dropout; unset takes the recipe's.

@@ -37,20 +37,27 @@ def model_of(config: Any, **options: Any) -> Any:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("on", [True, False])
 @pytest.mark.parametrize("adapter", [True, False])
+@pytest.mark.parametrize("compile_", [True, False])
 def test_explain_foretells_what_is_logged(
-    config: Any, attention: str, on: bool, adapter: bool, caplog: pytest.LogCaptureFixture
+    config: Any,
+    attention: str,
+    on: bool,
+    adapter: bool,
+    compile_: bool,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    options = TrainerConfig(varlen_attention=on, fused_layers=on)
+    options = TrainerConfig(varlen_attention=on, fused_layers=on, compile=compile_)
     with torch.device("meta"):
         skeleton = model_of(config, attn_implementation=attention)
-    foretold = speed_of_step(options, skeleton, CPU, adapter=adapter)[1:3]
+    _, *foretold = speed_of_step(options, skeleton, CPU, adapter=adapter)
+    del foretold[2]  # the optimizer is not made here
     model = model_of(config, attn_implementation=attention).requires_grad_(not adapter)
     session: Any = SimpleNamespace(device=torch.device("cpu"), model=model)
     with caplog.at_level(logging.INFO, logger="tunesmith"):
         prepare(session, options)
     logged = [record.getMessage() for record in caplog.records if record.name == "tunesmith"]
     # the same choice; where it is no, reasons may be worded otherwise
-    assert len(logged) == len(foretold) == 2
+    assert len(logged) == len(foretold) == 2 + compile_
     for line, said in zip(logged, foretold, strict=True):
         assert line.split(" (")[0] == said.split(" (")[0]
 

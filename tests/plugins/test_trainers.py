@@ -296,6 +296,21 @@ def test_gradient_checkpointing_changes_the_loss_by_nothing(tmp_path):
     assert losses_of(plain) == pytest.approx(losses_of(saving), abs=1e-5)
 
 
+@pytest.mark.slow  # a minute of g++
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiling_changes_the_loss_by_nothing(checkpointing, tmp_path):
+    torch._dynamo.reset()
+    options = {"gradient_checkpointing": checkpointing}
+    plain = sft_trainer(session_with_adapter(tmp_path / "model"), tmp_path / "a", **options)
+    session = session_with_adapter(tmp_path / "model")
+    compiled = sft_trainer(session, tmp_path / "b", compile=True, **options)
+    plain.train()
+    compiled.train()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert losses_of(plain) == pytest.approx(losses_of(compiled), abs=1e-4)
+
+
 def test_packing_changes_the_loss_by_nothing(tmp_path):
     plain = sft_trainer(session_with_adapter(tmp_path / "model"), tmp_path / "a")
     packed = sft_trainer(

@@ -42,22 +42,30 @@ def headless_model(
 
 def prepare(session: Session, config: TrainerConfig) -> None:
     """Let the model's attention and its layers between the products run faster; log which do."""
-    from tunesmith.nn import fused_layers, varlen_attention
+    from tunesmith.nn import compiled, fused_layers, varlen_attention
 
     log = logging.getLogger("tunesmith")
     elsewhere = None if session.device.type == "cpu" else f"on {session.device.type}"
-    if not config.varlen_attention:
-        why: str | None = "varlen_attention is off"
+    if config.compile:
+        why: str | None = "compile is on"
+    elif not config.varlen_attention:
+        why = "varlen_attention is off"
     elif elsewhere is not None:
         why = f"{elsewhere} attention is torch's"
     else:
         why = varlen_attention.use(session.model)
     log.info("%s", varlen_attention.described(why))
 
-    if not config.fused_layers:
-        fused: dict[str, int] | str = "fused_layers is off"
+    if config.compile:
+        fused: dict[str, int] | str = "compile is on"
+    elif not config.fused_layers:
+        fused = "fused_layers is off"
     elif elsewhere is not None:
         fused = f"{elsewhere} they are the model's"
     else:
         fused = fused_layers.use(session.model)
     log.info("%s", fused_layers.described(fused))
+
+    if config.compile:
+        compiled.compile_layers(session.model)
+        log.info("%s", compiled.described(compiled.repeated(session.model)))

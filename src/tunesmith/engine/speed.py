@@ -14,22 +14,29 @@ __all__ = ["fuses_layers", "speed_of_step"]
 def speed_of_step(
     config: TrainerConfig, model: Any, device: Device, *, adapter: bool
 ) -> tuple[str, ...]:
-    """Return a line for each piece: the loss, attention, the layers between products, optimizer.
+    """Return a line for each piece: loss, attention, layers between products, optimizer, and
+    what is compiled.
 
     `model` is the model or its skeleton on the meta device; `adapter` is false where all of it is
     trained. What can only be found out by trying is said to be so.
     """
-    return (
+    lines = (
         _loss(config, device, adapter),
         _attention(config, model, device),
         _layers(config, model, device, adapter),
         _optimizer(config, device, adapter),
     )
+    if not config.compile:
+        return lines
+    from tunesmith.nn import compiled
+
+    return (*lines, compiled.described(compiled.repeated(model)))
 
 
 def fuses_layers(config: TrainerConfig, device: Device, adapter: bool) -> bool:
     """Whether norms and gated blocks will run in one pass if the model has such."""
-    return config.fused_layers and device.name == "cpu" and adapter and _vectors()
+    wanted = config.fused_layers and not config.compile
+    return wanted and device.name == "cpu" and adapter and _vectors()
 
 
 def _loss(config: TrainerConfig, device: Device, adapter: bool) -> str:
@@ -44,8 +51,10 @@ def _attention(config: TrainerConfig, model: Any, device: Device) -> str:
     from tunesmith.nn import varlen_attention
 
     kind = getattr(model.config, "_attn_implementation", None)
-    if not config.varlen_attention:
-        why: str | None = "varlen_attention is off"
+    if config.compile:
+        why: str | None = "compile is on"
+    elif not config.varlen_attention:
+        why = "varlen_attention is off"
     elif device.name != "cpu":
         why = f"on {device.name} it is torch's"
     elif kind != "sdpa":
@@ -58,8 +67,10 @@ def _attention(config: TrainerConfig, model: Any, device: Device) -> str:
 def _layers(config: TrainerConfig, model: Any, device: Device, adapter: bool) -> str:
     from tunesmith.nn import fused_layers
 
-    if not config.fused_layers:
-        found: dict[str, int] | str = "fused_layers is off"
+    if config.compile:
+        found: dict[str, int] | str = "compile is on"
+    elif not config.fused_layers:
+        found = "fused_layers is off"
     elif device.name != "cpu":
         found = f"on {device.name} they are the model's"
     else:

@@ -84,6 +84,9 @@ class TrainerConfig:
     fused_layers: bool = True
     """Run norms, gated feed-forward blocks and rotary embeddings in one pass each: on the CPU, and
     where the model's own do the same. Less time and memory; the numbers are the same."""
+    compile: bool = False
+    """Compile the model's layers with torch.compile, which takes a minute or more at first;
+    attention and what stands between the linear layers are then torch's to fuse."""
     optimizer: str = attrs.field(default=AUTO, validator=one_of(AUTO, *OPTIMIZERS))
     """auto takes torch's fused AdamW; bitsandbytes' 8-bit ones round its states."""
     weight_decay: float = attrs.field(default=0.0, validator=at_least(0))
