@@ -45,26 +45,12 @@ def prepare(session: Session, config: TrainerConfig) -> None:
     from tunesmith.nn import compiled, fused_layers, varlen_attention
 
     log = logging.getLogger("tunesmith")
-    elsewhere = None if session.device.type == "cpu" else f"on {session.device.type}"
-    if config.compile:
-        why: str | None = "compile is on"
-    elif not config.varlen_attention:
-        why = "varlen_attention is off"
-    elif elsewhere is not None:
-        why = f"{elsewhere} attention is torch's"
-    else:
-        why = varlen_attention.use(session.model)
-    log.info("%s", varlen_attention.described(why))
+    device = session.device.type
+    why = config.why_not("varlen_attention", device, "it is torch's")
+    log.info("%s", varlen_attention.described(why or varlen_attention.use(session.model)))
 
-    if config.compile:
-        fused: dict[str, int] | str = "compile is on"
-    elif not config.fused_layers:
-        fused = "fused_layers is off"
-    elif elsewhere is not None:
-        fused = f"{elsewhere} they are the model's"
-    else:
-        fused = fused_layers.use(session.model)
-    log.info("%s", fused_layers.described(fused))
+    why = config.why_not("fused_layers", device, "they are the model's")
+    log.info("%s", fused_layers.described(why or fused_layers.use(session.model)))
 
     if config.compile:
         compiled.compile_layers(session.model)

@@ -35,8 +35,7 @@ def speed_of_step(
 
 def fuses_layers(config: TrainerConfig, device: Device, adapter: bool) -> bool:
     """Whether norms and gated blocks will run in one pass if the model has such."""
-    wanted = config.fused_layers and not config.compile
-    return wanted and device.name == "cpu" and adapter and _vectors()
+    return config.why_not("fused_layers", device.name, "") is None and adapter and _vectors()
 
 
 def _loss(config: TrainerConfig, device: Device, adapter: bool) -> str:
@@ -51,31 +50,19 @@ def _attention(config: TrainerConfig, model: Any, device: Device) -> str:
     from tunesmith.nn import varlen_attention
 
     kind = getattr(model.config, "_attn_implementation", None)
-    if config.compile:
-        why: str | None = "compile is on"
-    elif not config.varlen_attention:
-        why = "varlen_attention is off"
-    elif device.name != "cpu":
-        why = f"on {device.name} it is torch's"
-    elif kind != "sdpa":
+    why = config.why_not("varlen_attention", device.name, "it is torch's")
+    if why is None and kind != "sdpa":
         why = f"it is {kind!r}, not torch's"
-    else:
-        why = None if _vectors() else "there are no vector kernels"
+    if why is None and not _vectors():
+        why = "there are no vector kernels"
     return varlen_attention.described(why)
 
 
 def _layers(config: TrainerConfig, model: Any, device: Device, adapter: bool) -> str:
     from tunesmith.nn import fused_layers
 
-    if config.compile:
-        found: dict[str, int] | str = "compile is on"
-    elif not config.fused_layers:
-        found = "fused_layers is off"
-    elif device.name != "cpu":
-        found = f"on {device.name} they are the model's"
-    else:
-        found = fused_layers.find(model, trained=not adapter)
-    return fused_layers.described(found)
+    why = config.why_not("fused_layers", device.name, "they are the model's")
+    return fused_layers.described(why or fused_layers.find(model, trained=not adapter))
 
 
 def _optimizer(config: TrainerConfig, device: Device, adapter: bool) -> str:

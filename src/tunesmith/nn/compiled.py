@@ -26,11 +26,12 @@ def compile_layers(model: nn.Module, **options: Any) -> int:
     Parameters keep their names, and a copy or a pickle of the model is not compiled. `options` go
     to torch.compile, which works when a layer is first called.
     """
+    names = repeated(model)
     # embeddings are named along with the layers, and there is nothing in them to compile
     layers = [
         module
         for module in model.modules()
-        if type(module).__name__ in repeated(model) and any(module.children())
+        if type(module).__name__ in names and any(module.children())
     ]
     # layers differ in little but their number, which is no reason to compile each
     torch._dynamo.config.allow_unspec_int_on_nn_module = True

@@ -122,6 +122,18 @@ class TrainerConfig:
         if self.eval_data is not None and self.eval_split:
             raise OptionError(["eval_data and eval_split exclude each other; give one of them"])
 
+    def why_not(self, piece: str, device: str, whose: str) -> str | None:
+        """Return why a piece for the CPU is not used, if that needs no look at the model.
+
+        `piece` is the option that switches it, `device` "cpu" or another type, and `whose` says
+        who does it there.
+        """
+        if self.compile:
+            return "compile is on"
+        if not getattr(self, piece):
+            return f"{piece} is off"
+        return None if device == "cpu" else f"on {device} {whose}"
+
 
 C = TypeVar("C", bound=TrainerConfig)
 
