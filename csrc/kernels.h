@@ -123,10 +123,11 @@ void tunesmith_gated_cpu(const void* gate, const void* up, int dtype, int64_t nu
 void tunesmith_gated_backward_cpu(const void* grad_y, const void* gate, const void* up, int dtype,
                                   int64_t numel, int activation, void* grad_gate, void* grad_up);
 
-// Rotary position embedding (arXiv:2104.09864) of x [tokens, heads, size] by cos and sin [tokens, size],
-// element i of a head going with i + size / 2; with `backward` the gradient of out to that of x.
+// Rotary position embedding (arXiv:2104.09864) of x [tokens, heads, size] by cos and sin [positions, size],
+// of which token t takes row t % positions; element i of a head goes with i + size / 2. With `backward` the
+// gradient of out to that of x.
 void tunesmith_rotary_cpu(const void* x, const void* cos, const void* sin, int dtype, int64_t tokens,
-                          int64_t heads, int64_t size, bool backward, void* out);
+                          int64_t positions, int64_t heads, int64_t size, bool backward, void* out);
 
 // Memory that is used again: what is given back is kept, up to a limit, and handed out next time, so
 // that its pages need not be touched anew. Aligned to 64 bytes; null when there is none left.
@@ -153,6 +154,24 @@ const char* tunesmith_dequantize_4bit_cuda(const uint8_t* packed, const void* ab
                                            const float* nested_absmax, const float* nested_offset,
                                            int64_t numel, int64_t blocksize, int type, int dtype,
                                            void* out, void* stream);
+// A label that is none gives NaN.
+const char* tunesmith_logps_cuda(void* logits, const int64_t* labels, int dtype, int64_t rows,
+                                 int64_t columns, bool slopes, float* logps, void* stream);
+const char* tunesmith_rms_norm_cuda(const void* x, const void* weight, int dtype, int64_t rows,
+                                    int64_t columns, float eps, bool from_one, void* y, float* scale,
+                                    void* stream);
+const char* tunesmith_rms_norm_backward_cuda(const void* grad_y, const void* x, const void* weight,
+                                             const float* scale, int dtype, int64_t rows,
+                                             int64_t columns, bool from_one, void* grad_x,
+                                             void* stream);
+const char* tunesmith_gated_cuda(const void* gate, const void* up, int dtype, int64_t numel,
+                                 int activation, void* y, void* stream);
+const char* tunesmith_gated_backward_cuda(const void* grad_y, const void* gate, const void* up,
+                                          int dtype, int64_t numel, int activation, void* grad_gate,
+                                          void* grad_up, void* stream);
+const char* tunesmith_rotary_cuda(const void* x, const void* cos, const void* sin, int dtype,
+                                  int64_t tokens, int64_t positions, int64_t heads, int64_t size,
+                                  bool backward, void* out, void* stream);
 // Forward only, without dropout, for at most tunesmith_small_tokens() rows of x; 4-bit weights only.
 // s is scratch [tokens, rank] and is written, too. Nothing is allocated and nothing waits: the calls
 // can be captured in a CUDA graph.

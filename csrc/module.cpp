@@ -129,37 +129,69 @@ void attention_decode(Pointer q, Pointer keys, Pointer values, Pointer first, in
 }
 
 void logps(Pointer logits, Pointer labels, int dtype, int64_t rows, int64_t columns, bool slopes,
-           Pointer out) {
-  tunesmith_logps_cpu(at<void>(logits), at<int64_t>(labels), dtype, rows, columns, slopes,
-                      at<float>(out));
+           Pointer out, Stream stream) {
+  if (stream) {
+    ON_STREAM(logps, at<void>(logits), at<int64_t>(labels), dtype, rows, columns, slopes,
+              at<float>(out));
+  } else {
+    tunesmith_logps_cpu(at<void>(logits), at<int64_t>(labels), dtype, rows, columns, slopes,
+                        at<float>(out));
+  }
 }
 
 void rms_norm(Pointer x, Pointer weight, int dtype, int64_t rows, int64_t columns, float eps,
-              bool from_one, Pointer y, Pointer scale) {
-  tunesmith_rms_norm_cpu(at<void>(x), at<void>(weight), dtype, rows, columns, eps, from_one,
-                         at<void>(y), at<float>(scale));
+              bool from_one, Pointer y, Pointer scale, Stream stream) {
+  if (stream) {
+    ON_STREAM(rms_norm, at<void>(x), at<void>(weight), dtype, rows, columns, eps, from_one,
+              at<void>(y), at<float>(scale));
+  } else {
+    tunesmith_rms_norm_cpu(at<void>(x), at<void>(weight), dtype, rows, columns, eps, from_one,
+                           at<void>(y), at<float>(scale));
+  }
 }
 
 void rms_norm_backward(Pointer grad_y, Pointer x, Pointer weight, Pointer scale, int dtype,
-                       int64_t rows, int64_t columns, bool from_one, Pointer grad_x) {
-  tunesmith_rms_norm_backward_cpu(at<void>(grad_y), at<void>(x), at<void>(weight), at<float>(scale),
-                                  dtype, rows, columns, from_one, at<void>(grad_x));
+                       int64_t rows, int64_t columns, bool from_one, Pointer grad_x,
+                       Stream stream) {
+  if (stream) {
+    ON_STREAM(rms_norm_backward, at<void>(grad_y), at<void>(x), at<void>(weight), at<float>(scale),
+              dtype, rows, columns, from_one, at<void>(grad_x));
+  } else {
+    tunesmith_rms_norm_backward_cpu(at<void>(grad_y), at<void>(x), at<void>(weight),
+                                    at<float>(scale), dtype, rows, columns, from_one,
+                                    at<void>(grad_x));
+  }
 }
 
-void gated(Pointer gate, Pointer up, int dtype, int64_t numel, int activation, Pointer y) {
-  tunesmith_gated_cpu(at<void>(gate), at<void>(up), dtype, numel, activation, at<void>(y));
+void gated(Pointer gate, Pointer up, int dtype, int64_t numel, int activation, Pointer y,
+           Stream stream) {
+  if (stream) {
+    ON_STREAM(gated, at<void>(gate), at<void>(up), dtype, numel, activation, at<void>(y));
+  } else {
+    tunesmith_gated_cpu(at<void>(gate), at<void>(up), dtype, numel, activation, at<void>(y));
+  }
 }
 
 void gated_backward(Pointer grad_y, Pointer gate, Pointer up, int dtype, int64_t numel,
-                    int activation, Pointer grad_gate, Pointer grad_up) {
-  tunesmith_gated_backward_cpu(at<void>(grad_y), at<void>(gate), at<void>(up), dtype, numel,
-                               activation, at<void>(grad_gate), at<void>(grad_up));
+                    int activation, Pointer grad_gate, Pointer grad_up, Stream stream) {
+  if (stream) {
+    ON_STREAM(gated_backward, at<void>(grad_y), at<void>(gate), at<void>(up), dtype, numel,
+              activation, at<void>(grad_gate), at<void>(grad_up));
+  } else {
+    tunesmith_gated_backward_cpu(at<void>(grad_y), at<void>(gate), at<void>(up), dtype, numel,
+                                 activation, at<void>(grad_gate), at<void>(grad_up));
+  }
 }
 
-void rotary(Pointer x, Pointer cos, Pointer sin, int dtype, int64_t tokens, int64_t heads,
-            int64_t size, bool backward, Pointer out) {
-  tunesmith_rotary_cpu(at<void>(x), at<void>(cos), at<void>(sin), dtype, tokens, heads, size,
-                       backward, at<void>(out));
+void rotary(Pointer x, Pointer cos, Pointer sin, int dtype, int64_t tokens, int64_t positions,
+            int64_t heads, int64_t size, bool backward, Pointer out, Stream stream) {
+  if (stream) {
+    ON_STREAM(rotary, at<void>(x), at<void>(cos), at<void>(sin), dtype, tokens, positions, heads,
+              size, backward, at<void>(out));
+  } else {
+    tunesmith_rotary_cpu(at<void>(x), at<void>(cos), at<void>(sin), dtype, tokens, positions, heads,
+                         size, backward, at<void>(out));
+  }
 }
 
 void linear_small([[maybe_unused]] const tunesmith_linear& layer, [[maybe_unused]] Pointer x,
@@ -270,21 +302,21 @@ PYBIND11_MODULE(_native, m) {
         py::arg("key_heads"), py::arg("size"), py::arg("capacity"), py::arg("length"),
         py::arg("scale"), py::arg("out"), Unlocked());
   m.def("logps", logps, py::arg("logits"), py::arg("labels"), py::arg("dtype"), py::arg("rows"),
-        py::arg("columns"), py::arg("slopes"), py::arg("logps"), Unlocked());
+        py::arg("columns"), py::arg("slopes"), py::arg("logps"), py::arg("stream"), Unlocked());
   m.def("rms_norm", rms_norm, py::arg("x"), py::arg("weight"), py::arg("dtype"), py::arg("rows"),
         py::arg("columns"), py::arg("eps"), py::arg("from_one"), py::arg("y"), py::arg("scale"),
-        Unlocked());
+        py::arg("stream"), Unlocked());
   m.def("rms_norm_backward", rms_norm_backward, py::arg("grad_y"), py::arg("x"), py::arg("weight"),
         py::arg("scale"), py::arg("dtype"), py::arg("rows"), py::arg("columns"),
-        py::arg("from_one"), py::arg("grad_x"), Unlocked());
+        py::arg("from_one"), py::arg("grad_x"), py::arg("stream"), Unlocked());
   m.def("gated", gated, py::arg("gate"), py::arg("up"), py::arg("dtype"), py::arg("numel"),
-        py::arg("activation"), py::arg("y"), Unlocked());
+        py::arg("activation"), py::arg("y"), py::arg("stream"), Unlocked());
   m.def("gated_backward", gated_backward, py::arg("grad_y"), py::arg("gate"), py::arg("up"),
         py::arg("dtype"), py::arg("numel"), py::arg("activation"), py::arg("grad_gate"),
-        py::arg("grad_up"), Unlocked());
+        py::arg("grad_up"), py::arg("stream"), Unlocked());
   m.def("rotary", rotary, py::arg("x"), py::arg("cos"), py::arg("sin"), py::arg("dtype"),
-        py::arg("tokens"), py::arg("heads"), py::arg("size"), py::arg("backward"), py::arg("out"),
-        Unlocked());
+        py::arg("tokens"), py::arg("positions"), py::arg("heads"), py::arg("size"),
+        py::arg("backward"), py::arg("out"), py::arg("stream"), Unlocked());
   m.def("linear_small", linear_small, py::arg("layer"), py::arg("x"), py::arg("s"), py::arg("y"),
         py::arg("stream"), Unlocked());
   m.def("empty", empty, py::arg("nbytes"));

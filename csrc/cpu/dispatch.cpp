@@ -222,8 +222,8 @@ void tunesmith_gated_backward_cpu(const void* grad_y, const void* gate, const vo
 }
 
 void tunesmith_rotary_cpu(const void* x, const void* cos, const void* sin, int dtype, int64_t tokens,
-                          int64_t heads, int64_t size, bool backward, void* out) {
-  const RotaryJob job = {x, cos, sin, heads, size, dtype, backward, out};
+                          int64_t positions, int64_t heads, int64_t size, bool backward, void* out) {
+  const RotaryJob job = {x, cos, sin, positions, heads, size, dtype, backward, out};
   share(&Isa::rotary, job, tokens, heads * size);
 }
 

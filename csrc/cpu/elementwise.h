@@ -1,8 +1,5 @@
-// What stands between the products of a layer, each in one pass over its tensors, in plain C++ that the
-// compiler turns into the vectors of the file that includes this.
-//
-// Everything rounds where the same in PyTorch would leave a tensor in 16 bits, so that it is rounded to
-// the same values.
+// The formulas of ../formulas.h over whole tensors, one pass each, in plain C++ that the compiler turns
+// into the vectors of the file that includes this.
 #pragma once
 
 #include <cmath>
@@ -23,28 +20,6 @@ typename As::Storage* kept_at(void* data, int64_t element) {
   return static_cast<typename As::Storage*>(data) + element;
 }
 
-// The weight of a norm as it is, times what has been rounded, and one that counts from one.
-struct Plain {
-  template <typename As>
-  static float times(float value, typename As::Storage weight) {
-    return As::to(As::of(value)) * As::to(weight);
-  }
-  template <typename As>
-  static float back(float grad, typename As::Storage weight) {
-    return As::to(As::of(grad * As::to(weight)));
-  }
-};
-struct FromOne {
-  template <typename As>
-  static float times(float value, typename As::Storage weight) {
-    return value * (1.0f + As::to(weight));
-  }
-  template <typename As>
-  static float back(float grad, typename As::Storage weight) {
-    return grad * (1.0f + As::to(weight));
-  }
-};
-
 template <typename As, typename Weight>
 void norm_as(const NormJob& job, int64_t row) {
   const int64_t columns = job.columns;
@@ -58,7 +33,7 @@ void norm_as(const NormJob& job, int64_t row) {
   job.scale[row] = scale;
 #pragma omp simd
   for (int64_t i = 0; i < columns; ++i) {
-    out[i] = As::of(Weight::template times<As>(As::to(x[i]) * scale, weight[i]));
+    out[i] = As::of(Weight::template times<As>(As::to(x[i]) * scale, As::to(weight[i])));
   }
 }
 
@@ -73,12 +48,12 @@ void norm_backward_as(const NormJob& job, int64_t row) {
   float along = 0.0f;  // the part of the gradient that only changes the length of x
 #pragma omp simd reduction(+ : along)
   for (int64_t i = 0; i < columns; ++i) {
-    along += Weight::template back<As>(As::to(grad[i]), weight[i]) * As::to(x[i]);
+    along += Weight::template back<As>(As::to(grad[i]), As::to(weight[i])) * As::to(x[i]);
   }
   along *= scale * scale / float(columns);
 #pragma omp simd
   for (int64_t i = 0; i < columns; ++i) {
-    const float inflow = Weight::template back<As>(As::to(grad[i]), weight[i]);
+    const float inflow = Weight::template back<As>(As::to(grad[i]), As::to(weight[i]));
     out[i] = As::of(scale * (inflow - As::to(x[i]) * along));
   }
 }
@@ -101,20 +76,6 @@ inline void norm(const NormJob& job, int64_t first, int64_t last) {
   });
 }
 
-// Both activations are x sigmoid(inner(x)): SiLU with inner(x) = x, and GELU's approximation by tanh
-// (arXiv:1606.08415) since (1 + tanh u) / 2 = sigmoid(2 u).
-struct Silu {
-  static float inner(float x) { return x; }
-  static float slope(float) { return 1.0f; }
-};
-struct GeluTanh {
-  static constexpr float kLinear = 1.59576912f, kCubic = 0.0713548163f;  // 2 sqrt(2 / pi) (1, 0.044715)
-  static float inner(float x) { return x * (kLinear + kCubic * x * x); }
-  static float slope(float x) { return kLinear + 3.0f * kCubic * x * x; }
-};
-
-inline float sigmoid(float x) { return 1.0f / (1.0f + exp_of(-x)); }
-
 template <typename As, typename Activation>
 void gated_as(const GatedJob& job, int64_t first, int64_t last) {
   const auto* const gate = kept_at<As>(job.gate, 0);
@@ -122,8 +83,7 @@ void gated_as(const GatedJob& job, int64_t first, int64_t last) {
   auto* const out = kept_at<As>(job.out, 0);
 #pragma omp simd
   for (int64_t i = first; i < last; ++i) {
-    const float x = As::to(gate[i]);
-    out[i] = As::of(As::to(As::of(x * sigmoid(Activation::inner(x)))) * As::to(up[i]));
+    out[i] = As::of(gated_of<As, Activation>(As::to(gate[i]), As::to(up[i])));
   }
 }
 
@@ -136,12 +96,10 @@ void gated_backward_as(const GatedJob& job, int64_t first, int64_t last) {
   auto* const grad_up = kept_at<As>(job.grad_up, 0);
 #pragma omp simd
   for (int64_t i = first; i < last; ++i) {
-    const float x = As::to(gate[i]), inflow = As::to(grad[i]);
-    const float e = exp_of(-Activation::inner(x));
-    const float share = 1.0f / (1.0f + e), rest = e * share;  // 1 - share would cancel
-    const float slope = share * (1.0f + x * rest * Activation::slope(x));
-    grad_up[i] = As::of(inflow * As::to(As::of(x * share)));
-    grad_gate[i] = As::of(As::to(As::of(inflow * As::to(up[i]))) * slope);
+    const Two grads =
+        gated_back<As, Activation>(As::to(grad[i]), As::to(gate[i]), As::to(up[i]));
+    grad_gate[i] = As::of(grads.first);
+    grad_up[i] = As::of(grads.second);
   }
 }
 
@@ -157,38 +115,34 @@ inline void gated(const GatedJob& job, int64_t first, int64_t last) {
   });
 }
 
-// Turns the pairs (x[i], x[i + size / 2]) of each head by an angle (RoFormer, arXiv:2104.09864), or back.
-template <typename As>
+// The pairs of a head are (x[i], x[i + size / 2]).
+template <typename As, bool Backward>
 void rotary_as(const RotaryJob& job, int64_t token) {
   const int64_t half = job.size / 2, width = job.heads * job.size;
-  const auto* const cos = kept_at<As>(job.cos, token * job.size);
-  const auto* const sin = kept_at<As>(job.sin, token * job.size);
-  const auto product = [](typename As::Storage a, float b) { return As::to(As::of(As::to(a) * b)); };
+  const auto* const cos = kept_at<As>(job.cos, token % job.positions * job.size);
+  const auto* const sin = kept_at<As>(job.sin, token % job.positions * job.size);
   for (int64_t at = token * width; at < (token + 1) * width; at += job.size) {
-    const auto* const low = kept_at<As>(job.x, at);
-    const auto* const high = low + half;
+    const auto* const x = kept_at<As>(job.x, at);
     auto* const out = kept_at<As>(job.out, at);
-    if (job.backward) {
 #pragma omp simd
-      for (int64_t i = 0; i < half; ++i) {
-        out[i] = As::of(product(low[i], As::to(cos[i])) + product(high[i], As::to(sin[half + i])));
-        out[half + i] =
-            As::of(product(high[i], As::to(cos[half + i])) - product(low[i], As::to(sin[i])));
-      }
-    } else {
-#pragma omp simd
-      for (int64_t i = 0; i < half; ++i) {
-        out[i] = As::of(product(low[i], As::to(cos[i])) - product(high[i], As::to(sin[i])));
-        out[half + i] =
-            As::of(product(high[i], As::to(cos[half + i])) + product(low[i], As::to(sin[half + i])));
-      }
+    for (int64_t i = 0; i < half; ++i) {
+      const Two of_x = {As::to(x[i]), As::to(x[half + i])};
+      const Two of_cos = {As::to(cos[i]), As::to(cos[half + i])};
+      const Two of_sin = {As::to(sin[i]), As::to(sin[half + i])};
+      const Two result = Backward ? turned_back<As>(of_x, of_cos, of_sin)
+                                  : turned<As>(of_x, of_cos, of_sin);
+      out[i] = As::of(result.first);
+      out[half + i] = As::of(result.second);
     }
   }
 }
 
 inline void rotary(const RotaryJob& job, int64_t first, int64_t last) {
   as_kept(job.dtype, [&](auto as) {
-    for (int64_t token = first; token < last; ++token) rotary_as<decltype(as)>(job, token);
+    using As = decltype(as);
+    for (int64_t token = first; token < last; ++token) {
+      (job.backward ? rotary_as<As, true> : rotary_as<As, false>)(job, token);
+    }
   });
 }
 

@@ -134,12 +134,13 @@ struct GatedJob {
   void* grad_up;
 };
 
-// Rotary embedding of tokens of `heads` times `size` elements, cos and sin [tokens, size].
+// Rotary embedding of tokens of `heads` times `size` elements; cos and sin [positions, size] are those of
+// token % positions.
 struct RotaryJob {
   const void* x;
   const void* cos;
   const void* sin;
-  int64_t heads, size;
+  int64_t positions, heads, size;
   int dtype;
   bool backward;
   void* out;

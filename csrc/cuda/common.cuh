@@ -36,24 +36,25 @@ __device__ inline unsigned code_at(const uint8_t* packed, int64_t element) {
   return element % 2 == 0 ? pair >> 4 : pair & 0xFu;
 }
 
-// An element in memory is a Storage, and 32 bits of memory are a word of one element or two.
+// How a type is kept, as ../formulas.h takes it. An element in memory is a Storage, and 32 bits of memory
+// are a word of one element or two.
 struct Float32 {
   using Storage = float;
   static constexpr int kPerWord = 1;
-  static __device__ float load(float value) { return value; }
-  static __device__ float store(float value) { return value; }
-  static __device__ void unpack(unsigned word, float* to) { *to = float_of(word); }
+  static __device__ float to(float value) { return value; }
+  static __device__ float of(float value) { return value; }
+  static __device__ void unpack(unsigned word, float* out) { *out = float_of(word); }
   static __device__ unsigned pack(const float* from) { return bits_of(*from); }
 };
 
 struct Float16 {
   using Storage = uint16_t;
   static constexpr int kPerWord = 2;
-  static __device__ float load(uint16_t value) { return __half2float(__ushort_as_half(value)); }
-  static __device__ uint16_t store(float value) { return __half_as_ushort(__float2half_rn(value)); }
-  static __device__ void unpack(unsigned word, float* to) {
-    to[0] = load(uint16_t(word));
-    to[1] = load(uint16_t(word >> 16));
+  static __device__ float to(uint16_t value) { return __half2float(__ushort_as_half(value)); }
+  static __device__ uint16_t of(float value) { return __half_as_ushort(__float2half_rn(value)); }
+  static __device__ void unpack(unsigned word, float* out) {
+    out[0] = to(uint16_t(word));
+    out[1] = to(uint16_t(word >> 16));
   }
   static __device__ unsigned pack(const float* from) {
     const __half2 pair = __floats2half2_rn(from[0], from[1]);
@@ -66,13 +67,13 @@ struct Float16 {
 struct BFloat16 {
   using Storage = uint16_t;
   static constexpr int kPerWord = 2;
-  static __device__ float load(uint16_t value) { return bfloat16_to_float(value); }
-  static __device__ uint16_t store(float value) {
+  static __device__ float to(uint16_t value) { return bfloat16_to_float(value); }
+  static __device__ uint16_t of(float value) {
     return __bfloat16_as_ushort(__float2bfloat16_rn(value));
   }
-  static __device__ void unpack(unsigned word, float* to) {
-    to[0] = float_of(word << 16);
-    to[1] = float_of(word & 0xFFFF0000u);
+  static __device__ void unpack(unsigned word, float* out) {
+    out[0] = float_of(word << 16);
+    out[1] = float_of(word & 0xFFFF0000u);
   }
   static __device__ unsigned pack(const float* from) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(from[0], from[1]);
@@ -108,6 +109,16 @@ struct Eight {
       for (int w = 0; w < 4; ++w) T::unpack(words[w], to + (4 * i + w) * T::kPerWord);
     }
   }
+
+  __device__ void pack(const float* from) {
+#pragma unroll
+    for (int i = 0; i < 2 / T::kPerWord; ++i) {
+      unsigned words[4];
+#pragma unroll
+      for (int w = 0; w < 4; ++w) words[w] = T::pack(from + (4 * i + w) * T::kPerWord);
+      bits[i] = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+  }
 };
 
 template <typename T>
@@ -118,6 +129,30 @@ __device__ Eight<T> load_eight(const typename T::Storage* from) {
     eight.bits[i] = reinterpret_cast<const uint4*>(from)[i];
   }
   return eight;
+}
+
+// `Count` elements, eight by vectors or any other number one by one.
+template <typename T, int Count>
+__device__ void load_some(const typename T::Storage* from, float (&to)[Count]) {
+  if constexpr (Count == 8) {
+    load_eight<T>(from).unpack(to);
+  } else {
+#pragma unroll
+    for (int e = 0; e < Count; ++e) to[e] = T::to(from[e]);
+  }
+}
+
+template <typename T, int Count>
+__device__ void store_some(const float (&from)[Count], typename T::Storage* to) {
+  if constexpr (Count == 8) {
+    Eight<T> eight;
+    eight.pack(from);
+#pragma unroll
+    for (int i = 0; i < 2 / T::kPerWord; ++i) reinterpret_cast<uint4*>(to)[i] = eight.bits[i];
+  } else {
+#pragma unroll
+    for (int e = 0; e < Count; ++e) to[e] = T::of(from[e]);
+  }
 }
 
 // For decoding, in shared memory.

@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t i = vectors * kElements + thread_index(); i < weight.numel; i += thread_count()) {
     const float scale = scale_of(i / weight.blocksize, weight.absmax, weight.nested_absmax, offset,
                                  kDynamic);
-    out[i] = T::store(dequantized(tables.values[code_at(weight.codes, i)], scale));
+    out[i] = T::of(dequantized(tables.values[code_at(weight.codes, i)], scale));
   }
 }
 

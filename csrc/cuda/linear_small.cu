@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kAdapterThreads)
     }
   } else {
     for (int64_t k = threadIdx.x; k < in_features; k += kAdapterThreads) {
-      sum = fmaf(X::load(x[k]), A::load(lora_a[k]), sum);
+      sum = fmaf(X::to(x[k]), A::to(lora_a[k]), sum);
     }
   }
   float* warp_sums = reinterpret_cast<float*>(shared_memory);

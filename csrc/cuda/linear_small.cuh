@@ -14,7 +14,7 @@ constexpr int kFours = kPiece / 4;      // float4 of x that meet a piece
 __device__ inline float load_one(const void* from, int dtype, int64_t i) {
   if (dtype == TUNESMITH_FLOAT32) return static_cast<const float*>(from)[i];
   const uint16_t bits = static_cast<const uint16_t*>(from)[i];
-  return dtype == TUNESMITH_FLOAT16 ? Float16::load(bits) : BFloat16::load(bits);
+  return dtype == TUNESMITH_FLOAT16 ? Float16::to(bits) : BFloat16::to(bits);
 }
 
 __device__ inline void store_one(float value, void* to, int dtype, int64_t i) {
@@ -22,7 +22,7 @@ __device__ inline void store_one(float value, void* to, int dtype, int64_t i) {
     static_cast<float*>(to)[i] = value;
   } else {
     static_cast<uint16_t*>(to)[i] =
-        dtype == TUNESMITH_FLOAT16 ? Float16::store(value) : BFloat16::store(value);
+        dtype == TUNESMITH_FLOAT16 ? Float16::of(value) : BFloat16::of(value);
   }
 }
 

@@ -129,7 +129,14 @@ def attention_decode(
     """Write out [rows, heads, size] for one query a row, over keys [first[row], length)."""
 
 def logps(
-    logits: int, labels: int, dtype: int, rows: int, columns: int, slopes: bool, logps: int
+    logits: int,
+    labels: int,
+    dtype: int,
+    rows: int,
+    columns: int,
+    slopes: bool,
+    logps: int,
+    stream: int | None,
 ) -> None:
     """Write fp32 logps [rows], and with `slopes` their derivatives over the logits."""
 
@@ -143,8 +150,9 @@ def rms_norm(
     from_one: bool,
     y: int,
     scale: int,
+    stream: int | None,
 ) -> None:
-    """Write y [rows, columns] and fp32 scale [rows]. On the CPU, as all up to `rotary`."""
+    """Write y [rows, columns] and fp32 scale [rows]."""
 
 def rms_norm_backward(
     grad_y: int,
@@ -156,10 +164,13 @@ def rms_norm_backward(
     columns: int,
     from_one: bool,
     grad_x: int,
+    stream: int | None,
 ) -> None:
     """Write grad_x [rows, columns]."""
 
-def gated(gate: int, up: int, dtype: int, numel: int, activation: int, y: int) -> None:
+def gated(
+    gate: int, up: int, dtype: int, numel: int, activation: int, y: int, stream: int | None
+) -> None:
     """Write y [numel]; the activation is SILU or GELU_TANH."""
 
 def gated_backward(
@@ -171,6 +182,7 @@ def gated_backward(
     activation: int,
     grad_gate: int,
     grad_up: int,
+    stream: int | None,
 ) -> None:
     """Write the gradients of both factors, [numel]."""
 
@@ -180,12 +192,14 @@ def rotary(
     sin: int,
     dtype: int,
     tokens: int,
+    positions: int,
     heads: int,
     size: int,
     backward: bool,
     out: int,
+    stream: int | None,
 ) -> None:
-    """Write out [tokens, heads, size] for cos and sin [tokens, size]."""
+    """Write out [tokens, heads, size]; token t takes row t % positions of cos and sin."""
 
 def linear_small(layer: Linear, x: int, s: int, y: int, stream: int | None) -> None:
     """Do what `linear` does on CUDA, for a 4-bit weight, no mask and few tokens."""

@@ -138,3 +138,64 @@ def test_a_mask_of_anything_else_has_no_runs() -> None:
     assert runs_of(blind[None, None], 1) is None
     assert runs_of(causal[None, None].float(), 1) is None
     assert runs_of(causal[None, None, :3], 1) is None
+
+
+def plain_varlen(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, of_keys: Tensor, *longest: int, **how: Any
+) -> Tensor:
+    """Do what torch's varlen_attn does on CUDA, one sample after another."""
+    assert offsets is of_keys
+    assert offsets.dtype == torch.int32
+    assert how.pop("window_size") == (-1, 0)
+    lengths = offsets.diff().tolist()
+    assert set(longest) == {max(lengths)}
+    parts = (tensor.split(lengths) for tensor in (q, k, v))
+    return torch.cat(
+        [
+            torch.nn.functional.scaled_dot_product_attention(
+                *(part.transpose(0, 1) for part in sample), is_causal=True, **how
+            ).transpose(0, 1)
+            for sample in zip(*parts, strict=True)
+        ]
+    )
+
+
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_attention_by_offsets_is_attention_under_a_mask(key_heads: int) -> None:
+    sample = torch.tensor([[0] * 5 + [1] * 9 + [2] * 2, [3] * 1 + [4] * 15])
+    mask = ((sample[:, :, None] == sample[:, None]).tril())[:, None]
+    offsets, longest = varlen_attention._find_offsets(mask, 2)
+    assert offsets.tolist() == [0, 5, 14, 16, 17, 32]
+    torch.manual_seed(0)
+    shapes = ((2, 16, 4, 8), (2, 16, key_heads, 8), (2, 16, key_heads, 8))
+    q, k, v = (torch.randn(shape) for shape in shapes)
+    ours = varlen_attention._attend_by_offsets(q, k, v, offsets, longest, 0.3, plain_varlen)
+    theirs = torch.nn.functional.scaled_dot_product_attention(
+        *(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask, scale=0.3, enable_gqa=True
+    ).transpose(1, 2)
+    assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_a_mask_of_anything_else_has_no_offsets() -> None:
+    causal = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
+    assert varlen_attention._find_offsets(causal, 2)[0].tolist() == [0, 6, 12]
+    padded = causal.clone()
+    padded[..., 4:] = False  # two tokens at the end are padding
+    window = causal & ~causal.tril(-3)
+    whole = torch.ones_like(causal)
+    for mask in (padded, window, whole):
+        assert varlen_attention._find_offsets(mask, 1) is None
+
+
+def test_torchs_attention_for_samples_is_taken_only_where_it_gives_the_same() -> None:
+    cpu = torch.device("cpu")
+    assert varlen_attention._agrees(cpu, plain_varlen)
+
+    def off(*args: Any, **how: Any) -> Tensor:
+        return plain_varlen(*args, **{**how, "scale": how["scale"] * 1.5})
+
+    def missing(*args: Any) -> Tensor:
+        return plain_varlen(*args)
+
+    assert not varlen_attention._agrees(cpu, off)
+    assert not varlen_attention._agrees(cpu, missing)

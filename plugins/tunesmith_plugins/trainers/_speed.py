@@ -45,11 +45,10 @@ def prepare(session: Session, config: TrainerConfig) -> None:
     from tunesmith.nn import compiled, fused_layers, varlen_attention
 
     log = logging.getLogger("tunesmith")
-    device = session.device.type
-    why = config.why_not("varlen_attention", device, "it is torch's")
+    why = config.why_not("varlen_attention")
     log.info("%s", varlen_attention.described(why or varlen_attention.use(session.model)))
 
-    why = config.why_not("fused_layers", device, "they are the model's")
+    why = config.why_not("fused_layers")
     log.info("%s", fused_layers.described(why or fused_layers.use(session.model)))
 
     if config.compile:

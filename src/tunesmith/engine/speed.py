@@ -35,7 +35,10 @@ def speed_of_step(
 
 def fuses_layers(config: TrainerConfig, device: Device, adapter: bool) -> bool:
     """Whether norms and gated blocks will run in one pass if the model has such."""
-    return config.why_not("fused_layers", device.name, "") is None and adapter and _vectors()
+    from tunesmith.ops import native_status
+
+    gains = native_status().why_slow_on(device.name) is None
+    return config.why_not("fused_layers") is None and adapter and gains
 
 
 def _loss(config: TrainerConfig, device: Device, adapter: bool) -> str:
@@ -49,20 +52,16 @@ def _loss(config: TrainerConfig, device: Device, adapter: bool) -> str:
 def _attention(config: TrainerConfig, model: Any, device: Device) -> str:
     from tunesmith.nn import varlen_attention
 
-    kind = getattr(model.config, "_attn_implementation", None)
-    why = config.why_not("varlen_attention", device.name, "it is torch's")
-    if why is None and kind != "sdpa":
-        why = f"it is {kind!r}, not torch's"
-    if why is None and not _vectors():
-        why = "there are no vector kernels"
+    why = config.why_not("varlen_attention") or varlen_attention.why_not(model, device.name)
     return varlen_attention.described(why)
 
 
 def _layers(config: TrainerConfig, model: Any, device: Device, adapter: bool) -> str:
     from tunesmith.nn import fused_layers
 
-    why = config.why_not("fused_layers", device.name, "they are the model's")
-    return fused_layers.described(why or fused_layers.find(model, trained=not adapter))
+    why = config.why_not("fused_layers")
+    found = why or fused_layers.find(model, device.name, trained=not adapter)
+    return fused_layers.described(found)
 
 
 def _optimizer(config: TrainerConfig, device: Device, adapter: bool) -> str:
@@ -78,9 +77,3 @@ def _optimizer(config: TrainerConfig, device: Device, adapter: bool) -> str:
     if taken.argument.startswith("paged") and device.name == "cpu":
         notes.append("on the CPU nothing is paged")
     return f"optimizer: {taken.text}" + (f" ({'; '.join(notes)})" if notes else "")
-
-
-def _vectors() -> bool:
-    from tunesmith.ops import native_status
-
-    return native_status().vectors

@@ -1,9 +1,10 @@
-"""Decoding on the CPU, a token at a time, without what a model ready for training does on the way.
+"""Decoding a token at a time, without what a model ready for training does on the way.
 
-A model whose layers are the usual ones (norm, attention with rotary embedding, norm, gated block,
-each added to what came in) is run layer by layer from its own weights, with buffers that stay where
-they are. Whether a model is that is not known by name: its parts are looked at, and the last token
-of each prompt is computed both ways. Where anything differs, transformers decodes as ever.
+On CUDA `graph_decoder` does it. On the CPU a model whose layers are the usual ones (norm, attention
+with rotary embedding, norm, gated block, each added to what came in) is run layer by layer from its
+own weights, with buffers that stay where they are. Whether a model is that is not known by name: its
+parts are looked at, and the last token of each prompt is computed both ways. Where anything differs,
+transformers decodes as ever.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from torch import Tensor, nn
 
 from tunesmith.errors import OpError
 from tunesmith.nn import fused_layers
+from tunesmith.nn.graph_decoder import GraphDecoder
 from tunesmith.nn.lora_linear import LoraLinear
 from tunesmith.nn.nf4_linear import NF4Linear, frozen_arguments
 from tunesmith.ops import native_status
 from tunesmith.ops.native import PreparedLinear, on_cpu
 from tunesmith.ops.schema import DTYPES
 
-__all__ = ["Decoder", "generate"]
+__all__ = ["LIMITS", "Decoder", "generate"]
 
 _attend, _gate, _normalize, _turn = map(on_cpu, ("attention_decode", "gated", "rms_norm", "rotary"))
 
@@ -46,7 +48,9 @@ def generate(model: Any, **options: Any) -> Tensor:
     log = logging.getLogger("tunesmith")
     if why is None:
         options = {**options, "custom_generate": _Loop()}
-        log.debug("decoding: layer by layer from the model's weights")
+        on_cuda = inner.device.type == "cuda"
+        way = "one launch a token" if on_cuda else "layer by layer from the model's weights"
+        log.debug("decoding: %s", way)
     else:
         log.info("decoding: as transformers does it (%s)", why)
     ids: Tensor = model.generate(**options)
@@ -55,10 +59,8 @@ def generate(model: Any, **options: Any) -> Tensor:
 
 def _why_not(inner: Any, options: dict[str, Any]) -> str | None:
     """Return why a call of generate is not for the decoder, or None."""
-    if not native_status().vectors:
-        return "there are no vector kernels"
-    if inner.device.type != "cpu":
-        return f"the model is on {inner.device.type}"
+    if (why := native_status().why_slow_on(inner.device.type)) is not None:
+        return why
     if inner.training:
         return "the model is in training mode"
     given = {name for name, value in options.items() if value is not None}
@@ -111,8 +113,7 @@ class _Loop:
         """Return input_ids [rows, tokens] with the new tokens behind them."""
         mask = model_kwargs.get("attention_mask")
         mask = torch.ones_like(input_ids) if mask is None else mask
-        capacity = int(generation_config.max_length)
-        decoder = Decoder.of(model, input_ids, mask, capacity)
+        decoder = _decoder(model, input_ids, mask, int(generation_config.max_length))
         if isinstance(decoder, str):
             logging.getLogger("tunesmith").info("decoding: as transformers does it (%s)", decoder)
             ids: Tensor = model._sample(
@@ -124,7 +125,7 @@ class _Loop:
             )
             return ids
         logits = decoder.logits
-        unfinished = torch.ones(len(input_ids), dtype=torch.bool)
+        unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
         pad = generation_config._pad_token_tensor
         while True:
             scores = logits_processor(input_ids, logits.float())
@@ -139,6 +140,18 @@ class _Loop:
             if not unfinished.any():
                 return input_ids
             logits = decoder.step(chosen)
+
+
+def _decoder(
+    model: Any, input_ids: Tensor, mask: Tensor, capacity: int
+) -> Decoder | GraphDecoder | str:
+    """Return what decodes on the model's device, having read input_ids, or why nothing does."""
+    if mask.shape != input_ids.shape or bool((mask.diff(dim=-1) < 0).any() | ~mask[:, -1].all()):
+        return "padding is not in front only"
+    if input_ids.device.type == "cpu":
+        return Decoder.of(model, input_ids, mask, capacity)
+    limit = LIMITS.get(model.dtype, 0.0)
+    return GraphDecoder.of(model, input_ids, mask, capacity, limit)
 
 
 class _Layer:
@@ -200,10 +213,6 @@ class Decoder:
         `mask` [rows, tokens] is 1 for tokens and 0 for padding, which comes first; `capacity` is
         how many tokens a row may have in the end.
         """
-        if mask.shape != input_ids.shape or bool(
-            (mask.diff(dim=-1) < 0).any() | ~mask[:, -1].all()
-        ):
-            return "padding is not in front only"
         try:
             decoder = cls(model, input_ids, mask, capacity)
         except _UnknownError as unknown:
@@ -211,7 +220,7 @@ class Decoder:
         except OpError as error:
             return f"a layer is not for the kernels: {error}"
         difference = decoder._read(model, input_ids, mask)
-        limit = _LIMITS[decoder._dtype]
+        limit = LIMITS[decoder._dtype]
         if not difference <= limit:
             return f"the model's own logits differ by {difference:.2g}, and {limit} is allowed"
         return decoder
@@ -290,7 +299,7 @@ class Decoder:
 
 
 # of what two ways to round may differ by, with room for deep models; another model is far beyond
-_LIMITS = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+LIMITS = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 
 
 class _UnknownError(Exception):

@@ -1,10 +1,10 @@
-"""What stands between a model's linear layers, each in one pass on the CPU instead of several.
+"""What stands between a model's linear layers, each in one pass instead of several.
 
 RMSNorm modules, gated feed-forward blocks and the rotary embedding are recognised by what they do:
 each is called with random numbers beside the fused op, and taken over only if both give the same.
 So this is for every model that is made of them, whatever it is called; all else stays as it is.
-What a module is called with decides anew each time: on another device or with a trained norm weight
-it runs its own code.
+What a module is called with decides anew each time: on a device that has no kernels or with a
+trained norm weight it runs its own code.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ _COUNTED = {"norms": "norms", "gated": "gated blocks"}
 
 def use(model: nn.Module) -> dict[str, int] | str:
     """Let a model's layers run fused where they can; return what `find` returns."""
+    why = _why_slow_on(next(model.parameters()).device.type)
+    if why is not None:
+        return why
     fused, files = _fusable(model)
     for module, forward in fused.items():
         module.forward = forward  # type: ignore[assignment]  # it is called alike
@@ -39,13 +42,16 @@ def use(model: nn.Module) -> dict[str, int] | str:
     return _counts(fused, files, sum(norm.trained for norm in _norms(fused)))
 
 
-def find(model: nn.Module, *, trained: bool = False) -> dict[str, int] | str:
-    """Return what of a model, or of its skeleton on the meta device, can run fused.
+def find(model: nn.Module, device: str, *, trained: bool = False) -> dict[str, int] | str:
+    """Return what of a model, or of its skeleton, can run fused on a device of that type.
 
     That is how many norms, gated blocks and files of models with a rotary embedding, by the names
     "norms", "gated" and "rotary"; or why there are none. With `trained` norms run their own code,
     as they do where their weights are trained, and are counted as "trained".
     """
+    why = _why_slow_on(device)
+    if why is not None:
+        return why
     fused, files = _fusable(model)
     return _counts(fused, files, len(_norms(fused)) if trained else 0)
 
@@ -63,8 +69,6 @@ def described(found: dict[str, int] | str) -> str:
 
 def _fusable(model: nn.Module) -> tuple[dict[nn.Module, _Fused], list[types.ModuleType]]:
     """Return what runs or could run in the place of modules, and model files to patch."""
-    if not native_status().vectors:
-        return {}, []
     fused = {module: found for module in model.modules() if (found := _Fused.of(module))}
     names = {type(module).__module__ for module in model.modules()}
     files = [file for name in names if (file := sys.modules.get(name)) and _has_rotary(file)]
@@ -78,8 +82,6 @@ def _norms(fused: dict[nn.Module, _Fused]) -> list[_Norm]:
 def _counts(
     fused: dict[nn.Module, _Fused], files: list[types.ModuleType], trained: int
 ) -> dict[str, int] | str:
-    if not native_status().vectors:
-        return "there are no vector kernels"
     norms = len(_norms(fused))
     found = {"norms": norms - trained, "gated": len(fused) - norms, "rotary": len(files)}
     if any(found.values()):
@@ -290,10 +292,15 @@ def _is_rotary(own: Callable[..., Any]) -> bool:
     return True
 
 
+@functools.cache
+def _why_slow_on(device: str) -> str | None:
+    return native_status().why_slow_on(device)
+
+
 def _suits(x: Tensor, *others: Tensor) -> bool:
-    """Whether the CPU's kernels are for these tensors."""
+    """Whether there are kernels for these tensors."""
     return (
-        x.device.type == "cpu"
+        _why_slow_on(x.device.type) is None
         and x.dtype in DTYPES
         and all(t.dtype == x.dtype and t.device == x.device for t in others)
     )

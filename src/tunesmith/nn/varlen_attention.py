@@ -2,8 +2,8 @@
 
 Packed samples do not see each other, and padding is seen by no one; under a mask that is computed
 all the same and thrown away. Here each sample is a causal attention of its own: the same sums, of
-which there are as many as the samples' squared lengths add up to. For the CPU; a GPU has attention
-functions of its own for this.
+which there are as many as the samples' squared lengths add up to. On the CPU that is an op of ours,
+on CUDA torch's own for samples of different lengths, once it was seen to give the same.
 
 What a row may see is read from the mask that the model has made, and only where that is exactly
 one stretch of the sequence for every query; any other mask, like that of a sliding window, is used
@@ -13,8 +13,10 @@ as it is. So this is for every model that takes its attention from transformers'
 from __future__ import annotations
 
 import functools
+import itertools
 import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ from tunesmith.ops import native_status
 from tunesmith.ops.attention import attention, check_runs
 from tunesmith.ops.schema import DTYPES
 
-__all__ = ["NAME", "attend", "described", "runs_of", "use"]
+__all__ = ["NAME", "attend", "described", "runs_of", "use", "why_not"]
 
 NAME = "tunesmith_varlen"
 """What this is called in transformers' registry of attention functions."""
@@ -40,13 +42,13 @@ def use(model: Any) -> str | None:
     from transformers.masking_utils import sdpa_mask
 
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not native_status().vectors:
-        return "there are no vector kernels for its backward pass"
-    current = inner.config._attn_implementation
-    if current == NAME:
+    device = inner.device.type
+    if (why := why_not(inner, device)) is not None:
+        return why
+    if device == "cuda" and not _agrees(inner.device, _varlen_attn()):
+        return "torch's attention for samples of different lengths gives something else here"
+    if inner.config._attn_implementation == NAME:
         return None
-    if current != "sdpa":
-        return f"its attention is {current!r}, not torch's"
     if sdpa_attention_forward is not AttentionInterface()["sdpa"]:
         return "another package has replaced transformers' sdpa attention"
     AttentionInterface.register(NAME, attend)
@@ -57,11 +59,24 @@ def use(model: Any) -> str | None:
     return None
 
 
+def why_not(model: Any, device: str) -> str | None:
+    """Return why a model, or its skeleton, would be left as it is on a device of that type, or None.
+
+    What can only be found out on the device is left to `use`.
+    """
+    current = getattr(model.config, "_attn_implementation", None)
+    if current not in ("sdpa", NAME):
+        return f"its attention is {current!r}, not torch's"
+    if device != "cuda":
+        return native_status().why_slow_on(device)
+    return None if _varlen_attn() else "torch has no attention for samples of different lengths"
+
+
 def described(why: str | None) -> str:
-    """Return as a sentence what `use` returned."""
+    """Return as a sentence what `use` and `why_not` return."""
     if why is not None:
         return f"attention: as the model has it ({why})"
-    return "attention: sample by sample, with its own backward pass"
+    return "attention: sample by sample"
 
 
 def attend(
@@ -81,28 +96,99 @@ def attend(
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    runs = None
+    runs = offsets = None
     if (
-        query.device.type == "cpu"
-        and query.dtype in DTYPES
+        query.dtype in DTYPES
         and query.shape[2] == key.shape[2]
         and query.shape[3] == key.shape[3] == value.shape[3]
         and not dropout  # would draw other numbers
         and all(kwargs.get(name) is None for name in ("position_bias", "cache", "softcap"))
     ):
-        if attention_mask is not None:
+        if query.device.type == "cuda":
+            # without a mask torch's own is as good
+            if attention_mask is not None and query.dtype != torch.float32:
+                offsets = _remembered(_find_offsets, attention_mask, query.shape[0])
+        elif query.device.type != "cpu":
+            pass
+        elif attention_mask is not None:
             runs = runs_of(attention_mask, query.shape[0])
         elif torch.is_grad_enabled() and _is_causal(module, kwargs):
             runs = _whole_rows(query.shape[0], query.shape[2])
-    if runs is None:
+    if runs is None and offsets is None:
         whole: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, **kwargs
         )
         return whole
     scale = kwargs.get("scaling")
+    scale = query.shape[3] ** -0.5 if scale is None else scale
     # [rows, tokens, heads, head size] is how they lie in memory
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    return attention(q, k, v, runs, query.shape[3] ** -0.5 if scale is None else scale), None
+    if runs is not None:
+        return attention(q, k, v, runs, scale), None
+    return _attend_by_offsets(q, k, v, *offsets, scale, _varlen_attn()), None
+
+
+def _attend_by_offsets(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    longest: int,
+    scale: float,
+    varlen_attn: Callable[..., Tensor],
+) -> Tensor:
+    """Return causal attention of samples that lie one after another through all rows.
+
+    `q` is [rows, tokens, heads, head size], `k` and `v` the same with key heads; sample i is
+    [offsets[i], offsets[i + 1]) of all rows' tokens, int32.
+    """
+    flat = (tensor.flatten(0, 1) for tensor in (q, k, v))
+    out = varlen_attn(
+        *flat, offsets, offsets, longest, longest,
+        scale=scale, window_size=(-1, 0), enable_gqa=q.shape[2] != k.shape[2],
+    )  # fmt: skip
+    return out.view(q.shape)
+
+
+def _varlen_attn() -> Any:
+    """Return torch's attention for samples of different lengths, or None in a torch without."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
+
+
+@functools.cache
+def _agrees(device: torch.device, varlen_attn: Callable[..., Tensor]) -> bool:
+    """Whether that gives what attention under a mask gives, and gradients, on made-up samples."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((1, 24, 4, 64), (1, 24, 2, 64), (1, 24, 2, 64), (1, 24, 4, 64))
+    q, k, v, grad = (
+        torch.randn(*shape, generator=generator).to(device, torch.bfloat16) for shape in shapes
+    )
+    offsets = torch.tensor([0, 10, 24], dtype=torch.int32, device=device)
+    sample = torch.repeat_interleave(torch.arange(2), torch.tensor([10, 14])).to(device)
+    mask = (sample[:, None] == sample).tril()
+    results = []
+    for varlen in (True, False):
+        inputs = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
+        try:
+            if varlen:
+                out = _attend_by_offsets(*inputs, offsets, 14, 0.2, varlen_attn)
+            else:
+                out = torch.nn.functional.scaled_dot_product_attention(
+                    *(tensor.transpose(1, 2) for tensor in inputs),
+                    attn_mask=mask, scale=0.2, enable_gqa=True,
+                ).transpose(1, 2)  # fmt: skip
+            out.backward(grad)
+        except (RuntimeError, TypeError, NotImplementedError):
+            return False  # another torch, or a device that its kernels are not for
+        results.append([out, *(tensor.grad for tensor in inputs)])
+    return all(
+        torch.allclose(ours.float(), theirs.float(), rtol=3e-2, atol=3e-2)
+        for ours, theirs in zip(*results, strict=True)
+    )
 
 
 def _is_causal(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
@@ -115,22 +201,48 @@ def _whole_rows(rows: int, tokens: int) -> Tensor:
     return torch.tensor([[row, 0, tokens, 0, tokens - 1, 1] for row in range(rows)])
 
 
-_last: tuple[weakref.ref[Tensor], Tensor | None] | None = None
+_Found = TypeVar("_Found")
+_last: dict[Callable[..., Any], tuple[weakref.ref[Tensor], Any]] = {}
+
+
+def _remembered(find: Callable[[Tensor, int], _Found], mask: Tensor, rows: int) -> _Found:
+    """Return find(mask, rows), which all layers of a model ask for: the last answer is kept."""
+    kept = _last.get(find)
+    if kept is not None and kept[0]() is mask:
+        found: _Found = kept[1]
+        return found
+    found = find(mask, rows)
+    _last[find] = (weakref.ref(mask), found)
+    return found
 
 
 def runs_of(mask: Tensor, rows: int) -> Tensor | None:
     """Return the runs that a mask amounts to (see `tunesmith.ops.attention`), or None if to none.
 
     `mask` is bool [rows, 1, queries, keys] or [1, 1, queries, keys], true where a query sees a key,
-    with as many keys as queries. All layers of a model ask about one mask; the last answer is kept.
+    with as many keys as queries.
     """
-    global _last  # a cache of one
-    kept = _last
-    if kept is not None and kept[0]() is mask:
-        return kept[1]
+    return _remembered(_find_runs, mask, rows)
+
+
+def _find_offsets(mask: Tensor, rows: int) -> tuple[Tensor, int] | None:
+    """Return where samples begin, as `_attend_by_offsets` takes it, and the longest one's length.
+
+    None where a mask is anything but causal samples that leave no token out.
+    """
     runs = _find_runs(mask, rows)
-    _last = (weakref.ref(mask), runs)
-    return runs
+    if runs is None:
+        return None
+    tokens = mask.shape[-1]
+    ends = [0]
+    for row, start, stop, first, _, causal in runs.tolist():
+        if not causal or first != start or row * tokens + start != ends[-1]:
+            return None
+        ends.append(row * tokens + stop)
+    if ends[-1] != rows * tokens:
+        return None
+    longest = max(stop - start for start, stop in itertools.pairwise(ends))
+    return torch.tensor(ends, dtype=torch.int32, device=mask.device), longest
 
 
 def _find_runs(mask: Tensor, rows: int) -> Tensor | None:
@@ -141,7 +253,7 @@ def _find_runs(mask: Tensor, rows: int) -> Tensor | None:
         return None
     first = seen.to(torch.uint8).argmax(dim=-1)  # [rows, queries]
     last = first + seen.sum(dim=-1) - 1
-    at = torch.arange(seen.shape[2])
+    at = torch.arange(seen.shape[2], device=mask.device)
     if not torch.equal((at >= first[..., None]) & (at <= last[..., None]), seen):
         return None
     runs: list[tuple[int, ...]] = []

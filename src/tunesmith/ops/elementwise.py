@@ -70,7 +70,8 @@ def logps_(logits: Tensor, labels: Tensor, slopes: bool) -> Tensor:
     `logits` is [rows, classes] without gaps in bf16, fp16 or fp32; `labels` int64 [rows] from 0 to
     classes - 1. With `slopes` the derivative of each result by its logits, onehot - softmax, is
     written over them; otherwise they stay. Sums are fp32 or exacter. Has no derivative itself.
-    Raises OpError for what does not fit together.
+    Raises OpError for what does not fit together; a label that is none is an error on the CPU and
+    gives NaN on a CUDA device, which would have to be waited for to look at it.
     """
     logps: Tensor = torch.ops.tunesmith.logps_.default(logits, labels, slopes)
     return logps

@@ -69,10 +69,13 @@ class NativeStatus:
     cuda: bool
     """Whether the CUDA kernels are compiled in."""
 
-    @property
-    def vectors(self) -> bool:
-        """Whether the CPU kernels in use have vector instructions: others gain nothing."""
-        return self.isa not in ("", "scalar")
+    def why_slow_on(self, device: str) -> str | None:
+        """Return why the kernels gain nothing on a device of that type, or None if they do."""
+        if device == "cpu":
+            return "there are no vector kernels" if self.isa in ("", "scalar") else None
+        if device == "cuda":
+            return None if self.cuda else "there are no CUDA kernels"
+        return f"there are no kernels for {device}"
 
     def __str__(self) -> str:
         """Return it as one line."""
@@ -445,27 +448,29 @@ def _attention_decode_cpu(
     return out
 
 
-def _logps_cpu(logits: Tensor, labels: Tensor, slopes: bool) -> Tensor:
+def _logps(logits: Tensor, labels: Tensor, slopes: bool) -> Tensor:
     elementwise.check_logps(logits, labels)
     rows, classes = logits.shape
     if logits.dtype == torch.float64 or not logits.numel():
         return elementwise.reference_logps_(logits, labels, slopes)
-    least, most = labels.aminmax()
-    if least < 0 or most >= classes:
-        raise OpError(
-            f"logps_: got labels from {int(least)} to {int(most)} for {classes} classes; allowed "
-            f"is 0 to {classes - 1}; leave tokens without a label out"
-        )
+    if logits.device.type == "cpu":  # elsewhere to look at them is to wait for them
+        least, most = labels.aminmax()
+        if least < 0 or most >= classes:
+            raise OpError(
+                f"logps_: got labels from {int(least)} to {int(most)} for {classes} classes; "
+                f"allowed is 0 to {classes - 1}; leave tokens without a label out"
+            )
     labels = labels.contiguous()
     logps = logits.new_empty(rows, dtype=torch.float32)
-    _native.logps(
-        logits.data_ptr(), labels.data_ptr(), _CODES[logits.dtype], rows, classes, slopes,
-        logps.data_ptr(),
-    )  # fmt: skip
+    with _stream_of(logits) as stream:
+        _native.logps(
+            logits.data_ptr(), labels.data_ptr(), _CODES[logits.dtype], rows, classes, slopes,
+            logps.data_ptr(), stream,
+        )  # fmt: skip
     return logps
 
 
-def _rms_norm_cpu(x: Tensor, weight: Tensor, eps: float, from_one: bool) -> tuple[Tensor, Tensor]:
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, from_one: bool) -> tuple[Tensor, Tensor]:
     elementwise.check_rms_norm(x, weight)
     if x.dtype == torch.float64 or not x.numel():
         return elementwise.reference_rms_norm(x, weight, eps, from_one)
@@ -473,14 +478,15 @@ def _rms_norm_cpu(x: Tensor, weight: Tensor, eps: float, from_one: bool) -> tupl
     columns = x.shape[-1]
     rows = x.numel() // columns
     y, scale = _empty_like(x), x.new_empty(rows, dtype=torch.float32)
-    _native.rms_norm(
-        x.data_ptr(), weight.data_ptr(), _CODES[x.dtype], rows, columns, eps, from_one,
-        y.data_ptr(), scale.data_ptr(),
-    )  # fmt: skip
+    with _stream_of(x) as stream:
+        _native.rms_norm(
+            x.data_ptr(), weight.data_ptr(), _CODES[x.dtype], rows, columns, eps, from_one,
+            y.data_ptr(), scale.data_ptr(), stream,
+        )  # fmt: skip
     return y, scale
 
 
-def _rms_norm_backward_cpu(
+def _rms_norm_backward(
     grad_y: Tensor, x: Tensor, weight: Tensor, scale: Tensor, from_one: bool
 ) -> Tensor:
     elementwise.check_rms_norm(x, weight, grad_y)
@@ -489,27 +495,29 @@ def _rms_norm_backward_cpu(
     grad_y, x, weight = grad_y.contiguous(), x.contiguous(), weight.contiguous()
     columns = x.shape[-1]
     grad_x = _empty_like(x)
-    _native.rms_norm_backward(
-        grad_y.data_ptr(), x.data_ptr(), weight.data_ptr(), scale.data_ptr(), _CODES[x.dtype],
-        x.numel() // columns, columns, from_one, grad_x.data_ptr(),
-    )  # fmt: skip
+    with _stream_of(x) as stream:
+        _native.rms_norm_backward(
+            grad_y.data_ptr(), x.data_ptr(), weight.data_ptr(), scale.data_ptr(), _CODES[x.dtype],
+            x.numel() // columns, columns, from_one, grad_x.data_ptr(), stream,
+        )  # fmt: skip
     return grad_x
 
 
-def _gated_cpu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+def _gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     elementwise.check_gated(gate, up, activation)
     if gate.dtype == torch.float64:
         return elementwise.reference_gated(gate, up, activation)
     gate, up = gate.contiguous(), up.contiguous()
     y = _empty_like(gate)
-    _native.gated(
-        gate.data_ptr(), up.data_ptr(), _CODES[gate.dtype], gate.numel(), _CODES[activation],
-        y.data_ptr(),
-    )  # fmt: skip
+    with _stream_of(gate) as stream:
+        _native.gated(
+            gate.data_ptr(), up.data_ptr(), _CODES[gate.dtype], gate.numel(), _CODES[activation],
+            y.data_ptr(), stream,
+        )  # fmt: skip
     return y
 
 
-def _gated_backward_cpu(
+def _gated_backward(
     grad_y: Tensor, gate: Tensor, up: Tensor, activation: str
 ) -> tuple[Tensor, Tensor]:
     elementwise.check_gated(gate, up, activation, grad_y)
@@ -517,25 +525,26 @@ def _gated_backward_cpu(
         return elementwise.reference_gated_backward(grad_y, gate, up, activation)
     grad_y, gate, up = grad_y.contiguous(), gate.contiguous(), up.contiguous()
     grad_gate, grad_up = _empty_like(gate), _empty_like(up)
-    _native.gated_backward(
-        grad_y.data_ptr(), gate.data_ptr(), up.data_ptr(), _CODES[gate.dtype], gate.numel(),
-        _CODES[activation], grad_gate.data_ptr(), grad_up.data_ptr(),
-    )  # fmt: skip
+    with _stream_of(gate) as stream:
+        _native.gated_backward(
+            grad_y.data_ptr(), gate.data_ptr(), up.data_ptr(), _CODES[gate.dtype], gate.numel(),
+            _CODES[activation], grad_gate.data_ptr(), grad_up.data_ptr(), stream,
+        )  # fmt: skip
     return grad_gate, grad_up
 
 
-def _rotary_cpu(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
+def _rotary(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
     elementwise.check_rotary(x, cos, sin)
     if x.dtype == torch.float64:
         return elementwise.reference_rotary(x, cos, sin, backward)
     rows, tokens, heads, size = x.shape
-    x = x.contiguous()
-    cos, sin = (t.expand(rows, -1, -1).contiguous() for t in (cos, sin))
+    x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
     out = _empty_like(x)
-    _native.rotary(
-        x.data_ptr(), cos.data_ptr(), sin.data_ptr(), _CODES[x.dtype], rows * tokens, heads, size,
-        backward, out.data_ptr(),
-    )  # fmt: skip
+    with _stream_of(x) as stream:
+        _native.rotary(
+            x.data_ptr(), cos.data_ptr(), sin.data_ptr(), _CODES[x.dtype], rows * tokens,
+            len(cos) * tokens, heads, size, backward, out.data_ptr(), stream,
+        )  # fmt: skip
     return out
 
 
@@ -716,12 +725,25 @@ def _on_device(device: torch.device, stream: int) -> Iterator[int]:
         yield stream
 
 
+# one implementation for the CPU and CUDA
+_ON_ANY: dict[str, Callable[..., Any]] = {
+    "quantize_4bit": _quantize_4bit,
+    "quantize_absmax": _quantize_absmax,
+    "dequantize_4bit": _dequantize_4bit,
+    "gated": _gated,
+    "gated_backward": _gated_backward,
+    "logps_": _logps,
+    "rms_norm": _rms_norm,
+    "rms_norm_backward": _rms_norm_backward,
+    "rotary": _rotary,
+}
+
 # without a derivative: what autograd runs on the CPU once it has done its part
-_ON_CPU_ONLY: dict[str, Callable[..., Any]] = {
+_UNDISPATCHED = {
     "attention_decode": _attention_decode_cpu,
-    "gated": _gated_cpu,
-    "rms_norm": _rms_norm_cpu,
-    "rotary": _rotary_cpu,
+    "gated": _gated,
+    "rms_norm": _rms_norm,
+    "rotary": _rotary,
 }
 
 
@@ -731,13 +753,12 @@ def on_cpu(op: str) -> Callable[..., Any]:
     Dispatching takes longer than the op itself where there is one token. Arguments are checked as
     ever; no gradient flows.
     """
-    return _ON_CPU_ONLY[op]
+    return _UNDISPATCHED[op]
 
 
 def _bind(device: str) -> None:
-    torch.library.impl("tunesmith::quantize_4bit", device, _quantize_4bit)
-    torch.library.impl("tunesmith::quantize_absmax", device, _quantize_absmax)
-    torch.library.impl("tunesmith::dequantize_4bit", device, _dequantize_4bit)
+    for op, implementation in _ON_ANY.items():
+        torch.library.impl(f"tunesmith::{op}", device, implementation)
 
 
 if _why_not:
@@ -747,11 +768,7 @@ else:
     torch.library.impl("tunesmith::linear", "cpu", _linear_cpu)
     torch.library.impl("tunesmith::linear_backward", "cpu", _linear_backward_cpu)
     torch.library.impl("tunesmith::attention_backward", "cpu", _attention_backward_cpu)
-    for _op, _implementation in _ON_CPU_ONLY.items():
-        torch.library.impl(f"tunesmith::{_op}", "cpu", _implementation)
-    torch.library.impl("tunesmith::logps_", "cpu", _logps_cpu)
-    torch.library.impl("tunesmith::rms_norm_backward", "cpu", _rms_norm_backward_cpu)
-    torch.library.impl("tunesmith::gated_backward", "cpu", _gated_backward_cpu)
+    torch.library.impl("tunesmith::attention_decode", "cpu", _attention_decode_cpu)
     if _native.has_cuda():
         _bind("cuda")
         torch.library.impl("tunesmith::linear", "cuda", _linear_cuda)

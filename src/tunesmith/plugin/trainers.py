@@ -82,8 +82,8 @@ class TrainerConfig:
     """Attend to each sample of a batch on its own, not to a whole row under a mask: on the CPU, and
     where the model takes its attention from transformers' registry. The numbers are the same."""
     fused_layers: bool = True
-    """Run norms, gated feed-forward blocks and rotary embeddings in one pass each: on the CPU, and
-    where the model's own do the same. Less time and memory; the numbers are the same."""
+    """Run norms, gated feed-forward blocks and rotary embeddings in one pass each where the model's
+    own do the same. Less time and memory; the numbers are the same."""
     compile: bool = False
     """Compile the model's layers with torch.compile, which takes a minute or more at first;
     attention and what stands between the linear layers are then torch's to fuse."""
@@ -122,17 +122,13 @@ class TrainerConfig:
         if self.eval_data is not None and self.eval_split:
             raise OptionError(["eval_data and eval_split exclude each other; give one of them"])
 
-    def why_not(self, piece: str, device: str, whose: str) -> str | None:
-        """Return why a piece for the CPU is not used, if that needs no look at the model.
-
-        `piece` is the option that switches it, `device` "cpu" or another type, and `whose` says
-        who does it there.
-        """
+    def why_not(self, piece: str) -> str | None:
+        """Return why the options leave a piece out that the option of that name switches."""
         if self.compile:
             return "compile is on"
         if not getattr(self, piece):
             return f"{piece} is off"
-        return None if device == "cpu" else f"on {device} {whose}"
+        return None
 
 
 C = TypeVar("C", bound=TrainerConfig)

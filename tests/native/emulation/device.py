@@ -16,9 +16,10 @@ from torch import Tensor
 
 EMULATION = Path(__file__).parent
 CSRC = EMULATION.parents[2] / "csrc"
-KERNELS = ("quantize", "dequantize", "linear_small")
+KERNELS = ("quantize", "dequantize", "elementwise", "linear_small")
 
 CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, "nf4": 3, "fp4": 4}
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
 FLAGS = [
     *("-std=c++17", "-O0", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
@@ -255,6 +256,124 @@ class Device:
                 put.read(y, x.dtype).view(tokens, out_features),
                 put.read(s, torch.float32).view(tokens, rank),
             )
+
+
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, from_one: bool, misaligned: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        rows, columns = x.shape
+        size = x.element_size()
+        with self.buffers() as put:
+            y, scale = put.space(x.numel() * size, size * misaligned), put.space(rows * 4)
+            self.call(
+                "tunesmith_rms_norm_cuda",
+                put.copy(x),
+                put.copy(weight),
+                CODES[x.dtype],
+                *int64(rows, columns),
+                ctypes.c_float(eps),
+                from_one,
+                y,
+                scale,
+            )
+            return put.read(y, x.dtype).view(x.shape), put.read(scale, torch.float32)
+
+    def rms_norm_backward(
+        self,
+        grad_y: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        from_one: bool,
+        misaligned: bool = False,
+    ) -> Tensor:
+        size = x.element_size()
+        with self.buffers() as put:
+            grad_x = put.space(x.numel() * size, size * misaligned)
+            self.call(
+                "tunesmith_rms_norm_backward_cuda",
+                put.copy(grad_y),
+                put.copy(x),
+                put.copy(weight),
+                put.copy(scale),
+                CODES[x.dtype],
+                *int64(*x.shape),
+                from_one,
+                grad_x,
+            )
+            return put.read(grad_x, x.dtype).view(x.shape)
+
+    def gated(
+        self, gate: Tensor, up: Tensor, activation: str, misaligned: bool = False
+    ) -> Tensor:
+        size = gate.element_size()
+        with self.buffers() as put:
+            y = put.space(gate.numel() * size, size * misaligned)
+            self.call(
+                "tunesmith_gated_cuda",
+                put.copy(gate),
+                put.copy(up),
+                CODES[gate.dtype],
+                *int64(gate.numel()),
+                ACTIVATIONS[activation],
+                y,
+            )
+            return put.read(y, gate.dtype)
+
+    def gated_backward(
+        self, grad_y: Tensor, gate: Tensor, up: Tensor, activation: str, misaligned: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        size = gate.element_size()
+        with self.buffers() as put:
+            grads = [put.space(gate.numel() * size, size * misaligned) for _ in range(2)]
+            self.call(
+                "tunesmith_gated_backward_cuda",
+                *map(put.copy, (grad_y, gate, up)),
+                CODES[gate.dtype],
+                *int64(gate.numel()),
+                ACTIVATIONS[activation],
+                *grads,
+            )
+            grad_gate, grad_up = (put.read(grad, gate.dtype) for grad in grads)
+            return grad_gate, grad_up
+
+    def rotary(
+        self, x: Tensor, cos: Tensor, sin: Tensor, backward: bool, misaligned: bool = False
+    ) -> Tensor:
+        """`x` is [tokens, heads, size], `cos` and `sin` [positions, size]."""
+        tokens, heads, size = x.shape
+        bytes_ = x.element_size()
+        with self.buffers() as put:
+            out = put.space(x.numel() * bytes_, bytes_ * misaligned)
+            self.call(
+                "tunesmith_rotary_cuda",
+                *map(put.copy, (x, cos, sin)),
+                CODES[x.dtype],
+                *int64(tokens, len(cos), heads, size),
+                backward,
+                out,
+            )
+            return put.read(out, x.dtype).view(x.shape)
+
+    def logps(
+        self, logits: Tensor, labels: Tensor, slopes: bool, misaligned: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Return the log-probabilities, and what is in the place of the logits then."""
+        rows, columns = logits.shape
+        with self.buffers() as put:
+            place = put.copy(logits, logits.element_size() * misaligned)
+            logps = put.space(rows * 4)
+            self.call(
+                "tunesmith_logps_cuda",
+                place,
+                put.copy(labels),
+                CODES[logits.dtype],
+                *int64(rows, columns),
+                slopes,
+                logps,
+            )
+            left = put.read(place, logits.dtype).view(logits.shape)
+            return put.read(logps, torch.float32), left
 
 
 class Buffers:

@@ -129,17 +129,18 @@ void rotary(Input& input) {
   const Drawn drawn(input);
   const int64_t tokens = input.up_to(12), heads = input.up_to(5), half = input.up_to(70);
   const int64_t size = 2 * half, misaligned = input.up_to(3);
+  const int64_t positions = input.one_in(2) ? tokens : input.up_to(12) + 1;
   const bool backward = input.one_in(2);
   const Tensor x = drawn.tensor(input, tokens * heads * size);
-  const Tensor cos = drawn.tensor(input, tokens * size), sin = drawn.tensor(input, tokens * size);
+  const Tensor cos = drawn.tensor(input, positions * size), sin = drawn.tensor(input, positions * size);
 
   fuzz::with_every_isa([&] {
     const Tensor out(drawn.dtype, x.count(), misaligned);
-    tunesmith_rotary_cpu(x.data(), cos.data(), sin.data(), drawn.dtype, tokens, heads, size, backward,
-                         out.data());
+    tunesmith_rotary_cpu(x.data(), cos.data(), sin.data(), drawn.dtype, tokens, positions, heads, size,
+                         backward, out.data());
     if (!comparable(drawn, {&x, &cos, &sin})) return;
     for (int64_t at = 0; at < x.count(); ++at) {
-      const int64_t i = at % size, angle = at / (heads * size) * size;
+      const int64_t i = at % size, angle = at / (heads * size) % positions * size;
       const int64_t j = i < half ? i + half : i - half;  // its partner
       const double sign = (i < half) == backward ? 1 : -1;
       const double own = x[at] * cos[angle + i];
