@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../kernels.h"
+#include "attention.h"
 #include "dispatch.h"
 #include "parallel.h"
 #include "pool.h"
@@ -18,7 +19,7 @@ namespace {
 
 constexpr int64_t kQueries = 128, kKeys = 256;  // of one block
 
-// Runs that see the same keys: what flows into those comes from all of them.
+// The runs of an AttentionGroup.
 struct Group {
   int64_t row, first_key, keys;
   std::vector<const tunesmith_run*> runs;
@@ -235,7 +236,12 @@ void tunesmith_attention_backward_cpu(const tunesmith_attention* job, void* grad
   const std::vector<Group> groups = groups_of(*job);
   parallel_for(int64_t(groups.size()) * job->key_heads, 1, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      Task(*job, groups[size_t(i / job->key_heads)], i % job->key_heads).run(grad_q, grad_k, grad_v);
+      const Group& group = groups[size_t(i / job->key_heads)];
+      const int64_t key_head = i % job->key_heads;
+      const AttentionGroup runs = {group.row, group.first_key, group.keys, group.runs.data(),
+                                   int64_t(group.runs.size())};
+      if (attention_backward(*job, runs, key_head, grad_q, grad_k, grad_v)) continue;
+      Task(*job, group, key_head).run(grad_q, grad_k, grad_v);
     }
   });
 }

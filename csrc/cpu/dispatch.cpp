@@ -152,6 +152,12 @@ void multiply(Product product) {
 
 void softmax_backward(const SoftmaxJob& job) { current().load()->softmax_backward(job); }
 
+bool attention_backward(const tunesmith_attention& job, const AttentionGroup& group, int64_t key_head,
+                        void* grad_q, void* grad_k, void* grad_v) {
+  const auto own = current().load()->attention_backward;
+  return own != nullptr && own(job, group, key_head, grad_q, grad_k, grad_v);
+}
+
 const FourBitTable* table_of(int type) {
   if (type == TUNESMITH_NF4) return &kNf4;
   return type == TUNESMITH_FP4 ? &kFp4 : nullptr;

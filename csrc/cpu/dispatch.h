@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../nf4.h"
+#include "attention.h"
 #include "isa.h"
 
 namespace tunesmith {
@@ -10,6 +11,10 @@ namespace tunesmith {
 void multiply(Product product);
 
 void softmax_backward(const SoftmaxJob& job);
+
+// Does one head of a group if the instruction set in use has a way of its own for the job.
+bool attention_backward(const tunesmith_attention& job, const AttentionGroup& group, int64_t key_head,
+                        void* grad_q, void* grad_k, void* grad_v);
 
 // The table of a 4-bit type; null for a plain one.
 const FourBitTable* table_of(int type);

@@ -1,26 +1,13 @@
 // Products with AMX: tiles of 16 x 16 sums, 8192 products of bf16 each time, where x is bf16.
 //
 // Everything else is that of AVX-512. Rows and panels are those of product_bf16.h, which happen to be
-// what the tiles are loaded from (Intel 64 and IA-32 Architectures Software Developer's Manual,
-// volume 1, chapter 18).
+// what the tiles are loaded from.
 #include "product_bf16.h"
 #include "products.h"
+#include "tiles.h"
 
 namespace tunesmith {
 namespace {
-
-constexpr int kTile = 16;              // rows of a tile, and its columns of 32 bits
-constexpr int kTilePairs = kTile;      // pairs of bf16 that a row of a tile holds
-constexpr int kRowBytes = 4 * kTile;
-
-// What _tile_loadconfig reads.
-struct alignas(64) TileConfig {
-  uint8_t palette = 1;
-  uint8_t start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
 
 // The rows that this thread's tiles 0 to 5 have; 0 while they are not set up.
 thread_local int configured_rows = 0;
@@ -28,12 +15,7 @@ thread_local int configured_rows = 0;
 // 0 to 3 are sums and 4 and 5 rows of the left factor; 6 and 7 are panels.
 void configure(int rows) {
   if (configured_rows == rows) return;
-  TileConfig config;
-  for (int tile = 0; tile < 8; ++tile) {
-    config.row_bytes[tile] = kRowBytes;
-    config.rows[tile] = uint8_t(tile < 6 ? rows : kTile);
-  }
-  _tile_loadconfig(&config);
+  set_up_tiles(rows);
   configured_rows = rows;
 }
 

@@ -75,14 +75,15 @@ def test_output_and_gradients_are_those_under_a_mask(
 
 @pytest.mark.skipif(not ops.native_status().loaded, reason="the kernels are not built")
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
-def test_every_instruction_set_does_blocks_of_all_sizes(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("size", [16, 64, 96])
+def test_every_instruction_set_does_blocks_of_all_sizes(size: int, dtype: torch.dtype) -> None:
     from tunesmith import _native
 
     kept = _native.isa()
     runs = torch.tensor(
-        [[0, 0, 129, 0, 128, 1], [0, 129, 500, 129, 499, 1], [0, 500, 530, 129, 499, 0]]
+        [[0, 0, 129, 0, 128, 1], [0, 150, 500, 129, 499, 1], [0, 500, 530, 129, 499, 0]]
     )
-    q, k, v, grad = tensors((1, 530, 2, 1, 16), dtype)
+    q, k, v, grad = tensors((1, 530, 2, 1, size), dtype)
     exact = [t.double().requires_grad_() for t in (q, k, v)]
     out = under_a_mask(*exact, runs, 0.25)
     expected = torch.autograd.grad(out, exact, grad.double())
@@ -97,8 +98,9 @@ def test_every_instruction_set_does_blocks_of_all_sizes(dtype: torch.dtype) -> N
         _native.set_isa(kept)
 
 
-def test_a_nan_is_not_lost() -> None:
-    q, k, v, grad = (t.requires_grad_() for t in tensors((2, 20, 4, 2, 8), torch.float32))
+@pytest.mark.parametrize(("size", "dtype"), [(8, torch.float32), (64, torch.bfloat16)], ids=str)
+def test_a_nan_is_not_lost(size: int, dtype: torch.dtype) -> None:
+    q, k, v, grad = (t.requires_grad_() for t in tensors((2, 20, 4, 2, size), dtype))
     with torch.no_grad():
         q[0, 3, 0, 0] = torch.nan
     out = op.attention(q, k, v, torch.tensor(RUNS[0]), 0.3)

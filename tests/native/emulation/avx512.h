@@ -239,6 +239,43 @@ inline __m512 fmadd_ps(__m512 a, __m512 b, __m512 c) {
   const auto x = lanes<float>(a), y = lanes<float>(b), z = lanes<float>(c);
   return make<__m512, float>([&](int i) { return std::fma(x.at[i], y.at[i], z.at[i]); });
 }
+inline __m512 sub_ps(__m512 a, __m512 b) {
+  return map_ps(a, b, [](float x, float y) { return x - y; });
+}
+// the second where either is NaN
+inline __m512 max_ps(__m512 a, __m512 b) {
+  return map_ps(a, b, [](float x, float y) { return x > y ? x : y; });
+}
+inline __m512 scalef_ps(__m512 a, __m512 b) {
+  return map_ps(a, b, [](float x, float y) {
+    if (std::isnan(x) || std::isnan(y)) return x + y;
+    return y > 1000.0f ? x * INFINITY : std::ldexp(x, y < -1000.0f ? -1000 : int(std::floor(y)));
+  });
+}
+
+// Within each lane of 128 bits, elements of a and b by turns, from the lower or the upper half of it.
+template <typename T>
+__m512i unpack(__m512i a, __m512i b, int half) {
+  constexpr int kOfLane = 16 / sizeof(T);
+  const auto x = lanes<T>(a), y = lanes<T>(b);
+  return make<__m512i, T>([&](int i) {
+    const int from = i / kOfLane * kOfLane + half * kOfLane / 2 + i % kOfLane / 2;
+    return i % 2 == 0 ? x.at[from] : y.at[from];
+  });
+}
+inline __m512i unpacklo_epi32(__m512i a, __m512i b) { return unpack<uint32_t>(a, b, 0); }
+inline __m512i unpackhi_epi32(__m512i a, __m512i b) { return unpack<uint32_t>(a, b, 1); }
+inline __m512i unpacklo_epi64(__m512i a, __m512i b) { return unpack<uint64_t>(a, b, 0); }
+inline __m512i unpackhi_epi64(__m512i a, __m512i b) { return unpack<uint64_t>(a, b, 1); }
+// Four lanes of 128 bits: two of a, two of b, each chosen by two bits.
+inline __m512i shuffle_i32x4(__m512i a, __m512i b, int from) {
+  const auto x = lanes<uint32_t>(a), y = lanes<uint32_t>(b);
+  return make<__m512i, uint32_t>([&](int i) {
+    const int lane = i / 4, chosen = from >> 2 * lane & 3;
+    return (lane < 2 ? x : y).at[4 * chosen + i % 4];
+  });
+}
+
 inline float reduce_add_ps(__m512 a) {
   auto x = lanes<float>(a);
   for (int half = 8; half > 0; half /= 2) {
@@ -416,6 +453,7 @@ inline void tile_dpbf16ps(int sums, int left, int right) {
 #define _mm512_maskz_mul_ps ::emulated::maskz_mul_ps
 #define _mm512_max_epu16 ::emulated::max_epu16
 #define _mm512_max_epu32 ::emulated::max_epu32
+#define _mm512_max_ps ::emulated::max_ps
 #define _mm512_mul_ps ::emulated::mul_ps
 #define _mm512_or_si512 ::emulated::or_si512
 #define _mm512_permutexvar_epi16 ::emulated::permutexvar_epi16
@@ -438,7 +476,14 @@ inline void tile_dpbf16ps(int sums, int left, int right) {
 #define _mm512_srli_epi64 ::emulated::srli_epi64
 #define _mm512_storeu_ps ::emulated::storeu_ps
 #define _mm512_storeu_si512 ::emulated::storeu_si512
+#define _mm512_scalef_ps ::emulated::scalef_ps
+#define _mm512_shuffle_i32x4 ::emulated::shuffle_i32x4
 #define _mm512_sub_epi32 ::emulated::sub_epi32
+#define _mm512_sub_ps ::emulated::sub_ps
+#define _mm512_unpackhi_epi32 ::emulated::unpackhi_epi32
+#define _mm512_unpackhi_epi64 ::emulated::unpackhi_epi64
+#define _mm512_unpacklo_epi32 ::emulated::unpacklo_epi32
+#define _mm512_unpacklo_epi64 ::emulated::unpacklo_epi64
 #define _mm512_ternarylogic_epi32 ::emulated::ternarylogic_epi32
 #define _mm512_test_epi32_mask ::emulated::test_epi32_mask
 #define _mm512_zextsi256_si512 ::emulated::zextsi256_si512

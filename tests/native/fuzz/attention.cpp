@@ -98,9 +98,11 @@ std::vector<tunesmith_run> draw_runs(Input& input, int64_t rows, int64_t tokens,
 void backward(Input& input) {
   const int dtype = input.dtype();
   const fuzz::Kind kind = input.kind();
-  const int64_t rows = input.up_to(3), tokens = 1 + input.up_to(input.one_in(4) ? 50 : 20);
+  const bool by_tiles = input.one_in(3);  // heads of whole tiles, and enough tokens for several
+  const int64_t rows = input.up_to(by_tiles ? 1 : 3);
+  const int64_t tokens = 1 + input.up_to(by_tiles ? (input.one_in(8) ? 140 : 70) : input.one_in(4) ? 50 : 20);
   const int64_t key_heads = 1 + input.up_to(1), heads = key_heads * (1 + input.up_to(2));
-  const int64_t size = 1 + input.up_to(40);
+  const int64_t size = by_tiles ? 32 * (1 + input.up_to(1)) : 1 + input.up_to(40);
   const float scale = scale_of(input);
   const std::vector<tunesmith_run> runs = draw_runs(input, rows, tokens, input.one_in(4));
   const auto tensor = [&](int64_t of_heads) {

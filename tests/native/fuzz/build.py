@@ -47,12 +47,13 @@ SANITIZED = (
 SMALLER = (
     ("isa.h", "kLarge = int64_t(1) << 24", "kLarge = int64_t(1) << 9"),
     ("attention.cpp", "kQueries = 128, kKeys = 256", "kQueries = 12, kKeys = 20"),
+    ("attention_amx.cpp", "kQueries = 128, kKeys = 64", "kQueries = 64, kKeys = 64"),
 )
 
 # the longest to compile first
 PORTABLE = ("product_scalar", "attention", "dispatch", "linear", "parallel", "scalar")
 AVX2 = ("product_avx2", "avx2")
-AVX512 = ("product_amx", "product_avx512_bf16", "product_avx512", "avx512")
+AVX512 = ("attention_amx", "product_amx", "product_avx512_bf16", "product_avx512", "avx512")
 
 
 def has_avx2() -> bool:

@@ -1,0 +1,378 @@
+// The backward pass of attention with AMX: bf16, heads of whole tiles.
+//
+// The sums of attention.cpp. But a square of scores goes from tiles to probabilities while it is in the
+// closest cache, and what is multiplied lies as tiles take it: a left factor in rows of bf16, a right one
+// in pairs along the sum ("paired": [depth / 2, columns] of two bf16 each).
+#include <algorithm>
+
+#include "attention.h"
+#include "pool.h"
+#include "product_bf16.h"
+#include "tiles.h"
+
+namespace tunesmith {
+namespace {
+
+constexpr int64_t kQueries = 128, kKeys = 64;  // of one block
+constexpr int64_t kSquare = 2 * kTile;         // what four tiles of sums are the size of, and one step's depth
+constexpr float kLog2E = 1.44269504f;
+
+inline int64_t up_to_square(int64_t count) { return divide_up(count, kSquare) * kSquare; }
+
+// Adds left [32, 32 steps] times right, paired [16 steps, 32], to sums [32, 32]; strides in elements of
+// each.
+template <bool kFresh>
+inline void add_square(const uint16_t* left, int64_t left_stride, const uint32_t* right,
+                       int64_t right_stride, int64_t steps, float* sums, int64_t sums_stride) {
+  const int64_t left_bytes = 2 * left_stride, right_bytes = 4 * right_stride;
+  const int64_t sums_bytes = 4 * sums_stride;
+  float* const lower = sums + kTile * sums_stride;
+  if constexpr (kFresh) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  } else {
+    _tile_loadd(0, sums, sums_bytes);
+    _tile_loadd(1, sums + kTile, sums_bytes);
+    _tile_loadd(2, lower, sums_bytes);
+    _tile_loadd(3, lower + kTile, sums_bytes);
+  }
+  for (int64_t step = 0; step < steps; ++step) {
+    const uint16_t* const rows = left + step * kSquare;
+    const uint32_t* const lanes = right + step * kTilePairs * right_stride;
+    _tile_loadd(4, rows, left_bytes);
+    _tile_loadd(6, lanes, right_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, lanes + kTile, right_bytes);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, rows + kTile * left_stride, left_bytes);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, sums, sums_bytes);
+  _tile_stored(1, sums + kTile, sums_bytes);
+  _tile_stored(2, lower, sums_bytes);
+  _tile_stored(3, lower + kTile, sums_bytes);
+}
+
+// Calls use(i, row) for the rows of the transpose of 16 x 16 words that lie `stride` words apart.
+template <typename Use>
+inline void transpose(const void* from, int64_t stride, Use use) {
+  __m512i rows[16], pairs[16], fours[16];
+  for (int i = 0; i < 16; ++i) rows[i] = load_bits(static_cast<const uint32_t*>(from) + i * stride);
+  for (int i = 0; i < 16; i += 2) {
+    pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+  // fours[4 i + j] holds of columns j, j + 4, j + 8 and j + 12 the rows from 4 i on
+  for (int i = 0; i < 16; i += 4) {
+    fours[i] = _mm512_unpacklo_epi64(pairs[i], pairs[i + 2]);
+    fours[i + 1] = _mm512_unpackhi_epi64(pairs[i], pairs[i + 2]);
+    fours[i + 2] = _mm512_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
+    fours[i + 3] = _mm512_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
+  }
+  constexpr int kEven = 0x88, kOdd = 0xDD;  // lanes 0 and 2, or 1 and 3, of both
+  for (int j = 0; j < 4; ++j) {
+    const __m512i even_low = _mm512_shuffle_i32x4(fours[j], fours[4 + j], kEven);
+    const __m512i even_high = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], kEven);
+    const __m512i odd_low = _mm512_shuffle_i32x4(fours[j], fours[4 + j], kOdd);
+    const __m512i odd_high = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], kOdd);
+    use(j, _mm512_shuffle_i32x4(even_low, even_high, kEven));
+    use(4 + j, _mm512_shuffle_i32x4(odd_low, odd_high, kEven));
+    use(8 + j, _mm512_shuffle_i32x4(even_low, even_high, kOdd));
+    use(12 + j, _mm512_shuffle_i32x4(odd_low, odd_high, kOdd));
+  }
+}
+
+// 16 pairs from 16 bf16 each of two rows.
+inline __m512i paired(__m256i first, __m256i second) {
+  return _mm512_or_si512(_mm512_cvtepu16_epi32(first),
+                         _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16));
+}
+
+inline void store_half(void* at, __m256i bits) {
+  _mm256_storeu_si256(static_cast<__m256i*>(at), bits);
+}
+
+// 2 to the power of x, within 2 units in the last place; 0 far below 1. The polynomial is the best one of
+// its degree on [-1/2, 1/2] that is 1 at 0.
+inline __m512 exp2_of(__m512 x) {
+  const __m512 magic = _mm512_set1_ps(12582912.0f);  // 1.5 * 2^23: what is added is rounded to integers
+  x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);     // in this order NaN stays NaN
+  const __m512 n = _mm512_sub_ps(_mm512_add_ps(x, magic), magic);
+  const __m512 r = _mm512_sub_ps(x, n);
+  __m512 sum = _mm512_set1_ps(0.00132647273f);
+  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(0.00967151299f));
+  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(0.0555073358f));
+  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(0.240222424f));
+  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(0.693147004f));
+  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(sum, n);
+}
+
+// One head of one group.
+class TileTask {
+ public:
+  TileTask(const tunesmith_attention& job, const AttentionGroup& group, int64_t key_head)
+      : job_(job),
+        group_(group),
+        key_head_(key_head),
+        size_(job.head_size),
+        padded_(up_to_square(group.keys)),
+        scale_(_mm512_set1_ps(job.scale)),
+        log_scale_(_mm512_set1_ps(job.scale * kLog2E)),
+        keys_(2 * padded_ * size_),
+        values_(2 * padded_ * size_),
+        turned_keys_(2 * padded_ * size_),
+        grad_keys_(4 * padded_ * size_),
+        grad_values_(4 * padded_ * size_),
+        rows_(2 * kQueries * size_),
+        queries_by_size_(2 * kQueries * size_),
+        queries_(2 * kQueries * size_),
+        grad_out_by_size_(2 * kQueries * size_),
+        grad_out_(2 * kQueries * size_),
+        probabilities_(2 * kKeys * kQueries),
+        score_grads_(2 * kKeys * kQueries),
+        paired_score_grads_(2 * kKeys * kQueries),
+        grad_queries_(4 * kQueries * size_) {
+    set_up_tiles(kTile);
+  }
+  ~TileTask() { _tile_release(); }
+  TileTask(const TileTask&) = delete;
+  TileTask& operator=(const TileTask&) = delete;
+
+  void run(void* grad_q, void* grad_k, void* grad_v) {
+    gather(job_.k, job_.key_heads, key_head_, group_.first_key, group_.keys, padded_, keys());
+    gather(job_.v, job_.key_heads, key_head_, group_.first_key, group_.keys, padded_, values());
+    for (int64_t key = 0; key < padded_; key += kKeys) turn_keys(key, keys_of_block(key));
+    memset(grad_keys(), 0, size_t(4 * padded_ * size_));
+    memset(grad_values(), 0, size_t(4 * padded_ * size_));
+    const int64_t shared = job_.heads / job_.key_heads;
+    for (int64_t head = key_head_ * shared; head < (key_head_ + 1) * shared; ++head) {
+      for (int64_t r = 0; r < group_.run_count; ++r) {
+        const tunesmith_run& run = *group_.runs[r];
+        for (int64_t at = run.start; at < run.stop; at += kQueries) {
+          block_of_queries(run, head, at, std::min(kQueries, run.stop - at), grad_q);
+        }
+      }
+    }
+    scatter(grad_keys(), grad_k);
+    scatter(grad_values(), grad_v);
+  }
+
+ private:
+  uint16_t* keys() const { return keys_.as<uint16_t>(); }
+  uint16_t* values() const { return values_.as<uint16_t>(); }
+  float* grad_keys() const { return grad_keys_.as<float>(); }
+  float* grad_values() const { return grad_values_.as<float>(); }
+  int64_t keys_of_block(int64_t key) const { return std::min(kKeys, padded_ - key); }
+
+  int64_t place(int64_t heads, int64_t head, int64_t token) const {
+    return ((group_.row * job_.tokens + token) * heads + head) * size_;
+  }
+
+  // Rows up to `padded` are zero.
+  void gather(const void* from, int64_t heads, int64_t head, int64_t token, int64_t count,
+              int64_t padded, uint16_t* to) const {
+    for (int64_t i = 0; i < count; ++i) {
+      memcpy(to + i * size_, static_cast<const uint16_t*>(from) + place(heads, head, token + i),
+             size_t(2 * size_));
+    }
+    memset(to + count * size_, 0, size_t(2 * (padded - count) * size_));
+  }
+
+  // rows [count, size] to pairs along the rows: [count / 2, size]
+  void pair_rows(const uint16_t* rows, int64_t count, uint32_t* to) const {
+    for (int64_t i = 0; i < count; i += 2) {
+      const uint16_t* const first = rows + i * size_;
+      for (int64_t d = 0; d < size_; d += kTile) {
+        store_bits(to + i / 2 * size_ + d,
+                   paired(load_half_bits(first + d), load_half_bits(first + size_ + d)));
+      }
+    }
+  }
+
+  // rows [count, size] to pairs along the columns: [size / 2, count]
+  void pair_columns(const uint16_t* rows, int64_t count, uint32_t* to) const {
+    for (int64_t i = 0; i < count; i += kTile) {
+      for (int64_t d = 0; d < size_ / 2; d += kTile) {
+        transpose(rows + i * size_ + 2 * d, size_ / 2, [&](int column, __m512i words) {
+          store_bits(to + (d + column) * count + i, words);
+        });
+      }
+    }
+  }
+
+  // A block of keys [count, size] to [size, count].
+  void turn_keys(int64_t key, int64_t count) const {
+    uint32_t* const pairs = paired_score_grads_.as<uint32_t>();  // not in use yet
+    uint16_t* const to = turned_keys_.as<uint16_t>() + key * size_;
+    for (int64_t d = 0; d < size_; d += kTile) {
+      for (int64_t i = 0; i < count; i += 2) {
+        const uint16_t* const first = keys() + (key + i) * size_ + d;
+        store_bits(pairs + i / 2 * kTile, paired(load_half_bits(first), load_half_bits(first + size_)));
+      }
+      for (int64_t i = 0; i < count / 2; i += kTile) {
+        transpose(pairs + i * kTile, kTile, [&](int column, __m512i words) {
+          store_bits(to + (d + column) * count + 2 * i, words);
+        });
+      }
+    }
+  }
+
+  void scatter(const float* from, void* to) const {
+    for (int64_t i = 0; i < group_.keys; ++i) {
+      auto* const out =
+          static_cast<uint16_t*>(to) + place(job_.key_heads, key_head_, group_.first_key + i);
+      for (int64_t d = 0; d < size_; d += kTile) {
+        store_half(out + d, rounded(_mm512_loadu_ps(from + i * size_ + d)));
+      }
+    }
+  }
+
+  // What a block's queries need at every key: lse and delta, negative and scaled.
+  void prepare(int64_t head, int64_t start, int64_t count, int64_t padded) {
+    gather(job_.q, job_.heads, head, start, count, padded, rows_.as<uint16_t>());
+    pair_columns(rows_.as<uint16_t>(), padded, queries_by_size_.as<uint32_t>());
+    pair_rows(rows_.as<uint16_t>(), padded, queries_.as<uint32_t>());
+    gather(job_.grad_out, job_.heads, head, start, count, padded, rows_.as<uint16_t>());
+    pair_columns(rows_.as<uint16_t>(), padded, grad_out_by_size_.as<uint32_t>());
+    pair_rows(rows_.as<uint16_t>(), padded, grad_out_.as<uint32_t>());
+    const float* const lse = job_.lse + (group_.row * job_.heads + head) * job_.tokens + start;
+    for (int64_t i = 0; i < padded; ++i) {
+      lse_[i] = delta_[i] = 0.0f;
+      if (i >= count) continue;
+      lse_[i] = -kLog2E * lse[i];
+      const auto* const out =
+          static_cast<const uint16_t*>(job_.out) + place(job_.heads, head, start + i);
+      __m512 sum = _mm512_setzero_ps();
+      for (int64_t d = 0; d < size_; d += kTile) {
+        sum = _mm512_fmadd_ps(BFloat16::load(out + d),
+                              BFloat16::load(rows_.as<uint16_t>() + i * size_ + d), sum);
+      }
+      delta_[i] = -job_.scale * _mm512_reduce_add_ps(sum);
+    }
+  }
+
+  void block_of_queries(const tunesmith_run& run, int64_t head, int64_t start, int64_t count,
+                        void* grad_q) {
+    const int64_t padded = up_to_square(count);
+    prepare(head, start, count, padded);
+    float* const grad_queries = grad_queries_.as<float>();  // [size, padded]
+    memset(grad_queries, 0, size_t(4 * padded * size_));
+
+    // the first query that sees a key; `padded` for those that none does
+    const int64_t before = start - group_.first_key;
+    const auto first_query = [&](int64_t key) {
+      if (key >= group_.keys) return padded;
+      return run.causal ? std::clamp<int64_t>(key - before, 0, padded) : 0;
+    };
+    const int64_t seen = up_to_square(run.causal ? before + count : group_.keys);
+    for (int64_t key = 0; key < seen; key += kKeys) {
+      const int64_t keys_here = std::min(kKeys, seen - key);
+      for (int64_t k = 0; k < keys_here; k += kSquare) {
+        for (int64_t q = 0; q < padded; q += kSquare) {
+          square_of_scores(key, k, q, padded, first_query);
+        }
+      }
+      for (int64_t k = 0; k < keys_here; k += kSquare) {
+        // the queries before are hidden, and their probabilities zero
+        const int64_t skipped = first_query(key + k) / kSquare * kSquare;
+        const int64_t steps = (padded - skipped) / kSquare, at = (key + k) * size_;
+        for (int64_t d = 0; d < size_; d += kSquare) {
+          const int64_t right = skipped / 2 * size_ + d, left = k * padded + skipped;
+          add_square<false>(probabilities_.as<uint16_t>() + left, padded,
+                            grad_out_.as<uint32_t>() + right, size_, steps, grad_values() + at + d,
+                            size_);
+          add_square<false>(score_grads_.as<uint16_t>() + left, padded,
+                            queries_.as<uint32_t>() + right, size_, steps, grad_keys() + at + d,
+                            size_);
+        }
+      }
+      const uint16_t* const turned = turned_keys_.as<uint16_t>() + key * size_;
+      const int64_t stride = keys_of_block(key);
+      for (int64_t q = 0; q < padded; q += kSquare) {
+        int64_t steps = 0;
+        while (steps * kSquare < keys_here && first_query(key + steps * kSquare) < q + kSquare) ++steps;
+        for (int64_t d = 0; d < size_ && steps > 0; d += kSquare) {
+          add_square<false>(turned + d * stride, stride, paired_score_grads_.as<uint32_t>() + q, padded,
+                            steps, grad_queries + d * padded + q, padded);
+        }
+      }
+    }
+
+    alignas(64) float turned[kTile * kTile];
+    for (int64_t i = 0; i < count; i += kTile) {
+      for (int64_t d = 0; d < size_; d += kTile) {
+        transpose(grad_queries + d * padded + i, padded, [&](int query, __m512i words) {
+          store_bits(turned + query * kTile, words);
+        });
+        for (int64_t query = 0; query < std::min<int64_t>(kTile, count - i); ++query) {
+          auto* const to =
+              static_cast<uint16_t*>(grad_q) + place(job_.heads, head, start + i + query) + d;
+          store_half(to, rounded(_mm512_loadu_ps(turned + query * kTile)));
+        }
+      }
+    }
+  }
+
+  // Keys [key + k, + 32) and queries [q, + 32) of a block: probabilities and the gradients of the scores.
+  template <typename FirstQuery>
+  void square_of_scores(int64_t key, int64_t k, int64_t q, int64_t padded,
+                        const FirstQuery& first_query) {
+    alignas(64) float scores[kSquare * kSquare], grads[kSquare * kSquare];
+    const int64_t at = k * padded + q;
+    uint16_t* const probabilities = probabilities_.as<uint16_t>() + at;
+    uint16_t* const score_grads = score_grads_.as<uint16_t>() + at;
+    uint32_t* const pairs = paired_score_grads_.as<uint32_t>() + k / 2 * padded + q;
+    if (first_query(key + k) >= q + kSquare) return;  // nobody reads what no query of it sees
+    add_square<true>(keys() + (key + k) * size_, size_, queries_by_size_.as<uint32_t>() + q, padded,
+                     size_ / kSquare, scores, kSquare);
+    add_square<true>(values() + (key + k) * size_, size_, grad_out_by_size_.as<uint32_t>() + q, padded,
+                     size_ / kSquare, grads, kSquare);
+    const bool all_seen = first_query(key + k + kSquare - 1) <= q;
+    for (int64_t i = 0; i < kSquare; i += kTile) {
+      const __m512 lse = _mm512_loadu_ps(lse_ + q + i), delta = _mm512_loadu_ps(delta_ + q + i);
+      for (int64_t row = 0; row < kSquare; row += 2) {
+        __m256i rounded_grads[2];
+        for (int64_t r = 0; r < 2; ++r) {
+          const int64_t of_row = (row + r) * kSquare + i;
+          __m512 p = exp2_of(_mm512_fmadd_ps(_mm512_loadu_ps(scores + of_row), log_scale_, lse));
+          __m512 grad =
+              _mm512_mul_ps(p, _mm512_fmadd_ps(_mm512_loadu_ps(grads + of_row), scale_, delta));
+          if (!all_seen) {
+            const int64_t hidden = std::clamp<int64_t>(first_query(key + k + row + r) - q - i, 0, kTile);
+            const auto unseen = __mmask16((1u << hidden) - 1);
+            p = _mm512_mask_mov_ps(p, unseen, _mm512_setzero_ps());
+            grad = _mm512_mask_mov_ps(grad, unseen, _mm512_setzero_ps());
+          }
+          rounded_grads[r] = rounded(grad);
+          store_half(probabilities + (row + r) * padded + i, rounded(p));
+          store_half(score_grads + (row + r) * padded + i, rounded_grads[r]);
+        }
+        store_bits(pairs + row / 2 * padded + i, paired(rounded_grads[0], rounded_grads[1]));
+      }
+    }
+  }
+
+  const tunesmith_attention& job_;
+  const AttentionGroup& group_;
+  int64_t key_head_, size_, padded_;
+  __m512 scale_, log_scale_;
+  Scratch keys_, values_, turned_keys_, grad_keys_, grad_values_;
+  Scratch rows_, queries_by_size_, queries_, grad_out_by_size_, grad_out_;
+  Scratch probabilities_, score_grads_, paired_score_grads_, grad_queries_;
+  float lse_[kQueries], delta_[kQueries];
+};
+
+}  // namespace
+
+bool attention_backward_amx(const tunesmith_attention& job, const AttentionGroup& group, int64_t key_head,
+                            void* grad_q, void* grad_k, void* grad_v) {
+  if (job.dtype != TUNESMITH_BFLOAT16 || job.head_size % kSquare != 0) return false;
+  TileTask(job, group, key_head).run(grad_q, grad_k, grad_v);
+  return true;
+}
+
+}  // namespace tunesmith
