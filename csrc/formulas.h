@@ -79,31 +79,29 @@ TUNESMITH_HD float gated_of(float gate, float up) {
   return rounded_to<As>(gate * (1.0f / (1.0f + exp_of(-Activation::inner(gate))))) * up;
 }
 
-// Two numbers that belong together, by value so that they stay in registers.
-struct Two {
-  float first, second;
-};
+// Functions of numbers and not of pairs of them: a struct keeps GCC from vectors.
 
-// The gradients of gate and up.
+// The gradient of gate, and that of up.
 template <typename As, typename Activation>
-TUNESMITH_HD Two gated_back(float grad, float gate, float up) {
+TUNESMITH_HD float gated_back(float grad, float gate, float up) {
   const float e = exp_of(-Activation::inner(gate));
   const float share = 1.0f / (1.0f + e), rest = e * share;  // 1 - share would cancel
   const float slope = share * (1.0f + gate * rest * Activation::slope(gate));
-  return {rounded_to<As>(grad * up) * slope, grad * rounded_to<As>(gate * share)};
+  return rounded_to<As>(grad * up) * slope;
+}
+template <typename As, typename Activation>
+TUNESMITH_HD float gated_back_up(float grad, float gate) {
+  return grad * rounded_to<As>(gate * (1.0f / (1.0f + exp_of(-Activation::inner(gate)))));
 }
 
-// A pair of a head turned by an angle (RoFormer, arXiv:2104.09864), given the two's cosines and sines;
-// and the gradient of that, turned back.
+// A pair of a head turned by an angle (RoFormer, arXiv:2104.09864), each number by a cosine and a sine.
 template <typename As>
-TUNESMITH_HD Two turned(Two x, Two cos, Two sin) {
-  return {rounded_to<As>(x.first * cos.first) - rounded_to<As>(x.second * sin.first),
-          rounded_to<As>(x.second * cos.second) + rounded_to<As>(x.first * sin.second)};
+TUNESMITH_HD float turned_first(float first, float second, float cos, float sin) {
+  return rounded_to<As>(first * cos) - rounded_to<As>(second * sin);
 }
 template <typename As>
-TUNESMITH_HD Two turned_back(Two grad, Two cos, Two sin) {
-  return {rounded_to<As>(grad.first * cos.first) + rounded_to<As>(grad.second * sin.second),
-          rounded_to<As>(grad.second * cos.second) - rounded_to<As>(grad.first * sin.first)};
+TUNESMITH_HD float turned_second(float first, float second, float cos, float sin) {
+  return rounded_to<As>(second * cos) + rounded_to<As>(first * sin);
 }
 
 }  // namespace

@@ -96,10 +96,9 @@ void gated_backward_as(const GatedJob& job, int64_t first, int64_t last) {
   auto* const grad_up = kept_at<As>(job.grad_up, 0);
 #pragma omp simd
   for (int64_t i = first; i < last; ++i) {
-    const Two grads =
-        gated_back<As, Activation>(As::to(grad[i]), As::to(gate[i]), As::to(up[i]));
-    grad_gate[i] = As::of(grads.first);
-    grad_up[i] = As::of(grads.second);
+    const float inflow = As::to(grad[i]), of_gate = As::to(gate[i]);
+    grad_gate[i] = As::of(gated_back<As, Activation>(inflow, of_gate, As::to(up[i])));
+    grad_up[i] = As::of(gated_back_up<As, Activation>(inflow, of_gate));
   }
 }
 
@@ -126,13 +125,13 @@ void rotary_as(const RotaryJob& job, int64_t token) {
     auto* const out = kept_at<As>(job.out, at);
 #pragma omp simd
     for (int64_t i = 0; i < half; ++i) {
-      const Two of_x = {As::to(x[i]), As::to(x[half + i])};
-      const Two of_cos = {As::to(cos[i]), As::to(cos[half + i])};
-      const Two of_sin = {As::to(sin[i]), As::to(sin[half + i])};
-      const Two result = Backward ? turned_back<As>(of_x, of_cos, of_sin)
-                                  : turned<As>(of_x, of_cos, of_sin);
-      out[i] = As::of(result.first);
-      out[half + i] = As::of(result.second);
+      const float first = As::to(x[i]), second = As::to(x[half + i]);
+      const float sin_first = As::to(sin[i]), sin_second = As::to(sin[half + i]);
+      // back is by the other's sine, and the other way round
+      const float into_first = Backward ? -sin_second : sin_first;
+      const float into_second = Backward ? -sin_first : sin_second;
+      out[i] = As::of(turned_first<As>(first, second, As::to(cos[i]), into_first));
+      out[half + i] = As::of(turned_second<As>(first, second, As::to(cos[half + i]), into_second));
     }
   }
 }

@@ -148,9 +148,9 @@ __global__ void __launch_bounds__(kThreads)
     load_some<T>(up + i, of_up);
 #pragma unroll
     for (int e = 0; e < Count; ++e) {
-      const Two grads = gated_back<T, Activation>(inflow[e], of_gate[e], of_up[e]);
-      of_gate[e] = grads.first;
-      of_up[e] = grads.second;
+      const float grad_gate = gated_back<T, Activation>(inflow[e], of_gate[e], of_up[e]);
+      of_up[e] = gated_back_up<T, Activation>(inflow[e], of_gate[e]);
+      of_gate[e] = grad_gate;
     }
     store_some<T>(of_gate, grad_gate + i);
     store_some<T>(of_up, grad_up + i);
@@ -177,12 +177,12 @@ __global__ void __launch_bounds__(kThreads)
     }
 #pragma unroll
     for (int e = 0; e < Count; ++e) {
-      const Two pair = {of_x[0][e], of_x[1][e]}, by_cos = {of_cos[0][e], of_cos[1][e]};
-      const Two by_sin = {of_sin[0][e], of_sin[1][e]};
-      const Two result =
-          Backward ? turned_back<T>(pair, by_cos, by_sin) : turned<T>(pair, by_cos, by_sin);
-      of_x[0][e] = result.first;
-      of_x[1][e] = result.second;
+      const float first = of_x[0][e], second = of_x[1][e];
+      // back is by the other's sine, and the other way round
+      const float into_first = Backward ? -of_sin[1][e] : of_sin[0][e];
+      const float into_second = Backward ? -of_sin[0][e] : of_sin[1][e];
+      of_x[0][e] = turned_first<T>(first, second, of_cos[0][e], into_first);
+      of_x[1][e] = turned_second<T>(first, second, of_cos[1][e], into_second);
     }
     store_some<T>(of_x[0], out + low);
     store_some<T>(of_x[1], out + low + half);

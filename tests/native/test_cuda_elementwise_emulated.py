@@ -5,7 +5,6 @@ formulas; what is summed up is compared with sums in double precision.
 """
 
 import shutil
-from pathlib import Path
 from types import ModuleType
 
 import pytest

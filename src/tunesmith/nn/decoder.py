@@ -2,9 +2,9 @@
 
 On CUDA `graph_decoder` does it. On the CPU a model whose layers are the usual ones (norm, attention
 with rotary embedding, norm, gated block, each added to what came in) is run layer by layer from its
-own weights, with buffers that stay where they are. Whether a model is that is not known by name: its
-parts are looked at, and the last token of each prompt is computed both ways. Where anything differs,
-transformers decodes as ever.
+own weights, with buffers that stay where they are. Whether a model is that is not known by name:
+its parts are looked at, and the last token of each prompt is computed both ways. Where anything
+differs, transformers decodes as ever.
 """
 
 from __future__ import annotations

@@ -43,7 +43,9 @@ class GraphDecoder:
         cache = StaticCache(config=model.config, max_cache_len=capacity)
         odd = {type(layer) for layer in cache.layers} - {StaticLayer}
         if odd or not cache.layers:
-            return f"its cache has {', '.join(sorted(kind.__name__ for kind in odd)) or 'no layers'}"
+            return (
+                f"its cache has {', '.join(sorted(kind.__name__ for kind in odd)) or 'no layers'}"
+            )
         decoder = cls(model, cache, input_ids, mask, capacity)
         theirs = decoder._read(input_ids, mask)
         try:
@@ -99,7 +101,7 @@ class GraphDecoder:
         return logits
 
     def _read(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """Let the model read the prompt, the last token of it to be read again; return its logits."""
+        """Let the model read the prompt, its last token to be read again; return the logits."""
         logits: Tensor = self._model(
             input_ids=input_ids,
             attention_mask=mask,
@@ -118,7 +120,7 @@ class GraphDecoder:
             self.logits = self.step(ids)
             return
         # libraries allocate what they need in the first pass, outside of the graph
-        stream = torch.cuda.Stream(ids.device)
+        stream = torch.cuda.Stream(ids.device)  # type: ignore[no-untyped-call]  # torch has no types
         stream.wait_stream(torch.cuda.current_stream(ids.device))
         with torch.cuda.stream(stream):
             self.logits = self.step(ids)

@@ -60,7 +60,7 @@ def use(model: Any) -> str | None:
 
 
 def why_not(model: Any, device: str) -> str | None:
-    """Return why a model, or its skeleton, would be left as it is on a device of that type, or None.
+    """Return why a model, or its skeleton, would be left as it is on such a device, or None.
 
     What can only be found out on the device is left to `use`.
     """
@@ -97,23 +97,11 @@ def attend(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     runs = offsets = None
-    if (
-        query.dtype in DTYPES
-        and query.shape[2] == key.shape[2]
-        and query.shape[3] == key.shape[3] == value.shape[3]
-        and not dropout  # would draw other numbers
-        and all(kwargs.get(name) is None for name in ("position_bias", "cache", "softcap"))
-    ):
-        if query.device.type == "cuda":
-            # without a mask torch's own is as good
-            if attention_mask is not None and query.dtype != torch.float32:
-                offsets = _remembered(_find_offsets, attention_mask, query.shape[0])
-        elif query.device.type != "cpu":
-            pass
-        elif attention_mask is not None:
-            runs = runs_of(attention_mask, query.shape[0])
-        elif torch.is_grad_enabled() and _is_causal(module, kwargs):
-            runs = _whole_rows(query.shape[0], query.shape[2])
+    if _suits(query, key, value) and not dropout and not _ASKED_FOR & _given(kwargs):
+        if query.device.type == "cpu":
+            runs = _runs_on_cpu(module, query, attention_mask, kwargs)
+        elif attention_mask is not None:  # without a mask torch's own is as good
+            offsets = _remembered(_find_offsets, attention_mask, query.shape[0])
     if runs is None and offsets is None:
         whole: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, **kwargs
@@ -123,9 +111,45 @@ def attend(
     scale = query.shape[3] ** -0.5 if scale is None else scale
     # [rows, tokens, heads, head size] is how they lie in memory
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    if runs is not None:
-        return attention(q, k, v, runs, scale), None
-    return _attend_by_offsets(q, k, v, *offsets, scale, _varlen_attn()), None
+    if offsets is not None:
+        return _attend_by_offsets(q, k, v, *offsets, scale, _varlen_attn()), None
+    assert runs is not None
+    return attention(q, k, v, runs, scale), None
+
+
+_ASKED_FOR = {"position_bias", "cache", "softcap"}
+
+
+def _given(kwargs: dict[str, Any]) -> set[str]:
+    return {name for name, value in kwargs.items() if value is not None}
+
+
+def _suits(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    return (
+        query.device.type in _DTYPES
+        and query.dtype in _DTYPES[query.device.type]
+        and query.shape[2] == key.shape[2]
+        and query.shape[3] == key.shape[3] == value.shape[3]
+    )
+
+
+_DTYPES = {"cpu": DTYPES, "cuda": (torch.bfloat16, torch.float16)}
+
+
+def _runs_on_cpu(
+    module: torch.nn.Module, query: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+) -> Tensor | None:
+    if mask is not None:
+        return runs_of(mask, query.shape[0])
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    gains = bool(causal) and torch.is_grad_enabled()
+    return _whole_rows(query.shape[0], query.shape[2]) if gains else None
+
+
+@functools.lru_cache(maxsize=8)
+def _whole_rows(rows: int, tokens: int) -> Tensor:
+    return torch.tensor([[row, 0, tokens, 0, tokens - 1, 1] for row in range(rows)])
 
 
 def _attend_by_offsets(
@@ -170,35 +194,27 @@ def _agrees(device: torch.device, varlen_attn: Callable[..., Tensor]) -> bool:
     offsets = torch.tensor([0, 10, 24], dtype=torch.int32, device=device)
     sample = torch.repeat_interleave(torch.arange(2), torch.tensor([10, 14])).to(device)
     mask = (sample[:, None] == sample).tril()
+
+    def by_offsets(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _attend_by_offsets(q, k, v, offsets, 14, 0.2, varlen_attn)
+
+    def under_a_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        attend = torch.nn.functional.scaled_dot_product_attention
+        return attend(q, k, v, attn_mask=mask, scale=0.2, enable_gqa=True).transpose(1, 2)
+
     results = []
-    for varlen in (True, False):
+    for way in (by_offsets, under_a_mask):
         inputs = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
         try:
-            if varlen:
-                out = _attend_by_offsets(*inputs, offsets, 14, 0.2, varlen_attn)
-            else:
-                out = torch.nn.functional.scaled_dot_product_attention(
-                    *(tensor.transpose(1, 2) for tensor in inputs),
-                    attn_mask=mask, scale=0.2, enable_gqa=True,
-                ).transpose(1, 2)  # fmt: skip
-            out.backward(grad)
-        except (RuntimeError, TypeError, NotImplementedError):
-            return False  # another torch, or a device that its kernels are not for
-        results.append([out, *(tensor.grad for tensor in inputs)])
+            out = way(*inputs)
+            results.append([out, *torch.autograd.grad(out, inputs, grad)])
+        except (RuntimeError, TypeError):  # another torch, or not a device for its kernels
+            return False
     return all(
         torch.allclose(ours.float(), theirs.float(), rtol=3e-2, atol=3e-2)
         for ours, theirs in zip(*results, strict=True)
     )
-
-
-def _is_causal(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
-    given = kwargs.get("is_causal")
-    return bool(getattr(module, "is_causal", True) if given is None else given)
-
-
-@functools.lru_cache(maxsize=8)
-def _whole_rows(rows: int, tokens: int) -> Tensor:
-    return torch.tensor([[row, 0, tokens, 0, tokens - 1, 1] for row in range(rows)])
 
 
 _Found = TypeVar("_Found")

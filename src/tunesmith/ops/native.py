@@ -739,7 +739,7 @@ _ON_ANY: dict[str, Callable[..., Any]] = {
 }
 
 # without a derivative: what autograd runs on the CPU once it has done its part
-_UNDISPATCHED = {
+_UNDISPATCHED: dict[str, Callable[..., Any]] = {
     "attention_decode": _attention_decode_cpu,
     "gated": _gated,
     "rms_norm": _rms_norm,

@@ -257,7 +257,6 @@ class Device:
                 put.read(s, torch.float32).view(tokens, rank),
             )
 
-
     def rms_norm(
         self, x: Tensor, weight: Tensor, eps: float, from_one: bool, misaligned: bool = False
     ) -> tuple[Tensor, Tensor]:
@@ -303,9 +302,7 @@ class Device:
             )
             return put.read(grad_x, x.dtype).view(x.shape)
 
-    def gated(
-        self, gate: Tensor, up: Tensor, activation: str, misaligned: bool = False
-    ) -> Tensor:
+    def gated(self, gate: Tensor, up: Tensor, activation: str, misaligned: bool = False) -> Tensor:
         size = gate.element_size()
         with self.buffers() as put:
             y = put.space(gate.numel() * size, size * misaligned)
