@@ -16,7 +16,7 @@ from pathlib import Path
 import attrs
 
 from benchmarks.machine import describe, slug, versions
-from benchmarks.train.cases import CASES, GROUPS, Bar, Case, Job
+from benchmarks.train.cases import CASES, GPU_CASES, GROUPS, Bar, Case, Job
 from benchmarks.train.growth import compare_growth
 from benchmarks.train.report import NOT_ASKED, Report, compare, header_lines, not_asked, table_lines
 from benchmarks.train.rows import find_rows, write_rows
@@ -46,41 +46,60 @@ class Sizes:
 
 
 FULL = Sizes(rounds=5, most_steps=8, max_length=512, new_tokens=32)
+_NEW_TOKENS_ON_CUDA = 128  # capturing a graph is part of each call
 QUICK = Sizes(rounds=2, most_steps=1, max_length=128, new_tokens=8)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the cases that are asked for; return 1 if --check was given and a bar has failed."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not _has_cuda():
+        parser.error("--device cuda: torch finds no CUDA device; leave it out to run on the CPU")
+    cases = GPU_CASES if options.device == "cuda" else CASES
+    groups = dict.fromkeys(case.asked_as for case in cases)
+    for only in options.only or ():
+        if only not in groups:
+            parser.error(
+                f"--only {only}: not among the cases of --device {options.device}; allowed are "
+                f"{', '.join(groups)}"
+            )
     os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing is looked up
     sizes = QUICK if options.quick else FULL
+    on_cuda = options.device == "cuda"
+    if on_cuda and not options.quick:
+        sizes = attrs.evolve(sizes, new_tokens=_NEW_TOKENS_ON_CUDA)
     if options.rounds:
         sizes = attrs.evolve(sizes, rounds=options.rounds)
     now = datetime.datetime.now(datetime.UTC)
     with tempfile.TemporaryDirectory(prefix="tunesmith-bench-") as name:
         directory = Path(name)
         source = find_rows(sizes.max_length).source
-        model = "tiny Llama, random" if options.quick else "SmolLM2-135M-Instruct"
+        model = "Llama in the shape of an 8B one, random" if on_cuda else "SmolLM2-135M-Instruct"
+        if options.quick:
+            model = "tiny Llama, random"
         report = Report(
             date=now.isoformat(timespec="seconds"),
-            machine=describe("cpu"),
+            machine=describe(options.device),
             versions=_versions(),
             settings={"model": model, "rows": source, **attrs.asdict(sizes)},
         )
         path = options.json or RESULTS / f"train-{slug(report.machine)}-{now:%Y-%m-%d}.json"
         print("\n".join(header_lines(report)), flush=True)
         numbers = itertools.count()
-        for case in CASES:
+        for case in cases:
             why = _left_out(case, options)
             if why:
                 report.comparisons.extend(not_asked(case, why))
                 continue
             print(f"... {case.name}", file=sys.stderr, flush=True)
-            tiny = options.quick or case.tiny
+            save = _save_tiny if options.quick or case.tiny else _save_smollm2
+            if case.large and not options.quick:
+                save = _save_llama_8b
             if options.quick:
                 # what is promised for a real model says nothing about this one
                 case = attrs.evolve(case, bars=tuple(Bar(bar.theirs) for bar in case.bars))
-            start = functools.partial(_start, case, sizes, tiny, directory, numbers)
+            start = functools.partial(_start, case, sizes, save, options.device, directory, numbers)
             result = run_case(case, start, case.rounds or sizes.rounds)
             report.results.append(result)
             report.comparisons.extend(compare(result))
@@ -98,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--only", action="append", choices=GROUPS, help="a case; may be given several times")
     add("--rounds", type=int, default=0, help="turns that each takes; 5, or 2 with --quick")
     add("--quick", action="store_true", help="a tiny random Llama, two rounds: shows that it runs")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="cuda runs cases of its own")
     add("--slow", action="store_true", help="the cases that take longest as well: see README.md")
     add("--json", type=Path, metavar="PATH", help="instead of benchmarks/results/")
     add("--check", action="store_true", help="exit with 1 if a bar fails")
@@ -121,15 +141,21 @@ def _left_out(case: Case, options: argparse.Namespace) -> str:
     return "only with --slow" if case.slow and not options.slow else ""
 
 
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def _start(
     case: Case,
     sizes: Sizes,
-    tiny: bool,
+    save: Callable[[Path], object],
+    device: str,
     directory: Path,
     numbers: itertools.count[int],
     contestant: str,
 ) -> Worker:
-    save = _save_tiny if tiny else _save_smollm2
     max_length = case.max_length or sizes.max_length
     rows = directory / f"rows-{max_length}.json"
     if not rows.is_file():
@@ -149,6 +175,7 @@ def _start(
         turns=case.rounds or sizes.rounds,
         steps_per_turn=min(case.steps, sizes.most_steps),
         new_tokens=sizes.new_tokens,
+        device=device,
     )
     return Worker(job)
 
@@ -171,6 +198,35 @@ def _save_tiny(directory: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(directory)
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(directory)
+
+
+def _save_llama_8b(directory: Path) -> None:
+    """Save random weights in the shape of Llama 3 8B, with the tiny tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from tunesmith.testing.tiny import tiny_tokenizer
+
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHATML
+    for part in (model, tokenizer):
+        part.save_pretrained(directory)
+    del model
+    torch.cuda.empty_cache()  # the contestants are other processes
 
 
 def _save_smollm2(directory: Path) -> None:

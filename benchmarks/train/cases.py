@@ -9,6 +9,7 @@ import attrs
 __all__ = [
     "BF16",
     "CASES",
+    "GPU_CASES",
     "GROUPS",
     "GROWTH",
     "OURS",
@@ -84,6 +85,8 @@ class Case:
     """Each sequence is one sample that fills it; else SFT packs short ones."""
     tiny: bool = False
     """On a random two-layer Llama, whatever model the run is about."""
+    large: bool = False
+    """On a random Llama in the shape of an 8B one; on CUDA only."""
     slow: bool = False
     """Only with --slow."""
 
@@ -127,6 +130,8 @@ class Job:
     steps_per_turn: int
     new_tokens: int
     """Generated in a turn, for each prompt."""
+    device: str
+    """"cpu" or "cuda"."""
 
     def to_json(self) -> str:
         """Return it as one argument of a command line."""
@@ -214,5 +219,44 @@ CASES: tuple[Case, ...] = (
     *(_growth(length, memory=True) for length in GROWTH),
 )
 
-GROUPS = tuple(dict.fromkeys(case.asked_as for case in CASES))
+GPU_CASES: tuple[Case, ...] = (
+    Case(
+        "8B, sft-checkpointing",
+        "sft",
+        "tokens/s",
+        (Bar(TRL_BNB, 1.5),),
+        "8B",
+        checkpointing=True,
+        batch=4,
+        steps=1,
+        max_length=2048,
+        filled=True,
+        large=True,
+    ),
+    Case(
+        "8B, memory",
+        "memory",
+        "MiB",
+        (Bar(TRL_BNB, 0.7),),
+        "8B",
+        checkpointing=True,
+        batch=4,
+        rounds=1,
+        max_length=2048,
+        filled=True,
+        large=True,
+    ),
+    Case(
+        "8B, decode, 1 prompt",
+        "decode",
+        "tokens/s",
+        (Bar(PEFT_BNB, 2.0),),
+        "decode",
+        batch=1,
+        large=True,
+    ),
+)
+"""What --device cuda runs."""
+
+GROUPS = tuple(dict.fromkeys(case.asked_as for case in (*CASES, *GPU_CASES)))
 """What --only takes."""

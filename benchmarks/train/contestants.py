@@ -57,7 +57,10 @@ def load_base(job: Job) -> Any:
         return session.model
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(job.model, **_loading(job))
+    options = _loading(job)
+    if job.device != "cpu":
+        options["device_map"] = job.device
+    return AutoModelForCausalLM.from_pretrained(job.model, **options)
 
 
 def load_to_decode(job: Job) -> Callable[..., Any]:
@@ -109,7 +112,7 @@ def _session(job: Job) -> Any:
 
     recipe = Recipe(model=job.model, seed=SEED)
     precision = "fp32" if job.contestant == OURS_FP32 else job.precision
-    session = open_session(recipe, Path(job.model), "cpu", precision)
+    session = open_session(recipe, Path(job.model), job.device, precision)
     if job.quantized:
         session.use_quantizer(NF4(NF4Config()))
     session.use_method(Lora(LoraConfig(r=RANK, alpha=ALPHA)))
@@ -222,7 +225,7 @@ def _trl(job: Job, rows: Sequence[tuple[str, ...]], steps: int, packing: bool) -
         "gradient_checkpointing": job.checkpointing,
         "model_init_kwargs": loading,
         "bf16": job.precision == "bf16",
-        "use_cpu": True,
+        "use_cpu": job.device == "cpu",
         "seed": SEED,
         "report_to": "none",
         "save_strategy": "no",

@@ -69,11 +69,13 @@ class _TakesTurns(transformers.TrainerCallback):  # type: ignore[misc]  # transf
             self._answer()
         if self.parent.turn():
             self.last += self.job.steps_per_turn
+            _wait_for(self.job)
             self.began = time.perf_counter()
         else:
             control.should_training_stop = True
 
     def _answer(self) -> None:
+        _wait_for(self.job)
         seconds = time.perf_counter() - self.began
         steps = self.job.steps_per_turn
         if self.job.kind == "sft":
@@ -110,12 +112,12 @@ def _decode(job: Job, parent: Parent) -> None:
     texts = (tokenizer(f"{prompt} {answer}")["input_ids"] for prompt, answer in rows)
     # of one length: padding would be work that only some leave out
     prompts = [ids[:_PROMPT_TOKENS] for ids in texts if len(ids) >= _PROMPT_TOKENS][: job.batch]
-    ids = torch.tensor(prompts)  # [prompts, tokens]
+    ids = torch.tensor(prompts, device=job.device)  # [prompts, tokens]
     decode = load_to_decode(job)
 
     def generate() -> Any:
         with torch.no_grad():
-            return decode(
+            found = decode(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=job.new_tokens,
@@ -123,10 +125,18 @@ def _decode(job: Job, parent: Parent) -> None:
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
             )
+        _wait_for(job)
+        return found
 
     new = generate().numel() - ids.numel()
     assert new == job.batch * job.new_tokens
     _timed(parent, generate, lambda seconds: new / seconds)
+
+
+def _wait_for(job: Job) -> None:
+    """Wait until all that was asked of the device is done."""
+    if job.device == "cuda":
+        torch.cuda.synchronize()
 
 
 def _timed(parent: Parent, call: Callable[[], object], answer: Callable[[float], float]) -> None:
@@ -148,6 +158,12 @@ def _memory(job: Job, parent: Parent) -> None:
             rows = _rows(job, _MEMORY_STEPS)
             training = make_trainer(job, rows, _MEMORY_STEPS, packing=_packing(job))
             training.trainer.train()
+        if job.device == "cuda":
+            reserved = torch.cuda.max_memory_reserved() / 2**20
+            parent.answer(
+                torch.cuda.max_memory_allocated() / 2**20, note=f"reserved {reserved:.0f}"
+            )
+            continue
         resident = f"resident, with mapped files, {memory.resident / 2**20:.0f} MiB"
         parent.answer(memory.peak / 2**20, note=resident)
 

@@ -9,9 +9,21 @@ from collections.abc import Sequence
 
 import attrs
 import pytest
+import torch
 
 from benchmarks.train import __main__ as command
-from benchmarks.train.cases import CASES, GROUPS, GROWTH, OURS, TRL_BNB, UNITS, Bar, Case, Job
+from benchmarks.train.cases import (
+    CASES,
+    GPU_CASES,
+    GROUPS,
+    GROWTH,
+    OURS,
+    TRL_BNB,
+    UNITS,
+    Bar,
+    Case,
+    Job,
+)
 from benchmarks.train.growth import compare_growth
 from benchmarks.train.report import Report, compare, not_asked, table_lines
 from benchmarks.train.rows import find_rows, read_rows, write_rows
@@ -105,6 +117,7 @@ def test_losses_of_different_length_are_no_comparison():
 
 def test_every_case_has_a_unit_that_says_what_is_compared():
     assert {one.unit for one in CASES} | {"least ratio", "slope"} == set(UNITS)
+    assert {one.unit for one in GPU_CASES} <= set(UNITS)
     assert GROUPS == (
         "sft",
         "sft-checkpointing",
@@ -116,6 +129,7 @@ def test_every_case_has_a_unit_that_says_what_is_compared():
         "loss",
         "convergence",
         "growth",
+        "8B",
     )
 
 
@@ -218,6 +232,7 @@ def job(tmp_path) -> Job:
         turns=1,
         steps_per_turn=1,
         new_tokens=4,
+        device="cpu",
     )
 
 
@@ -266,6 +281,13 @@ def test_rows_fit_where_the_shared_data_are_absent_as_well(length, tmp_path):
 # the command
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_a_device_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--device", "cuda"])
+    assert "torch finds no CUDA device; leave it out" in capsys.readouterr().err
+
+
 def test_a_case_that_was_not_asked_for_is_named_and_not_left_out():
     (row,) = not_asked(case(), "only with --slow")
     assert row.note == "not run: only with --slow"
@@ -296,3 +318,21 @@ def test_sft_runs_end_to_end_with_two_workers(tmp_path, capsys):
         assert all(math.isfinite(value) and value > 0 for value in found["samples"][name])
     assert read["versions"]["trl"]
     assert "sft (tokens/s): TRL + PEFT + bitsandbytes" in capsys.readouterr().out
+
+
+def test_what_runs_on_cuda_runs_end_to_end(tmp_path, monkeypatch):
+    pytest.importorskip("trl")
+    pytest.importorskip("bitsandbytes")
+    path = tmp_path / "found.json"
+    small = [attrs.evolve(case, max_length=case.max_length and 64) for case in GPU_CASES]
+    monkeypatch.setattr(command, "CASES", small)
+    assert command.main(["--quick", "--json", str(path)]) == 0
+    for found in json.loads(path.read_text(encoding="utf-8"))["cases"]:
+        assert found["not_run"] == {}
+        assert len(found["samples"]) == 2
+
+
+def test_only_of_another_device_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--only", "8B"])
+    assert "not among the cases of --device cpu; allowed are sft, " in capsys.readouterr().err
