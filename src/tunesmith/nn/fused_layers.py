@@ -26,12 +26,13 @@ from tunesmith.ops.schema import DTYPES
 __all__ = ["described", "find", "gated_block", "norm", "use"]
 
 _FEATURES = 48
+_FAST = {device for device in ("cpu", "cuda") if native_status().why_slow_on(device) is None}
 _COUNTED = {"norms": "norms", "gated": "gated blocks"}
 
 
 def use(model: nn.Module) -> dict[str, int] | str:
     """Let a model's layers run fused where they can; return what `find` returns."""
-    why = _why_slow_on(next(model.parameters()).device.type)
+    why = native_status().why_slow_on(next(model.parameters()).device.type)
     if why is not None:
         return why
     fused, files = _fusable(model)
@@ -49,7 +50,7 @@ def find(model: nn.Module, device: str, *, trained: bool = False) -> dict[str, i
     "norms", "gated" and "rotary"; or why there are none. With `trained` norms run their own code,
     as they do where their weights are trained, and are counted as "trained".
     """
-    why = _why_slow_on(device)
+    why = native_status().why_slow_on(device)
     if why is not None:
         return why
     fused, files = _fusable(model)
@@ -292,15 +293,10 @@ def _is_rotary(own: Callable[..., Any]) -> bool:
     return True
 
 
-@functools.cache
-def _why_slow_on(device: str) -> str | None:
-    return native_status().why_slow_on(device)
-
-
 def _suits(x: Tensor, *others: Tensor) -> bool:
     """Whether there are kernels for these tensors."""
     return (
-        _why_slow_on(x.device.type) is None
+        x.device.type in _FAST
         and x.dtype in DTYPES
         and all(t.dtype == x.dtype and t.device == x.device for t in others)
     )
