@@ -129,6 +129,32 @@ void tunesmith_gated_backward_cpu(const void* grad_y, const void* gate, const vo
 void tunesmith_rotary_cpu(const void* x, const void* cos, const void* sin, int dtype, int64_t tokens,
                           int64_t positions, int64_t heads, int64_t size, bool backward, void* out);
 
+struct tunesmith_norm {
+  const void* weight;  // null for none
+  float eps;
+  bool from_one;
+};
+
+// A layer of a model that is decoded, with all that it holds: h = norm(x), then attention over what is kept
+// of the rows' earlier tokens, added to x; and h = norm(x), then a gated block, added to x.
+struct tunesmith_decode_layer {
+  int dtype;     // of x, norms, cache, cos and sin
+  int64_t rows;  // of x; each is another row of the batch
+  struct tunesmith_norm before, query_norm, key_norm, after;
+  struct tunesmith_linear query, key, value, output, gate, up, down;  // for `rows` tokens
+  int64_t size;  // of a head; 512 at most
+  float scale;
+  int activation;
+  void* keys;    // [rows, key heads, capacity, size]
+  void* values;
+  int64_t capacity;
+};
+
+// Adds to x [rows, hidden] what the layer adds for the tokens that are the `at`-th of their rows, and keeps
+// their keys and values. cos and sin are [rows, size]; row r sees its tokens from first[r] on.
+void tunesmith_decode_layer_cpu(const struct tunesmith_decode_layer* layer, void* x, const void* cos,
+                                const void* sin, const int64_t* first, int64_t at);
+
 // Memory that is used again: what is given back is kept, up to a limit, and handed out next time, so
 // that its pages need not be touched anew. Aligned to 64 bytes; null when there is none left.
 void* tunesmith_take(size_t nbytes);

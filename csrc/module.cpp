@@ -194,6 +194,28 @@ void rotary(Pointer x, Pointer cos, Pointer sin, int dtype, int64_t tokens, int6
   }
 }
 
+tunesmith_norm make_norm(Pointer weight, float eps, bool from_one) {
+  return {at<void>(weight), eps, from_one};
+}
+
+tunesmith_decode_layer make_decode_layer(int dtype, int64_t rows, const std::vector<tunesmith_norm>& norms,
+                                         const std::vector<tunesmith_linear>& linears, int64_t size,
+                                         float scale, int activation, Pointer keys, Pointer values,
+                                         int64_t capacity) {
+  return {dtype,         rows,          norms.at(0),   norms.at(1),      norms.at(2),
+          norms.at(3),   linears.at(0), linears.at(1), linears.at(2),    linears.at(3),
+          linears.at(4), linears.at(5), linears.at(6), size,             scale,
+          activation,    at<void>(keys), at<void>(values), capacity};
+}
+
+void decode_layers(const std::vector<const tunesmith_decode_layer*>& layers, Pointer x, Pointer cos,
+                   Pointer sin, Pointer first, int64_t token) {
+  for (const auto* layer : layers) {
+    tunesmith_decode_layer_cpu(layer, at<void>(x), at<void>(cos), at<void>(sin), at<int64_t>(first),
+                               token);
+  }
+}
+
 void linear_small([[maybe_unused]] const tunesmith_linear& layer, [[maybe_unused]] Pointer x,
                   [[maybe_unused]] Pointer s, [[maybe_unused]] Pointer y, Stream stream) {
   if (!stream) throw std::runtime_error("linear_small is for CUDA; call linear");
@@ -317,6 +339,14 @@ PYBIND11_MODULE(_native, m) {
   m.def("rotary", rotary, py::arg("x"), py::arg("cos"), py::arg("sin"), py::arg("dtype"),
         py::arg("tokens"), py::arg("positions"), py::arg("heads"), py::arg("size"),
         py::arg("backward"), py::arg("out"), py::arg("stream"), Unlocked());
+  py::class_<tunesmith_norm>(m, "Norm", py::module_local())
+      .def(py::init(&make_norm), py::arg("weight"), py::arg("eps"), py::arg("from_one"));
+  py::class_<tunesmith_decode_layer>(m, "DecodeLayer", py::module_local())
+      .def(py::init(&make_decode_layer), py::arg("dtype"), py::arg("rows"), py::arg("norms"),
+           py::arg("linears"), py::arg("size"), py::arg("scale"), py::arg("activation"),
+           py::arg("keys"), py::arg("values"), py::arg("capacity"));
+  m.def("decode_layers", decode_layers, py::arg("layers"), py::arg("x"), py::arg("cos"),
+        py::arg("sin"), py::arg("first"), py::arg("at"), Unlocked());
   m.def("linear_small", linear_small, py::arg("layer"), py::arg("x"), py::arg("s"), py::arg("y"),
         py::arg("stream"), Unlocked());
   m.def("empty", empty, py::arg("nbytes"));

@@ -201,6 +201,33 @@ def rotary(
 ) -> None:
     """Write out [tokens, heads, size]; token t takes row t % positions of cos and sin."""
 
+class Norm:
+    """csrc/kernels.h's tunesmith_norm; a weight of 0 for none."""
+
+    def __init__(self, weight: int, eps: float, from_one: bool) -> None: ...
+
+class DecodeLayer:
+    """csrc/kernels.h's tunesmith_decode_layer; norms and linears in its order."""
+
+    def __init__(
+        self,
+        dtype: int,
+        rows: int,
+        norms: list[Norm],
+        linears: list[Linear],
+        size: int,
+        scale: float,
+        activation: int,
+        keys: int,
+        values: int,
+        capacity: int,
+    ) -> None: ...
+
+def decode_layers(
+    layers: list[DecodeLayer], x: int, cos: int, sin: int, first: int, at: int
+) -> None:
+    """Add to x what all layers add, one after the other. On the CPU."""
+
 def linear_small(layer: Linear, x: int, s: int, y: int, stream: int | None) -> None:
     """Do what `linear` does on CUDA, for a 4-bit weight, no mask and few tokens."""
 

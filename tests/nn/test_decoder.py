@@ -130,6 +130,26 @@ def test_with_an_adapter(quantized: bool, merged: bool, log: pytest.LogCaptureFi
     assert "as transformers" not in log.text
 
 
+def test_layers_in_4_bits_run_in_one_native_call() -> None:
+    mask = torch.ones_like(PROMPTS)
+
+    def at_once(model: Any) -> bool:
+        with torch.no_grad():
+            found = Decoder.of(model.get_base_model(), PROMPTS, mask, 16)
+        assert isinstance(found, Decoder)
+        return found._at_once is not None
+
+    assert at_once(with_adapter(model_of(KNOWN["qwen3"]), quantized=True))
+    assert not at_once(with_adapter(model_of(KNOWN["qwen3"]), quantized=False))
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma"])
+def test_layers_in_4_bits_of_other_kinds(name: str, log: pytest.LogCaptureFixture) -> None:
+    theirs, ours = both(with_adapter(model_of(KNOWN[name]), quantized=True))
+    assert torch.equal(ours, theirs)
+    assert "as transformers" not in log.text
+
+
 def test_in_bf16_logits_are_close(log: pytest.LogCaptureFixture) -> None:
     model = with_adapter(model_of(KNOWN["llama"], torch.bfloat16), quantized=True)
     inner = model.get_base_model()

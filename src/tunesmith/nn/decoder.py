@@ -10,7 +10,6 @@ differs, transformers decodes as ever.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,12 +21,12 @@ from tunesmith.nn.graph_decoder import GraphDecoder
 from tunesmith.nn.lora_linear import LoraLinear
 from tunesmith.nn.nf4_linear import NF4Linear, frozen_arguments
 from tunesmith.ops import native_status
-from tunesmith.ops.native import PreparedLinear, on_cpu
+from tunesmith.ops.native import PreparedLayers, PreparedLinear, PreparedNorm, on_cpu
 from tunesmith.ops.schema import DTYPES
 
 __all__ = ["LIMITS", "Decoder", "generate"]
 
-_attend, _gate, _normalize, _turn = map(on_cpu, ("attention_decode", "gated", "rms_norm", "rotary"))
+_attend, _gate, _turn = map(on_cpu, ("attention_decode", "gated", "rotary"))
 
 _LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 _PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -184,6 +183,17 @@ class _Layer:
         shape = (rows, self.key.out_features // self.size, capacity, self.size)
         self.keys, self.values = (torch.zeros(shape, dtype=dtype) for _ in range(2))
 
+    def add_to(self, layers: PreparedLayers) -> bool:
+        """Add the layer to those that run in one native call, if it can be one of them."""
+        return layers.add(
+            (self.before, *self.head_norms, self.after),
+            (self.query, self.key, self.value, self.output, self.gate, self.up, self.down),
+            self.keys,
+            self.values,
+            self.scale,
+            self.activation,
+        )
+
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, first: Tensor, at: int) -> None:
         """Add to x [rows, hidden] what the layer adds; the tokens are the `at`-th of their rows."""
         h = self.before(x)
@@ -252,6 +262,8 @@ class Decoder:
         self._head = _linear(model.lm_head, rows, self._dtype)
         self._of_head = torch.empty((rows, self._head.out_features), dtype=self._dtype)
         self._layers = [_Layer(layer, rows, capacity, self._dtype) for layer in backbone.layers]
+        layers = PreparedLayers()
+        self._at_once = layers if all(layer.add_to(layers) for layer in self._layers) else None
         every = torch.arange(capacity)[None]
         cos, sin = backbone.rotary_emb(torch.empty((1, 1), dtype=self._dtype), position_ids=every)
         self._cos, self._sin = cos[0], sin[0]  # [capacity, head size]
@@ -266,9 +278,12 @@ class Decoder:
         """
         x = self._embed(ids).contiguous()
         at = self._at - self._first
-        cos, sin = self._cos[at][:, None], self._sin[at][:, None]
-        for layer in self._layers:
-            layer(x, cos, sin, self._first, self._at)
+        cos, sin = self._cos[at], self._sin[at]
+        if self._at_once is not None:
+            self._at_once(x, cos, sin, self._first, self._at)
+        else:
+            for layer in self._layers:
+                layer(x, cos[:, None], sin[:, None], self._first, self._at)
         self._at += 1
         return self._head(self._norm(x), self._of_head)
 
@@ -314,14 +329,12 @@ def _expect(module: nn.Module, children: set[str], more: set[str] = frozenset())
         raise _UnknownError(f"{type(module).__name__} is made otherwise ({', '.join(odd)})")
 
 
-def _norm(module: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def _norm(module: nn.Module, dtype: torch.dtype) -> PreparedNorm:
     found = fused_layers.norm(module)
     weight = getattr(module, "weight", None)
     if found is None or not isinstance(weight, Tensor) or weight.dtype != dtype:
         raise _UnknownError(f"{type(module).__name__} is no RMSNorm in {dtype}")
-    frozen = weight.detach()
-    eps, from_one = found
-    return lambda x: _normalize(x, frozen, eps, from_one)[0]
+    return PreparedNorm(weight.detach().contiguous(), *found)
 
 
 def _linear(module: nn.Module, rows: int, dtype: torch.dtype) -> PreparedLinear:

@@ -27,7 +27,14 @@ from tunesmith.ops.machine import cpu_flags, cpu_multiplies_bf16
 from tunesmith.ops.reference import mean_absmax, no_autocast
 from tunesmith.ops.schema import NESTED_BLOCKSIZE, count_blocks
 
-__all__ = ["NativeStatus", "PreparedLinear", "native_status", "on_cpu"]
+__all__ = [
+    "NativeStatus",
+    "PreparedLayers",
+    "PreparedLinear",
+    "PreparedNorm",
+    "native_status",
+    "on_cpu",
+]
 
 # empty when the kernels are in use
 _why_not = ""
@@ -409,6 +416,11 @@ class PreparedLinear:
         self._held = (parts, bias, lora_a, lora_b)
         self._bias = bias
 
+    @property
+    def in_one_call(self) -> _native.Linear | None:
+        """The layer as the kernels take it, or None where a library has a part in it."""
+        return self._layer if self._dense is None else None
+
     def __call__(self, x: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
         """Write x Wᵀ + b [tokens, out_features] to `out`, or add it; both without gaps."""
         if self._dense is not None:
@@ -430,6 +442,82 @@ class PreparedLinear:
 
 
 _MOST_HEAD_SIZE = 512
+
+
+@attrs.frozen(eq=False)
+class PreparedNorm:
+    """An RMSNorm on the CPU with a frozen weight; arguments are those of `elementwise.rms_norm`."""
+
+    weight: Tensor
+    eps: float
+    from_one: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the norm of x [..., features]; no gradient flows."""
+        return _rms_norm(x, self.weight, self.eps, self.from_one)[0]
+
+
+class PreparedLayers:
+    """The layers of a model that is decoded, for one native call a token.
+
+    Tensors are held, and written where a layer's cache is. No gradient flows.
+    """
+
+    def __init__(self) -> None:
+        self._layers: list[_native.DecodeLayer] = []
+        self._held: list[object] = []
+
+    def add(
+        self,
+        norms: Sequence[PreparedNorm | None],
+        linears: Sequence[PreparedLinear],
+        keys: Tensor,
+        values: Tensor,
+        scale: float,
+        activation: str,
+    ) -> bool:
+        """Add a layer: x += attention(norm(x)), then x += gated block(norm(x)).
+
+        `norms` are that before attention, those of each head of the queries and keys, None for
+        none, and that before the block; `linears` those of query, key, value, output, gate, up and
+        down; `keys` and `values` the cache, [rows, key heads, capacity, head size]. Returns False,
+        and adds nothing, where a part of it is not for one native call.
+        """
+        layers = [linear.in_one_call for linear in linears]
+        rows, _, capacity, size = keys.shape
+        if None in layers or size > _MOST_HEAD_SIZE or size % 2:
+            return False
+        self._layers.append(
+            _native.DecodeLayer(
+                _CODES[keys.dtype],
+                rows,
+                [
+                    _native.Norm(0, 0.0, False)
+                    if norm is None
+                    else _native.Norm(norm.weight.data_ptr(), norm.eps, norm.from_one)
+                    for norm in norms
+                ],
+                [layer for layer in layers if layer is not None],
+                size,
+                scale,
+                _CODES[activation],
+                keys.data_ptr(),
+                values.data_ptr(),
+                capacity,
+            )
+        )
+        self._held.append((norms, linears, keys, values))
+        return True
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, first: Tensor, at: int) -> None:
+        """Add to x [rows, hidden] what all layers add; the tokens are the `at`-th of their rows.
+
+        `cos` and `sin` are [rows, head size], `first` int64 [rows], the first token of each row
+        that is none of padding; all without gaps, and `at` below the caches' capacity.
+        """
+        _native.decode_layers(
+            self._layers, x.data_ptr(), cos.data_ptr(), sin.data_ptr(), first.data_ptr(), at
+        )
 
 
 def _attention_decode_cpu(

@@ -51,7 +51,7 @@ SMALLER = (
 )
 
 # the longest to compile first
-PORTABLE = ("product_scalar", "attention", "dispatch", "linear", "parallel", "scalar")
+PORTABLE = ("product_scalar", "attention", "decode", "dispatch", "linear", "parallel", "scalar")
 AVX2 = ("product_avx2", "avx2")
 AVX512 = ("attention_amx", "product_amx", "product_avx512_bf16", "product_avx512", "avx512")
 
