@@ -104,7 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             report.results.append(result)
             report.comparisons.extend(compare(result))
             report.write(path)  # a long run that is interrupted has kept what it knew
-        report.comparisons.extend(compare_growth(report.results))
+        if not on_cuda:
+            report.comparisons.extend(compare_growth(report.results))
         report.write(path)
     print("\n".join([*table_lines(report.comparisons), "", f"written to {path}"]))
     failed = any(each.passed is False for each in report.comparisons)

@@ -41,7 +41,7 @@ UNITS = {
     "loss": "largest difference at a step, at most",
     "relative loss": "largest difference at a step over theirs, at most",
     "least ratio": "the least of tokens/s over theirs at any length, over that at 512, at least",
-    "slope": "MiB a token in the last doubling of a sample over the one before, at most",
+    "MiB a token": "the most that a doubling of a sample multiplies it by, at most",
 }
 """What is measured, and what a bar compares."""
 
@@ -154,7 +154,7 @@ def _growth(length: int, *, memory: bool = False) -> Case:
         checkpointing=memory,
         batch=1,
         steps=max(1, 2048 // length),  # a turn of some seconds
-        rounds=1 if memory else 3,
+        rounds=1 if memory else 9 if length <= 512 else 3,
         max_length=length,
         filled=True,
         slow=True,
@@ -176,6 +176,7 @@ CASES: tuple[Case, ...] = (
         (Bar(BF16, 2.0), Bar(PEFT_BNB, 1.3)),
         "decode",
         batch=1,
+        rounds=9,  # a turn is about a second
     ),
     Case(
         "decode, 8 prompts",
@@ -184,6 +185,7 @@ CASES: tuple[Case, ...] = (
         (Bar(BF16), Bar(PEFT_BNB, 2.0)),
         "decode",
         batch=8,
+        rounds=9,
     ),
     Case(
         "loss, fp32, tiny Llama",
