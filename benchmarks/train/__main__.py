@@ -46,7 +46,7 @@ class Sizes:
 
 
 FULL = Sizes(rounds=5, most_steps=8, max_length=512, new_tokens=32)
-_NEW_TOKENS_ON_CUDA = 128  # capturing a graph is part of each call
+FULL_ON_CUDA = attrs.evolve(FULL, new_tokens=128)  # capturing a graph is part of each call
 QUICK = Sizes(rounds=2, most_steps=1, max_length=128, new_tokens=8)
 
 
@@ -54,9 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the cases that are asked for; return 1 if --check was given and a bar has failed."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.device == "cuda" and not _has_cuda():
+    on_cuda = options.device == "cuda"
+    if on_cuda and not _has_cuda():
         parser.error("--device cuda: torch finds no CUDA device; leave it out to run on the CPU")
-    cases = GPU_CASES if options.device == "cuda" else CASES
+    cases = GPU_CASES if on_cuda else CASES
     groups = dict.fromkeys(case.asked_as for case in cases)
     for only in options.only or ():
         if only not in groups:
@@ -65,19 +66,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{', '.join(groups)}"
             )
     os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing is looked up
-    sizes = QUICK if options.quick else FULL
-    on_cuda = options.device == "cuda"
-    if on_cuda and not options.quick:
-        sizes = attrs.evolve(sizes, new_tokens=_NEW_TOKENS_ON_CUDA)
+    sizes = QUICK if options.quick else FULL_ON_CUDA if on_cuda else FULL
     if options.rounds:
         sizes = attrs.evolve(sizes, rounds=options.rounds)
     now = datetime.datetime.now(datetime.UTC)
     with tempfile.TemporaryDirectory(prefix="tunesmith-bench-") as name:
         directory = Path(name)
         source = find_rows(sizes.max_length).source
-        model = "Llama in the shape of an 8B one, random" if on_cuda else "SmolLM2-135M-Instruct"
         if options.quick:
             model = "tiny Llama, random"
+        else:
+            model = "random Llama in the shape of 8B" if on_cuda else "SmolLM2-135M-Instruct"
         report = Report(
             date=now.isoformat(timespec="seconds"),
             machine=describe(options.device),
@@ -93,9 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 report.comparisons.extend(not_asked(case, why))
                 continue
             print(f"... {case.name}", file=sys.stderr, flush=True)
-            save = _save_tiny if options.quick or case.tiny else _save_smollm2
-            if case.large and not options.quick:
-                save = _save_llama_8b
+            save = _save_llama_8b if case.large else _save_smollm2
+            if options.quick or case.tiny:
+                save = _save_tiny
             if options.quick:
                 # what is promised for a real model says nothing about this one
                 case = attrs.evolve(case, bars=tuple(Bar(bar.theirs) for bar in case.bars))

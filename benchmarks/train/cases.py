@@ -221,33 +221,27 @@ CASES: tuple[Case, ...] = (
     *(_growth(length, memory=True) for length in GROWTH),
 )
 
-GPU_CASES: tuple[Case, ...] = (
-    Case(
-        "8B, sft-checkpointing",
-        "sft",
-        "tokens/s",
-        (Bar(TRL_BNB, 1.5),),
+
+def _trained_8b(name: str, kind: str, unit: str, limit: float, rounds: int | None = None) -> Case:
+    return Case(
+        name,
+        kind,
+        unit,
+        (Bar(TRL_BNB, limit),),
         "8B",
         checkpointing=True,
         batch=4,
         steps=1,
+        rounds=rounds,
         max_length=2048,
         filled=True,
         large=True,
-    ),
-    Case(
-        "8B, memory",
-        "memory",
-        "MiB",
-        (Bar(TRL_BNB, 0.7),),
-        "8B",
-        checkpointing=True,
-        batch=4,
-        rounds=1,
-        max_length=2048,
-        filled=True,
-        large=True,
-    ),
+    )
+
+
+GPU_CASES: tuple[Case, ...] = (
+    _trained_8b("8B, sft-checkpointing", "sft", "tokens/s", 1.5),
+    _trained_8b("8B, memory", "memory", "MiB", 0.7, rounds=1),
     Case(
         "8B, decode, 1 prompt",
         "decode",

@@ -79,7 +79,7 @@ Product for_keys(const Matrix& left, const Matrix& right, int64_t keys, int64_t 
 // One head of one group.
 class Task {
  public:
-  Task(const tunesmith_attention& job, const Group& group, int64_t key_head)
+  Task(const tunesmith_attention& job, const AttentionGroup& group, int64_t key_head)
       : job_(job),
         group_(group),
         key_head_(key_head),
@@ -107,21 +107,17 @@ class Task {
     }
     std::memset(grad_keys_.as<char>(), 0, sizeof(float) * group_.keys * size_);
     std::memset(grad_values_.as<char>(), 0, sizeof(float) * group_.keys * size_);
-    const int64_t shared = job_.heads / job_.key_heads;
-    for (int64_t head = key_head_ * shared; head < (key_head_ + 1) * shared; ++head) {
-      for (const tunesmith_run* run : group_.runs) {
-        for (int64_t at = run->start; at < run->stop; at += kQueries) {
-          block_of_queries(*run, head, at, std::min(kQueries, run->stop - at), grad_q);
-        }
-      }
-    }
+    for_each_block(job_, group_, key_head_, kQueries,
+                   [&](const tunesmith_run& run, int64_t head, int64_t start, int64_t count) {
+                     block_of_queries(run, head, start, count, grad_q);
+                   });
     scatter(grad_keys_.as<float>(), grad_k);
     scatter(grad_values_.as<float>(), grad_v);
   }
 
  private:
   int64_t place(int64_t heads, int64_t head, int64_t token) const {
-    return ((group_.row * job_.tokens + token) * heads + head) * size_;
+    return element_of(job_, group_.row, token, heads, head);
   }
 
   void gather(const void* from, int64_t heads, int64_t head, int64_t token, int64_t count,
@@ -220,7 +216,7 @@ class Task {
   }
 
   const tunesmith_attention& job_;
-  const Group& group_;
+  const AttentionGroup& group_;
   int64_t key_head_, size_, bytes_;
   Scratch keys_, values_, turned_keys_, grad_keys_, grad_values_, queries_, grad_out_;
   Scratch scores_, grad_scores_, probabilities_, score_grads_, grad_queries_;
@@ -241,7 +237,7 @@ void tunesmith_attention_backward_cpu(const tunesmith_attention* job, void* grad
       const AttentionGroup runs = {group.row, group.first_key, group.keys, group.runs.data(),
                                    int64_t(group.runs.size())};
       if (attention_backward(*job, runs, key_head, grad_q, grad_k, grad_v)) continue;
-      Task(*job, group, key_head).run(grad_q, grad_k, grad_v);
+      Task(*job, runs, key_head).run(grad_q, grad_k, grad_v);
     }
   });
 }

@@ -1,6 +1,8 @@
 // What the ways to take attention backward share.
 #pragma once
 
+#include <algorithm>
+
 #include "../kernels.h"
 
 namespace tunesmith {
@@ -11,6 +13,27 @@ struct AttentionGroup {
   const tunesmith_run* const* runs;
   int64_t run_count;
 };
+
+// The first element of a head of a token, in a tensor of so many heads.
+inline int64_t element_of(const tunesmith_attention& job, int64_t row, int64_t token, int64_t heads,
+                          int64_t head) {
+  return ((row * job.tokens + token) * heads + head) * job.head_size;
+}
+
+// Calls use(run, head, start, count) for all queries that see the keys of one head, `most` at a time.
+template <typename Use>
+void for_each_block(const tunesmith_attention& job, const AttentionGroup& group, int64_t key_head,
+                    int64_t most, Use use) {
+  const int64_t shared = job.heads / job.key_heads;
+  for (int64_t head = key_head * shared; head < (key_head + 1) * shared; ++head) {
+    for (int64_t r = 0; r < group.run_count; ++r) {
+      const tunesmith_run& run = *group.runs[r];
+      for (int64_t at = run.start; at < run.stop; at += most) {
+        use(run, head, at, std::min(most, run.stop - at));
+      }
+    }
+  }
+}
 
 // Does one head of the keys of a group; false where the job is not for it and nothing was done.
 bool attention_backward_amx(const tunesmith_attention& job, const AttentionGroup& group, int64_t key_head,

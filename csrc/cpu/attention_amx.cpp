@@ -148,15 +148,10 @@ class TileTask {
     for (int64_t key = 0; key < padded_; key += kKeys) turn_keys(key, keys_of_block(key));
     memset(grad_keys(), 0, size_t(4 * padded_ * size_));
     memset(grad_values(), 0, size_t(4 * padded_ * size_));
-    const int64_t shared = job_.heads / job_.key_heads;
-    for (int64_t head = key_head_ * shared; head < (key_head_ + 1) * shared; ++head) {
-      for (int64_t r = 0; r < group_.run_count; ++r) {
-        const tunesmith_run& run = *group_.runs[r];
-        for (int64_t at = run.start; at < run.stop; at += kQueries) {
-          block_of_queries(run, head, at, std::min(kQueries, run.stop - at), grad_q);
-        }
-      }
-    }
+    for_each_block(job_, group_, key_head_, kQueries,
+                   [&](const tunesmith_run& run, int64_t head, int64_t start, int64_t count) {
+                     block_of_queries(run, head, start, count, grad_q);
+                   });
     scatter(grad_keys(), grad_k);
     scatter(grad_values(), grad_v);
   }
@@ -169,7 +164,7 @@ class TileTask {
   int64_t keys_of_block(int64_t key) const { return std::min(kKeys, padded_ - key); }
 
   int64_t place(int64_t heads, int64_t head, int64_t token) const {
-    return ((group_.row * job_.tokens + token) * heads + head) * size_;
+    return element_of(job_, group_.row, token, heads, head);
   }
 
   // Rows up to `padded` are zero.

@@ -54,7 +54,7 @@ void keep(const tunesmith_decode_layer& layer, const void* from, int64_t at, voi
   const int64_t rows = layer.rows * (layer.key.out_features / layer.size);
   for (int64_t row = 0; row < rows; ++row) {
     std::memcpy(static_cast<char*>(cache) + (row * layer.capacity + at) * nbytes,
-           static_cast<const char*>(from) + row * nbytes, size_t(nbytes));
+                static_cast<const char*>(from) + row * nbytes, size_t(nbytes));
   }
 }
 

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import Any
 
 import pytest
 import torch
 from test_decoder import KNOWN, PROMPTS, STRANGE, both, log, model_of, with_adapter  # noqa: F401
 
 from tunesmith.nn import decoder
-from tunesmith.nn.decoder import LIMITS
 from tunesmith.nn.graph_decoder import GraphDecoder
 
 MODELS = {
@@ -25,10 +23,7 @@ MODELS = {
 
 @pytest.fixture(autouse=True)
 def no_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    def of(model: Any, ids: torch.Tensor, mask: torch.Tensor, capacity: int) -> Any:
-        return GraphDecoder.of(model, ids, mask, capacity, LIMITS[model.dtype])
-
-    monkeypatch.setattr(decoder.Decoder, "of", of)
+    monkeypatch.setattr(decoder.Decoder, "of", GraphDecoder.of)
 
 
 @pytest.mark.parametrize("name", MODELS)

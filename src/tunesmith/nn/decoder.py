@@ -20,11 +20,12 @@ from tunesmith.nn import fused_layers
 from tunesmith.nn.graph_decoder import GraphDecoder
 from tunesmith.nn.lora_linear import LoraLinear
 from tunesmith.nn.nf4_linear import NF4Linear, frozen_arguments
+from tunesmith.nn.prompt import disagreement, read_prompt
 from tunesmith.ops import native_status
 from tunesmith.ops.native import PreparedLayers, PreparedLinear, PreparedNorm, on_cpu
 from tunesmith.ops.schema import DTYPES
 
-__all__ = ["LIMITS", "Decoder", "generate"]
+__all__ = ["Decoder", "generate"]
 
 _attend, _gate, _turn = map(on_cpu, ("attention_decode", "gated", "rotary"))
 
@@ -149,8 +150,7 @@ def _decoder(
         return "padding is not in front only"
     if input_ids.device.type == "cpu":
         return Decoder.of(model, input_ids, mask, capacity)
-    limit = LIMITS.get(model.dtype, 0.0)
-    return GraphDecoder.of(model, input_ids, mask, capacity, limit)
+    return GraphDecoder.of(model, input_ids, mask, capacity)
 
 
 class _Layer:
@@ -229,11 +229,8 @@ class Decoder:
             return str(unknown)
         except OpError as error:
             return f"a layer is not for the kernels: {error}"
-        difference = decoder._read(model, input_ids, mask)
-        limit = LIMITS[decoder._dtype]
-        if not difference <= limit:
-            return f"the model's own logits differ by {difference:.2g}, and {limit} is allowed"
-        return decoder
+        ours = decoder._read(model, input_ids, mask)
+        return disagreement(ours, decoder.logits, decoder._dtype) or decoder
 
     def __init__(self, model: Any, input_ids: Tensor, mask: Tensor, capacity: int) -> None:
         rows, tokens = input_ids.shape
@@ -287,34 +284,22 @@ class Decoder:
         self._at += 1
         return self._head(self._norm(x), self._of_head)
 
-    def _read(self, model: Any, input_ids: Tensor, mask: Tensor) -> float:
-        """Let the model read the prompt; return how far its last logits are from ours."""
+    def _read(self, model: Any, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """Let the model read the prompt; return our logits, or infinity if its cache is odd."""
         from transformers import DynamicCache
 
         cache = DynamicCache(config=model.config)
         # the last of several tokens has gaps around it, and torch would multiply row by row
         compact = model.lm_head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
-        self.logits = model(
-            input_ids=input_ids,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+        self.logits = read_prompt(model, input_ids, mask, cache)
         compact.remove()
         tokens = input_ids.shape[1]
         for layer, kept in zip(self._layers, cache.layers, strict=True):
             if kept.keys.shape[::3] != layer.keys.shape[::3] or kept.keys.shape[2] != tokens:
-                return float("inf")
+                return torch.full_like(self.logits, torch.inf)
             layer.keys[:, :, :tokens], layer.values[:, :, :tokens] = kept.keys, kept.values
         self._at = tokens - 1
-        ours, theirs = self.step(input_ids[:, -1]).double(), self.logits.double()
-        return float(((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).max())
-
-
-# of what two ways to round may differ by, with room for deep models; another model is far beyond
-LIMITS = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+        return self.step(input_ids[:, -1])
 
 
 class _UnknownError(Exception):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.nn import varlen_attention
+from tunesmith.nn.prompt import disagreement, read_prompt
 
 __all__ = ["GraphDecoder"]
 
@@ -27,13 +28,11 @@ class GraphDecoder:
     """
 
     @classmethod
-    def of(
-        cls, model: Any, input_ids: Tensor, mask: Tensor, capacity: int, limit: float
-    ) -> GraphDecoder | str:
+    def of(cls, model: Any, input_ids: Tensor, mask: Tensor, capacity: int) -> GraphDecoder | str:
         """Return a decoder that has read input_ids, or why this model has none.
 
         `mask` [rows, tokens] is 1 for tokens and 0 for padding, which comes first; `capacity` is
-        how many tokens a row may have in the end, `limit` what logits may differ by, relatively.
+        how many tokens a row may have in the end.
         """
         from transformers import StaticCache
         from transformers.cache_utils import StaticLayer
@@ -47,17 +46,14 @@ class GraphDecoder:
                 f"its cache has {', '.join(sorted(kind.__name__ for kind in odd)) or 'no layers'}"
             )
         decoder = cls(model, cache, input_ids, mask, capacity)
-        theirs = decoder._read(input_ids, mask)
+        decoder.logits = read_prompt(model, input_ids, mask, cache)
+        for layer in cache.layers:
+            layer.cumulative_length -= 1  # the last token is read again
         try:
-            decoder._first_step(input_ids[:, -1])
+            ours = decoder._first_step(input_ids[:, -1])
         except (RuntimeError, TypeError, ValueError) as error:
             return f"a token's pass cannot be captured: {str(error).splitlines()[0]}"
-        ours = decoder.logits.double()
-        decoder.logits = theirs
-        difference = float(((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).max())
-        if not difference <= limit:
-            return f"the model's own logits differ by {difference:.2g}, and {limit} is allowed"
-        return decoder
+        return disagreement(ours, decoder.logits, model.dtype) or decoder
 
     def __init__(
         self, model: Any, cache: Any, input_ids: Tensor, mask: Tensor, capacity: int
@@ -100,32 +96,18 @@ class GraphDecoder:
         self._positions += 1
         return logits
 
-    def _read(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """Let the model read the prompt, its last token to be read again; return the logits."""
-        logits: Tensor = self._model(
-            input_ids=input_ids,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        for layer in self._cache.layers:
-            layer.cumulative_length -= 1
-        return logits.double()
-
-    def _first_step(self, ids: Tensor) -> None:
-        """Read the prompt's last token, and capture what that takes."""
+    def _first_step(self, ids: Tensor) -> Tensor:
+        """Read the prompt's last token, and capture what that takes; return the logits."""
         if ids.device.type != "cuda":
-            self.logits = self.step(ids)
-            return
+            return self.step(ids)
         # libraries allocate what they need in the first pass, outside of the graph
         stream = torch.cuda.Stream(ids.device)  # type: ignore[no-untyped-call]  # torch has no types
         stream.wait_stream(torch.cuda.current_stream(ids.device))
         with torch.cuda.stream(stream):
-            self.logits = self.step(ids)
+            logits = self.step(ids)
         torch.cuda.current_stream(ids.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self._out = self._forward()
         self._graph = graph
+        return logits

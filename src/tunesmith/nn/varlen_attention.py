@@ -174,6 +174,7 @@ def _attend_by_offsets(
     return out.view(q.shape)
 
 
+@functools.cache
 def _varlen_attn() -> Any:
     """Return torch's attention for samples of different lengths, or None in a torch without."""
     try:

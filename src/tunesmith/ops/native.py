@@ -830,7 +830,6 @@ _ON_ANY: dict[str, Callable[..., Any]] = {
 _UNDISPATCHED: dict[str, Callable[..., Any]] = {
     "attention_decode": _attention_decode_cpu,
     "gated": _gated,
-    "rms_norm": _rms_norm,
     "rotary": _rotary,
 }
 
