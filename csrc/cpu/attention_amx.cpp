@@ -56,35 +56,6 @@ inline void add_square(const uint16_t* left, int64_t left_stride, const uint32_t
   _tile_stored(3, lower + kTile, sums_bytes);
 }
 
-// Calls use(i, row) for the rows of the transpose of 16 x 16 words that lie `stride` words apart.
-template <typename Use>
-inline void transpose(const void* from, int64_t stride, Use use) {
-  __m512i rows[16], pairs[16], fours[16];
-  for (int i = 0; i < 16; ++i) rows[i] = load_bits(static_cast<const uint32_t*>(from) + i * stride);
-  for (int i = 0; i < 16; i += 2) {
-    pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-    pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-  }
-  // fours[4 i + j] holds of columns j, j + 4, j + 8 and j + 12 the rows from 4 i on
-  for (int i = 0; i < 16; i += 4) {
-    fours[i] = _mm512_unpacklo_epi64(pairs[i], pairs[i + 2]);
-    fours[i + 1] = _mm512_unpackhi_epi64(pairs[i], pairs[i + 2]);
-    fours[i + 2] = _mm512_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
-    fours[i + 3] = _mm512_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
-  }
-  constexpr int kEven = 0x88, kOdd = 0xDD;  // lanes 0 and 2, or 1 and 3, of both
-  for (int j = 0; j < 4; ++j) {
-    const __m512i even_low = _mm512_shuffle_i32x4(fours[j], fours[4 + j], kEven);
-    const __m512i even_high = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], kEven);
-    const __m512i odd_low = _mm512_shuffle_i32x4(fours[j], fours[4 + j], kOdd);
-    const __m512i odd_high = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], kOdd);
-    use(j, _mm512_shuffle_i32x4(even_low, even_high, kEven));
-    use(4 + j, _mm512_shuffle_i32x4(odd_low, odd_high, kEven));
-    use(8 + j, _mm512_shuffle_i32x4(even_low, even_high, kOdd));
-    use(12 + j, _mm512_shuffle_i32x4(odd_low, odd_high, kOdd));
-  }
-}
-
 // 16 pairs from 16 bf16 each of two rows.
 inline __m512i paired(__m256i first, __m256i second) {
   return _mm512_or_si512(_mm512_cvtepu16_epi32(first),

@@ -554,6 +554,23 @@ void multiply_low_rank(const Product& product) {
   });
 }
 
+// How far rows of turned sums are apart: not by a power of two, which would fall on few cache sets.
+template <typename A>
+constexpr int64_t kTurnedStride = kBlockRows + A::kTileRows + A::kLanes;
+
+// Writes kLanes lanes of `rows` rows of sums, `width` apart, as rows.
+template <typename A>
+void turn_lanes(const float* sums, int64_t rows, int64_t width, float* to) {
+  constexpr int64_t kLanes = A::kLanes;
+  int64_t r = 0;
+  for (; r + kLanes <= rows; r += kLanes) {
+    A::Vectors::transpose(sums + r * width, width, to + r, kTurnedStride<A>);
+  }
+  for (; r < rows; ++r) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) to[lane * kTurnedStride<A> + r] = sums[r * width + lane];
+  }
+}
+
 // right is [N, P]: it gives the rows, left the panels.
 template <typename A>
 void multiply_transposed(const Product& product) {
@@ -628,7 +645,7 @@ void multiply_transposed(const Product& product) {
         add_block(p, count, left.as<Element>(), padded_depth);
       }
       const Output output = {product, rank == 0 ? product.alpha : 1.0f};
-      alignas(64) float row[kBlockRows + A::kTileRows];
+      alignas(64) float turned[A::kLanes * kTurnedStride<A>];
       for (int64_t i = first_panel; i < last_panel; ++i) {
         const int64_t width = tokens.width(i);
         if (output.has_columns()) {
@@ -637,10 +654,10 @@ void multiply_transposed(const Product& product) {
           }
           continue;
         }
-        for (int64_t lane = 0; lane < tokens.used(i); ++lane) {
-          const float* sums = sums_at(i) + lane;
-          for (int64_t r = 0; r < rows; ++r) row[r] = sums[r * width];
-          output.template rows<Simd>(i * kWidth + lane, 1, n, rows, row, rows);
+        for (int64_t lane = 0; lane < tokens.used(i); lane += A::kLanes) {
+          const int64_t lanes = std::min<int64_t>(A::kLanes, tokens.used(i) - lane);
+          turn_lanes<A>(sums_at(i) + lane, rows, width, turned);
+          output.template rows<Simd>(i * kWidth + lane, lanes, n, rows, turned, kTurnedStride<A>);
         }
       }
     }

@@ -45,6 +45,29 @@ struct Avx2 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(static_cast<uint16_t*>(data) + at), halves);
   }
 
+  // Writes the transpose of kLanes x kLanes floats; the rows are as far apart as the strides say.
+  static void transpose(const float* from, int64_t stride, float* to, int64_t to_stride) {
+    V rows[8], pairs[8];
+    for (int i = 0; i < 8; ++i) rows[i] = load(from + i * stride);
+    for (int i = 0; i < 8; i += 2) {
+      pairs[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+      pairs[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+    }
+    // fours[4 i + j] holds of columns j and j + 4 the rows from 4 i on
+    V fours[8];
+    constexpr int kLow = 0x44, kHigh = 0xEE;
+    for (int i = 0; i < 8; i += 4) {
+      fours[i] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], kLow);
+      fours[i + 1] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], kHigh);
+      fours[i + 2] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], kLow);
+      fours[i + 3] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], kHigh);
+    }
+    for (int j = 0; j < 4; ++j) {
+      store(to + j * to_stride, _mm256_permute2f128_ps(fours[j], fours[4 + j], 0x20));
+      store(to + (4 + j) * to_stride, _mm256_permute2f128_ps(fours[j], fours[4 + j], 0x31));
+    }
+  }
+
   static V kept(V values, const uint8_t* keep, float keep_scale) {
     int64_t bytes;
     memcpy(&bytes, keep, sizeof bytes);

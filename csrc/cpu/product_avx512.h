@@ -41,6 +41,11 @@ struct Avx512 {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<uint16_t*>(data) + at), halves);
   }
 
+  // Writes the transpose of kLanes x kLanes floats; the rows are as far apart as the strides say.
+  static void transpose(const float* from, int64_t stride, float* to, int64_t to_stride) {
+    tunesmith::transpose(from, stride, [&](int64_t i, __m512i row) { store_bits(to + i * to_stride, row); });
+  }
+
   static V kept(V values, const uint8_t* keep, float keep_scale) {
     const __m512i words =
         _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(keep)));

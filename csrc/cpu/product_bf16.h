@@ -57,7 +57,7 @@ constexpr int kGroupVectors = 2;
 constexpr int kLineGroups = 2;
 constexpr int64_t kLine = kLineGroups * kGroup;
 
-inline int64_t source(int64_t at) { return at % 16 * 4 + at / 16; }
+constexpr int64_t source(int64_t at) { return at % 16 * 4 + at / 16; }
 
 // Calls use(i, vector) for the two vectors of a group.
 template <typename Use>
@@ -279,6 +279,7 @@ struct BFloat16Arithmetic {
 
   static void panel_of_rows(const From& from, int64_t row, int64_t rows, int64_t width,
                             uint16_t* out) {
+    constexpr int64_t kVector = 2 * kLanes;
     alignas(64) uint16_t values[2 * kLanes][kGroup];
     for (int64_t r = rows; r < width; ++r) std::fill(values[r], values[r] + kGroup, uint16_t(0));
     for (int64_t p = 0; p < from.columns(); p += kGroup) {
@@ -286,17 +287,13 @@ struct BFloat16Arithmetic {
       for (int64_t r = 0; r < rows; ++r) {
         from.fetch(row + r, p, count, values[r]);
         std::fill(values[r] + count, values[r] + padded, uint16_t(0));
+        if (from.grouped()) regroup(values[r]);
       }
-      for (int64_t i = 0; i < padded && from.grouped(); i += 2) {
-        uint16_t* to = out + (p + i) * width;
-        for (int64_t r = 0; r < width; ++r) {
-          to[2 * r] = values[r][source(i)];
-          to[2 * r + 1] = values[r][source(i + 1)];
-        }
-      }
-      for (int64_t i = 0; i < padded && !from.grouped(); i += 2) {
-        for (int64_t r = 0; r < width; r += kLanes) {
-          store_bits(out + (p + i) * width + 2 * r, pair_of_rows(&values[r][i]));
+      for (int64_t r = 0; r < width; r += kLanes) {
+        for (int64_t i = 0; i < padded; i += kVector) {
+          transpose(&values[r][i], kGroup / 2, [&](int64_t pair, __m512i lanes) {
+            if (i + 2 * pair < padded) store_bits(out + (p + i + 2 * pair) * width + 2 * r, lanes);
+          });
         }
       }
     }
@@ -334,14 +331,19 @@ struct BFloat16Arithmetic {
   }
 
  private:
-  // The pairs at one place of 16 rows that are kGroup long.
-  static __m512i pair_of_rows(const uint16_t* first) {
-    alignas(64) static constexpr int32_t kPlaces[kLanes] = {0, 1, 2,  3,  4,  5,  6,  7,
-                                                            8, 9, 10, 11, 12, 13, 14, 15};
-    const __m512i places = _mm512_slli_epi32(load_bits(kPlaces), 7);
-    static_assert(kGroup * sizeof(uint16_t) == 1 << 7);
-    const auto* pairs = reinterpret_cast<const float*>(first);
-    return _mm512_castps_si512(_mm512_i32gather_ps(places, pairs, 1));
+  // Brings a group from its natural order into that in which decode_group leaves it.
+  static void regroup(uint16_t* group) {
+    static constexpr auto kPlaces = [] {
+      struct Places {
+        alignas(64) uint16_t at[kGroup];
+      } places = {};
+      for (int64_t i = 0; i < kGroup; ++i) places.at[i] = uint16_t(source(i));
+      return places;
+    }();
+    const __m512i low = load_bits(group), high = load_bits(group + kGroup / 2);
+    store_bits(group, _mm512_permutex2var_epi16(low, load_bits(kPlaces.at), high));
+    store_bits(group + kGroup / 2,
+               _mm512_permutex2var_epi16(low, load_bits(kPlaces.at + kGroup / 2), high));
   }
 
   static constexpr int64_t kMostColumns = kBlockColumns;

@@ -43,6 +43,13 @@ struct Scalar {
     return c;
   }
 
+  // Writes the transpose of kLanes x kLanes floats; the rows are as far apart as the strides say.
+  static void transpose(const float* from, int64_t stride, float* to, int64_t to_stride) {
+    for (int r = 0; r < kLanes; ++r) {
+      for (int c = 0; c < kLanes; ++c) to[c * to_stride + r] = from[r * stride + c];
+    }
+  }
+
   static V load(const void* data, int type, int64_t at) {
     V values;
     for (int i = 0; i < 4; ++i) values.at[i] = load_as_float(data, type, at + i);

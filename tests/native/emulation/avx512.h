@@ -220,6 +220,11 @@ inline __m512i permutexvar_epi16(__m512i index, __m512i a) {
   const auto x = lanes<uint16_t>(a);
   return map<uint16_t>(index, [&](uint16_t i) { return x.at[i & 31]; });
 }
+// of two vectors, one after the other
+inline __m512i permutex2var_epi16(__m512i a, __m512i index, __m512i b) {
+  const auto x = lanes<uint16_t>(a), y = lanes<uint16_t>(b);
+  return map<uint16_t>(index, [&](uint16_t i) { return (i & 32 ? y : x).at[i & 31]; });
+}
 inline __m512 permutexvar_ps(__m512i index, __m512 a) {
   const auto x = lanes<float>(a);
   const auto at = lanes<uint32_t>(index);
@@ -456,6 +461,7 @@ inline void tile_dpbf16ps(int sums, int left, int right) {
 #define _mm512_max_ps ::emulated::max_ps
 #define _mm512_mul_ps ::emulated::mul_ps
 #define _mm512_or_si512 ::emulated::or_si512
+#define _mm512_permutex2var_epi16 ::emulated::permutex2var_epi16
 #define _mm512_permutexvar_epi16 ::emulated::permutexvar_epi16
 #define _mm512_permutexvar_ps ::emulated::permutexvar_ps
 #define _mm512_reduce_add_ps ::emulated::reduce_add_ps
