@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import transformers
@@ -12,7 +12,24 @@ if TYPE_CHECKING:
     from tunesmith.plugin.session import Session
     from tunesmith.plugin.trainers import TrainerConfig
 
-__all__ = ["headless_model", "prepare"]
+__all__ = ["headless_model", "prepare", "trainer_class"]
+
+
+def trainer_class() -> Any:
+    """Return `transformers.Trainer`, but that it walks through a model's modules only once.
+
+    A function, so that listing trainers imports no torch.
+    """
+    import transformers
+
+    from tunesmith.nn.walks import remembered
+
+    class FastTrainer(transformers.Trainer):  # type: ignore[misc]
+        def train(self, *args: Any, **kwargs: Any) -> Any:
+            with remembered(self.model):
+                return super().train(*args, **kwargs)
+
+    return FastTrainer
 
 
 def headless_model(

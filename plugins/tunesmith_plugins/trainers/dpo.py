@@ -20,7 +20,7 @@ from tunesmith.plugin.trainers import (
     reading,
     training_arguments,
 )
-from tunesmith_plugins.trainers._speed import headless_model, prepare
+from tunesmith_plugins.trainers._speed import headless_model, prepare, trainer_class
 
 if TYPE_CHECKING:
     import torch
@@ -124,11 +124,10 @@ def _trainer_class() -> Any:
     """Return the `transformers.Trainer` subclass; a function, so that listing imports no torch."""
     import torch
     import torch.nn.functional as F
-    import transformers
 
     from tunesmith.nn.logps import completion_logps
 
-    class DPOTrainer(transformers.Trainer):  # type: ignore[misc]
+    class DPOTrainer(trainer_class()):  # type: ignore[misc]
         """Computes the DPO loss and logs rewards as TRL names them."""
 
         def __init__(

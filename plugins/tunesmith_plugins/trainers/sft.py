@@ -16,7 +16,7 @@ from tunesmith.plugin.trainers import (
     reading,
     training_arguments,
 )
-from tunesmith_plugins.trainers._speed import headless_model, prepare
+from tunesmith_plugins.trainers._speed import headless_model, prepare, trainer_class
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -103,9 +103,8 @@ class SFT(Trainer[SFTConfig]):
 def _trainer_class() -> Any:
     """Return the `transformers.Trainer` subclass; a function, so that listing imports no torch."""
     import torch
-    import transformers
 
-    class SFTTrainer(transformers.Trainer):  # type: ignore[misc]
+    class SFTTrainer(trainer_class()):  # type: ignore[misc]
         """Takes the loss from hidden states where the model has been taken apart for that."""
 
         def __init__(self, *, headless: Headless | None, **kwargs: Any) -> None:

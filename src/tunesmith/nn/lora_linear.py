@@ -28,6 +28,11 @@ from tunesmith.ops.schema import DTYPES
 
 __all__ = ["LoraLinear", "load", "register"]
 
+_Adapter = tuple[tuple[Tensor, Tensor, float], float]
+"""A, B and scaling, and the dropout of x."""
+
+_PARTS = ("lora_A", "lora_B", "lora_dropout")
+
 # PEFT's initializations that put another weight into the base layer
 _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -88,8 +93,9 @@ class LoraLinear(lora.Linear):  # type: ignore[misc]
             name = self._single_adapter()
             if name is not None:
                 cast = autocast(x)
-                if self._fits(name, x, cast):
-                    return self._fused(name, cast)
+                adapter = self._adapter(name, x, cast)
+                if adapter is not None:
+                    return frozen_linear(cast, *(*frozen_arguments(self.base_layer), *adapter))
         result: Tensor = super().forward(x, *args, **kwargs)
         return result
 
@@ -104,45 +110,50 @@ class LoraLinear(lora.Linear):  # type: ignore[misc]
         plain = name not in self.lora_variant and not self.lora_bias[name]
         return name if plain else None
 
-    def _fits(self, name: str, x: Tensor, cast: Tensor) -> bool:
-        """Whether the fused pass can do what PEFT would do with x, `cast` being its autocast."""
-        a, b = self.lora_A[name], self.lora_B[name]
-        dropout, base = self.lora_dropout[name], self.base_layer
+    def _adapter(self, name: str, x: Tensor, cast: Tensor) -> _Adapter | None:
+        """Return the adapter if the fused pass can do what PEFT would do with x, else None.
+
+        `cast` is x as autocast leaves it.
+        """
+        # past nn.Module's look-up, which takes longer than all that is asked here
+        held = self._modules
+        a, b, dropout = (held[kind]._modules[name] for kind in _PARTS)
+        base: Any = held["base_layer"]
         if type(base) is NF4Linear:
-            held, frozen = base.packed, True
+            weight: Any = base._buffers["packed"]
+            frozen = True
         elif type(base) is nn.Linear:
-            held = base.weight
+            weight = base.weight
             # without autocast, x in another dtype is an error, and torch's to raise
             frozen = (
-                type(held) is nn.Parameter
-                and not held.requires_grad
-                and held.dtype in DTYPES
-                and (held.dtype == x.dtype or torch.is_autocast_enabled(x.device.type))
+                type(weight) is nn.Parameter
+                and not weight.requires_grad
+                and weight.dtype in DTYPES
+                and (weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type))
             )
         else:
-            return False
-        return (
+            return None
+        if not (type(a) is type(b) is nn.Linear and type(dropout) in (nn.Identity, nn.Dropout)):
+            return None
+        lora_a: Any = a._parameters["weight"]
+        lora_b: Any = b._parameters["weight"]
+        fits = (
             frozen
             and type(x) in (Tensor, nn.Parameter)
             and x.layout == torch.strided
             and cast.dtype in DTYPES
-            and type(a) is type(b) is nn.Linear
-            and type(dropout) in (nn.Identity, nn.Dropout)
-            and type(a.weight) is type(b.weight) is nn.Parameter
-            and a.weight.dtype == b.weight.dtype
-            and a.weight.dtype in DTYPES
-            and x.device == held.device == a.weight.device == b.weight.device
+            and type(lora_a) is type(lora_b) is nn.Parameter
+            and lora_a.dtype == lora_b.dtype
+            and lora_a.dtype in DTYPES
+            and x.device == weight.device == lora_a.device == lora_b.device
             and getattr(self, "cast_input_dtype_enabled", True)
-            and not any(_intercepted(module) for module in (base, a, b, dropout))
+            and not (_intercepted(base) or _intercepted(a) or _intercepted(b))
+            and not _intercepted(dropout)
         )
-
-    def _fused(self, name: str, x: Tensor) -> Tensor:
-        dropout = self.lora_dropout[name]
-        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        return frozen_linear(x, *(*frozen_arguments(self.base_layer), self._adapter(name), p))
-
-    def _adapter(self, name: str) -> tuple[Tensor, Tensor, float]:
-        return self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+        if not fits:
+            return None
+        p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+        return (lora_a, lora_b, self.scaling[name]), p
 
     def arguments(self) -> tuple[Any, ...] | None:
         """Return what `ops.frozen_linear` takes after x and before dropout, or None.
@@ -157,9 +168,8 @@ class LoraLinear(lora.Linear):  # type: ignore[misc]
         name = self._single_adapter()
         dtype = base.compute_dtype if isinstance(base, NF4Linear) else base.weight.dtype
         x = torch.empty((0, base.in_features), dtype=dtype)
-        if name is None or not self._fits(name, x, x):
-            return None
-        return (*frozen_arguments(base), self._adapter(name))
+        adapter = None if name is None else self._adapter(name, x, x)
+        return None if adapter is None else (*frozen_arguments(base), adapter[0])
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the named adapters (by default the active ones) into the base weight.

@@ -252,7 +252,8 @@ def frozen_arguments(linear: nn.Linear) -> tuple[Any, ...]:
     """Return what `ops.frozen_linear` takes after x, for a frozen layer in 4 bits or plain."""
     shape = (linear.out_features, linear.in_features)
     if isinstance(linear, NF4Linear):
-        parts = (linear.packed, linear.absmax, linear.nested_absmax, linear.nested_offset)
+        held = linear._buffers  # past nn.Module's look-up, which takes its time
+        parts = (held["packed"], held["absmax"], held["nested_absmax"], held["nested_offset"])
         return parts, shape, linear.blocksize, linear.quant_type, linear.bias
     return (linear.weight, None, None, None), shape, 0, "", linear.bias
 

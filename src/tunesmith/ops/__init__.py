@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tunesmith.errors import OpError
 from tunesmith.ops import schema
+from tunesmith.ops.dispatch import call
 from tunesmith.ops.native import NativeStatus, native_status
 
 __all__ = [
@@ -152,10 +153,10 @@ def quantize_4bit(
     are in.
     """
     # codes have no derivative; left attached, they would look like results that have one
-    packed, absmax = torch.ops.tunesmith.quantize_4bit(weight.detach(), blocksize, quant_type, name)
+    packed, absmax = call("quantize_4bit", weight.detach(), blocksize, quant_type, name)
     nested_absmax = nested_offset = None
     if nested:
-        absmax, nested_absmax, nested_offset = torch.ops.tunesmith.quantize_absmax(absmax)
+        absmax, nested_absmax, nested_offset = call("quantize_absmax", absmax)
     return KINDS[quant_type](
         packed=packed,
         absmax=absmax,
@@ -191,7 +192,8 @@ def dequantize_4bit(w: Weight4Bit, dtype: torch.dtype | None = None) -> Tensor:
     Each element is its code's value times its block's absmax, in fp32, rounded once to `dtype`:
     bf16, fp16 or fp32, by default that of the tensor that was quantized. Raises OpError for others.
     """
-    out: Tensor = torch.ops.tunesmith.dequantize_4bit(
+    out: Tensor = call(
+        "dequantize_4bit",
         w.packed,
         w.absmax,
         w.nested_absmax,
@@ -296,9 +298,9 @@ def frozen_linear(
         keep_scale = 0.0 if dropout == 1.0 else 1.0 / (1.0 - dropout)
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
-    y, _ = torch.ops.tunesmith.linear.default(
-        x, *parts, out_features, blocksize, quant_type, bias, lora_a, lora_b, scaling, keep,
-        keep_scale,
+    y, _ = call(
+        "linear", x, *parts, out_features, blocksize, quant_type, bias, lora_a, lora_b, scaling,
+        keep, keep_scale,
     )  # fmt: skip
     out: Tensor = y
     return out

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.errors import OpError
+from tunesmith.ops.dispatch import below_autograd, call, differentiate, implement
 from tunesmith.ops.schema import DTYPES, word
 
 __all__ = ["attention", "attention_decode", "check_runs"]
@@ -46,7 +47,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, runs: Tensor, scale: float) -> Te
     q's shape and dtype; a query of no run gets zeros. Raises OpError for tensors or runs that do
     not fit together.
     """
-    out: Tensor = torch.ops.tunesmith.attention(q, k, v, runs, scale)[0]
+    out: Tensor = call("attention", q, k, v, runs, scale)[0]
     return out
 
 
@@ -59,7 +60,7 @@ def attention_decode(
     which row r sees [first[r], length); bf16, fp16 or fp32. `first` is int64 [rows]; a row that
     sees no key gets zeros. Has no derivative. Raises OpError for what does not fit together.
     """
-    out: Tensor = torch.ops.tunesmith.attention_decode(q, keys, values, first, length, scale)
+    out: Tensor = call("attention_decode", q, keys, values, first, length, scale)
     return out
 
 
@@ -277,8 +278,7 @@ def by_torch(q: Tensor, k: Tensor, v: Tensor, runs: Tensor, scale: float) -> tup
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            out, lse = torch.ops.tunesmith.attention(*args)
+        out, lse = below_autograd("attention", *args)
         q, k, v, runs, ctx.scale = args
         ctx.save_for_backward(q, k, v, out, lse, runs)
         ctx.mark_non_differentiable(lse)
@@ -289,7 +289,7 @@ class _Attention(torch.autograd.Function):
         if torch.is_grad_enabled():
             _no_second_derivative()
         *saved, runs = ctx.saved_tensors
-        grads = torch.ops.tunesmith.attention_backward(grad_out, *saved, runs, ctx.scale)
+        grads = call("attention_backward", grad_out, *saved, runs, ctx.scale)
         return (*grads, None, None)
 
 
@@ -300,15 +300,8 @@ def _no_second_derivative() -> NoReturn:
     )
 
 
-def _differentiable(*args: Any) -> Any:
-    if torch.is_grad_enabled() and any(t.requires_grad for t in args[:3]):
-        return _Attention.apply(*args)  # type: ignore[no-untyped-call]  # torch's own
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.tunesmith.attention(*args)
-
-
-torch.library.impl("tunesmith::attention", "Autograd", _differentiable)
+differentiate("attention", _Attention)
 torch.library.impl("tunesmith::attention", "default", reference)
-torch.library.impl("tunesmith::attention", "cpu", by_torch)
+implement("attention", "cpu", by_torch)
 torch.library.impl("tunesmith::attention_backward", "default", reference_backward)
 torch.library.impl("tunesmith::attention_decode", "default", reference_decode)

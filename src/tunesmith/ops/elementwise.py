@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.errors import OpError
-from tunesmith.ops.schema import DTYPES, differentiable, word
+from tunesmith.ops.dispatch import below_autograd, call, differentiate
+from tunesmith.ops.schema import DTYPES, word
 
 __all__ = ["ACTIVATIONS", "gated", "logps_", "rms_norm", "rotary"]
 
@@ -50,7 +51,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, from_one: bool = False) -> T
     rounded to x's dtype before the weight comes in, or after it with `from_one`. Raises OpError
     for what does not fit together and for a weight that requires a gradient.
     """
-    y: Tensor = torch.ops.tunesmith.rms_norm.default(x, weight, eps, from_one)[0]
+    y: Tensor = call("rms_norm", x, weight, eps, from_one)[0]
     return y
 
 
@@ -60,7 +61,7 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     bf16, fp16 or fp32; the activation is computed in fp32 and rounded before it is multiplied.
     Raises OpError for what does not fit together; `ACTIVATIONS` are allowed.
     """
-    y: Tensor = torch.ops.tunesmith.gated.default(gate, up, activation)
+    y: Tensor = call("gated", gate, up, activation)
     return y
 
 
@@ -73,7 +74,7 @@ def logps_(logits: Tensor, labels: Tensor, slopes: bool) -> Tensor:
     Raises OpError for what does not fit together; a label that is none is an error on the CPU and
     gives NaN on a CUDA device, which would have to be waited for to look at it.
     """
-    logps: Tensor = torch.ops.tunesmith.logps_.default(logits, labels, slopes)
+    logps: Tensor = call("logps_", logits, labels, slopes)
     return logps
 
 
@@ -84,7 +85,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     same dtype, bf16, fp16 or fp32; neither gets a gradient. Element i of a head is turned with
     i + head size / 2. Raises OpError for what does not fit together.
     """
-    y: Tensor = torch.ops.tunesmith.rotary.default(x, cos, sin, False)
+    y: Tensor = call("rotary", x, cos, sin, False)
     return y
 
 
@@ -273,8 +274,7 @@ class _RmsNorm(torch.autograd.Function):
                 "rms_norm: got a weight that requires a gradient; it is taken for frozen here; "
                 "call weight.requires_grad_(False), or use torch.nn.functional.rms_norm"
             )
-        with torch._C._AutoDispatchBelowAutograd():
-            y, scale = torch.ops.tunesmith.rms_norm.default(*args)
+        y, scale = below_autograd("rms_norm", *args)
         ctx.save_for_backward(x, weight, scale)
         ctx.mark_non_differentiable(scale)
         return y, scale
@@ -283,9 +283,7 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             _once("rms_norm")
-        grad_x = torch.ops.tunesmith.rms_norm_backward.default(
-            grad_y, *ctx.saved_tensors, ctx.from_one
-        )
+        grad_x = call("rms_norm_backward", grad_y, *ctx.saved_tensors, ctx.from_one)
         return grad_x, None, None, None
 
 
@@ -294,17 +292,14 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> Tensor:
         gate, up, ctx.activation = args
         ctx.save_for_backward(gate, up)
-        with torch._C._AutoDispatchBelowAutograd():
-            y: Tensor = torch.ops.tunesmith.gated.default(*args)
+        y: Tensor = below_autograd("gated", *args)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             _once("gated")
-        grads = torch.ops.tunesmith.gated_backward.default(
-            grad_y, *ctx.saved_tensors, ctx.activation
-        )
+        grads = call("gated_backward", grad_y, *ctx.saved_tensors, ctx.activation)
         return (*grads, None)
 
 
@@ -313,20 +308,19 @@ class _Rotary(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> Tensor:
         _, cos, sin, ctx.backwards = args
         ctx.save_for_backward(cos, sin)
-        with torch._C._AutoDispatchBelowAutograd():
-            y: Tensor = torch.ops.tunesmith.rotary.default(*args)
+        y: Tensor = below_autograd("rotary", *args)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         # it is linear, and its own kind the other way round: this can be differentiated again
-        grad_x = torch.ops.tunesmith.rotary.default(grad_y, *ctx.saved_tensors, not ctx.backwards)
+        grad_x = call("rotary", grad_y, *ctx.saved_tensors, not ctx.backwards)
         return grad_x, None, None, None
 
 
-for _op, _function in (("rms_norm", _RmsNorm), ("gated", _Gated), ("rotary", _Rotary)):
-    _overload = getattr(torch.ops.tunesmith, _op).default
-    torch.library.impl(f"tunesmith::{_op}", "Autograd", differentiable(_overload, _function))
+differentiate("rms_norm", _RmsNorm)
+differentiate("gated", _Gated)
+differentiate("rotary", _Rotary)
 
 for _op, _implementation in (
     ("rms_norm", reference_rms_norm),

@@ -23,6 +23,7 @@ from torch.utils.dlpack import from_dlpack
 
 from tunesmith.errors import OpError
 from tunesmith.ops import attention, elementwise, reference, schema
+from tunesmith.ops.dispatch import implement
 from tunesmith.ops.machine import cpu_flags, cpu_multiplies_bf16
 from tunesmith.ops.reference import mean_absmax, no_autocast
 from tunesmith.ops.schema import NESTED_BLOCKSIZE, count_blocks
@@ -305,7 +306,7 @@ def _linear_backward_cpu(
     dtype = grad_y.dtype
     grad_y = grad_y.reshape(tokens, out_features).contiguous()
     adapter = (_compact(lora_a), _compact(lora_b), scaling, _compact(keep), keep_scale)
-    grad_x, grad_a, grad_b = (grad_y.new_empty(0) for _ in range(3))
+    grad_x = grad_a = grad_b = None
     if need_a and lora_a is not None and x is not None:
         x = x.reshape(tokens, in_features).contiguous()
         grad_a = torch.empty_like(lora_a, memory_format=torch.contiguous_format)
@@ -332,12 +333,16 @@ def _linear_backward_cpu(
             _pointer(x) if need_a else 0,
             _pointer(s) if need_b else 0,
             grad_y.data_ptr(),
-            grad_x.data_ptr() if need_x else 0,
-            grad_a.data_ptr() if need_a else 0,
-            grad_b.data_ptr() if need_b else 0,
+            _pointer(grad_x),
+            _pointer(grad_a),
+            _pointer(grad_b),
             not own,
         )
-    return (grad_x.view(*leading, in_features) if need_x else grad_x), grad_a, grad_b
+    return (
+        grad_y.new_empty(0) if grad_x is None else grad_x.view(*leading, in_features),
+        grad_y.new_empty(0) if grad_a is None else grad_a,
+        grad_y.new_empty(0) if grad_b is None else grad_b,
+    )
 
 
 def _attention_backward_cpu(
@@ -845,18 +850,18 @@ def on_cpu(op: str) -> Callable[..., Any]:
 
 def _bind(device: str) -> None:
     for op, implementation in _ON_ANY.items():
-        torch.library.impl(f"tunesmith::{op}", device, implementation)
+        implement(op, device, implementation)
 
 
 if _why_not:
     logging.getLogger("tunesmith").warning("%s", native_status())
 else:
     _bind("cpu")
-    torch.library.impl("tunesmith::linear", "cpu", _linear_cpu)
-    torch.library.impl("tunesmith::linear_backward", "cpu", _linear_backward_cpu)
-    torch.library.impl("tunesmith::attention_backward", "cpu", _attention_backward_cpu)
-    torch.library.impl("tunesmith::attention_decode", "cpu", _attention_decode_cpu)
+    implement("linear", "cpu", _linear_cpu)
+    implement("linear_backward", "cpu", _linear_backward_cpu)
+    implement("attention_backward", "cpu", _attention_backward_cpu)
+    implement("attention_decode", "cpu", _attention_decode_cpu)
     if _native.has_cuda():
         _bind("cuda")
-        torch.library.impl("tunesmith::linear", "cuda", _linear_cuda)
-        torch.library.impl("tunesmith::linear_backward", "cuda", _linear_backward_cuda)
+        implement("linear", "cuda", _linear_cuda)
+        implement("linear_backward", "cuda", _linear_backward_cuda)

@@ -8,13 +8,14 @@ has no second chance.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from tunesmith.errors import OpError
+from tunesmith.ops.dispatch import below_autograd, call, differentiate
 
 __all__ = [
     "BLOCKSIZES",
@@ -29,7 +30,6 @@ __all__ = [
     "check_packed",
     "check_weight",
     "count_blocks",
-    "differentiable",
     "s_dtype",
     "sum_dtype",
     "word",
@@ -207,7 +207,7 @@ class _Linear(torch.autograd.Function):
                 "which is frozen; call weight.requires_grad_(False), or use "
                 "torch.nn.functional.linear"
             )
-        y, s = _below_autograd(torch.ops.tunesmith.linear.default, args)
+        y, s = below_autograd("linear", *args)
         ctx.mark_non_differentiable(s)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
@@ -234,7 +234,8 @@ class _Linear(torch.autograd.Function):
         scaling, keep_scale = ctx.scales
         need_x, need_a, need_b = (ctx.needs_input_grad[i] for i in (0, 9, 10))
         if need_x or need_a or need_b:
-            grad_x, grad_a, grad_b = torch.ops.tunesmith.linear_backward.default(
+            grad_x, grad_a, grad_b = call(
+                "linear_backward",
                 grad_y,
                 x,
                 s,
@@ -262,9 +263,7 @@ class _LinearBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        grads: tuple[Tensor, ...] = _below_autograd(
-            torch.ops.tunesmith.linear_backward.default, args
-        )
+        grads: tuple[Tensor, ...] = below_autograd("linear_backward", *args)
         return grads
 
     @staticmethod
@@ -275,30 +274,8 @@ class _LinearBackward(torch.autograd.Function):
         )
 
 
-def _below_autograd(op: Any, args: tuple[Any, ...]) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
-
-
-def differentiable(op: Any, function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """Return what autograd calls for an op: the function where a gradient is wanted, else the op.
-
-    torch.library.register_autograd does the same at three times the time of a call.
-    """
-
-    def call(*args: Any) -> Any:
-        if torch.is_grad_enabled() and any(
-            isinstance(arg, Tensor) and arg.requires_grad for arg in args
-        ):
-            return function.apply(*args)  # type: ignore[no-untyped-call]  # torch's own
-        return _below_autograd(op, args)
-
-    return call
-
-
-for _op, _function in (("linear", _Linear), ("linear_backward", _LinearBackward)):
-    _overload = getattr(torch.ops.tunesmith, _op).default
-    torch.library.impl(f"tunesmith::{_op}", "Autograd", differentiable(_overload, _function))
+differentiate("linear", _Linear)
+differentiate("linear_backward", _LinearBackward)
 
 
 def check_weight(weight: Tensor, blocksize: int, quant_type: str, name: str) -> None:
@@ -404,7 +381,7 @@ def check_linear(
             "got a dropout mask without an adapter; dropout acts on the adapter's input only; "
             "pass lora, or leave dropout at 0"
         )
-    _check_tensor("keep", keep, (torch.bool,), tuple(x.shape), x.device)
+    _check_tensor("keep", keep, (torch.bool,), x.shape, x.device)
 
 
 def check_linear_backward(
@@ -524,10 +501,10 @@ def _check_tensor(
     name: str,
     tensor: Tensor,
     dtypes: tuple[torch.dtype, ...],
-    shape: Sequence[int],
+    shape: tuple[int, ...],
     device: torch.device,
 ) -> None:
-    if tensor.dtype not in dtypes or tuple(tensor.shape) != tuple(shape):
+    if tensor.dtype not in dtypes or tensor.shape != shape:
         raise OpError(
             f"{name}: got {word(tensor.dtype)} {list(tensor.shape)}; allowed here is "
             f"{' or '.join(map(word, dtypes))} {list(shape)}; cast or reshape it"
