@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -71,6 +72,27 @@ def test_what_is_added_or_replaced_meanwhile_is_found(model: nn.Module) -> None:
         assert len(found) == len(list(nn.Module.parameters(model)))
 
 
+def test_what_is_set_in_another_model_costs_no_walk(model: nn.Module) -> None:
+    walked = 0
+
+    class Counting(nn.Sequential):
+        def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+            nonlocal walked
+            walked += 1
+            return super().named_modules(*args, **kwargs)
+
+    outer = Counting(model)
+    with remembered(outer):
+        list(outer.parameters())
+        before = walked
+        nn.ModuleList([*model]).extend([nn.Linear(2, 2)])
+        list(outer.parameters())
+        assert walked == before
+        model[1].added = nn.Linear(2, 2)
+        list(outer.parameters())
+        assert walked > before
+
+
 def test_the_model_is_as_it_was_afterwards(model: nn.Module) -> None:
     before = set(vars(model))
     with pytest.raises(RuntimeError, match="killed"), remembered(model):
@@ -88,9 +110,30 @@ def test_a_module_with_a_train_of_its_own_keeps_it(model: nn.Module) -> None:
 
     model.append(Frozen(3))
     with remembered(model):
-        assert "train" not in vars(model)
+        for _ in range(2):
+            model.train()
+            assert not model[-1].training
+            assert model.training
+            model[-1].training = True
+
+
+def test_a_second_train_in_a_row_walks_nowhere(model: nn.Module) -> None:
+    class Counting(nn.Linear):
+        calls = 0
+
+        def train(self, mode: bool = True) -> Counting:
+            Counting.calls += 1
+            super().train(mode)
+            return self
+
+    model.append(Counting(3, 3))
+    with remembered(model):
+        for _ in range(5):
+            model.train()
+        assert Counting.calls == 1
+        model.eval()
         model.train()
-        assert not model[-1].training
+        assert Counting.calls == 3
 
 
 def test_a_step_gives_what_it_gave(model: nn.Module) -> None:

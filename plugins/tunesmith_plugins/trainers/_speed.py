@@ -18,16 +18,28 @@ __all__ = ["headless_model", "prepare", "trainer_class"]
 def trainer_class() -> Any:
     """Return `transformers.Trainer`, but that it walks through a model's modules only once.
 
-    A function, so that listing trainers imports no torch.
+    It is a function so that listing trainers imports no torch.
     """
     import transformers
 
     from tunesmith.nn.walks import remembered
 
     class FastTrainer(transformers.Trainer):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self._operations_of_token: float | None = None
+
         def train(self, *args: Any, **kwargs: Any) -> Any:
             with remembered(self.model):
                 return super().train(*args, **kwargs)
+
+        def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+            tokens = inputs["input_ids"].numel() if "input_ids" in inputs else 0
+            if tokens == 0:
+                return float(super().floating_point_ops(inputs))
+            if self._operations_of_token is None:  # it counts all parameters
+                self._operations_of_token = super().floating_point_ops(inputs) / tokens
+            return self._operations_of_token * tokens
 
     return FastTrainer
 

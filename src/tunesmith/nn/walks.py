@@ -20,12 +20,10 @@ __all__ = ["remembered"]
 def remembered(model: nn.Module) -> Iterator[None]:
     """Let train(), eval(), parameters() and zero_grad() of a model look its modules up in a list.
 
-    They do what they did. The list is made anew once a module or a parameter has been set anywhere
-    in the process; a model with a module whose train() is its own is left as it is.
+    They do what they did, if a second train() in a row is to change nothing. The list is made anew
+    once a module or a parameter of the model has been set.
     """
-    if any(type(module).train is not nn.Module.train for module in model.modules()) or (
-        {"train", "parameters"} & vars(model).keys()
-    ):
+    if {"train", "parameters"} & vars(model).keys():  # someone else's
         yield
         return
     walks = _Walks(model)
@@ -52,22 +50,27 @@ class _Walks:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._stale = True
-        self._modules: list[dict[str, Any]] = []
+        self._modules: dict[int, nn.Module] = {}
         self._parameters: list[nn.Parameter] = []
+        self._mode: bool | None = None
+        self._found: list[bool] = []
         self._train: Callable[..., nn.Module] = model.train
         self._stock: Callable[..., Iterator[nn.Parameter]] = model.parameters
 
-    def forget(self, *_: Any) -> None:
-        """Look at the model anew the next time: something is about to be set."""
-        self._stale = True
+    def forget(self, module: nn.Module, *_: Any) -> None:
+        """Look at the model anew the next time if it is one of its modules where something is set.
+
+        A model that takes a slice of its layers makes a new list of them at every step.
+        """
+        self._stale = self._stale or id(module) in self._modules
 
     def train(self, mode: Any = True) -> nn.Module:
-        """Do what nn.Module.train does."""
+        """Do what the model's own train() does, unless it has, and all modules say so still."""
         self._refresh()
-        if not isinstance(mode, bool):
-            return self._train(mode)
-        for attributes in self._modules:
-            attributes["training"] = mode
+        if self._mode is not mode or self._found != self._modes():
+            self._train(mode)
+            self._refresh()
+            self._mode, self._found = mode, self._modes()
         return self._model
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
@@ -75,8 +78,12 @@ class _Walks:
         self._refresh()
         return iter(self._parameters) if recurse else self._stock(recurse)
 
+    def _modes(self) -> list[bool]:
+        return [module.training for module in self._modules.values()]
+
     def _refresh(self) -> None:
         if self._stale:
-            self._modules = [vars(module) for module in self._model.modules()]
+            self._mode = None
+            self._modules = {id(module): module for module in self._model.modules()}
             self._parameters = list(self._stock())
             self._stale = False
