@@ -89,6 +89,9 @@ struct InPanels {
   int64_t operator()(int64_t i) const { return i / kWidth * stride + i % kWidth; }
 };
 
+// Fewer scales than this are not worth a second thread.
+constexpr int64_t kScalesGrain = 4096;
+
 // The blocks of a 4-bit matrix and their scales, those of some rows at hand: to fetch them one by one
 // takes as long as to decode what they scale.
 template <typename Simd>
@@ -108,6 +111,16 @@ class Scales {
     first_ = block_of(begin);
     held_ = to;
     Simd::fetch_scales(matrix_, first_, block_of(end - 1) + 1 - first_, to);
+  }
+
+  // Fetches those of all rows, on all threads, to `to`, which has to live as long as they are read.
+  void hold_all(int64_t rows, float* to) {
+    if (!is_4bit(matrix_.type)) return;
+    parallel_for(block_of(rows * matrix_.columns - 1) + 1, kScalesGrain, [&](int64_t first, int64_t last) {
+      Simd::fetch_scales(matrix_, first, last - first, to + first);
+    });
+    first_ = 0;
+    held_ = to;
   }
 
   int64_t block_of(int64_t at) const { return at >> shift_; }
@@ -147,6 +160,7 @@ class Source {
 
   int64_t columns() const { return matrix_.columns; }
   void hold_scales(int64_t row, int64_t rows, float* to) { scales_.hold(row, rows, to); }
+  void hold_all_scales(int64_t rows, float* to) { scales_.hold_all(rows, to); }
 
   [[gnu::always_inline]] void prefetch(int64_t row, int64_t column, int64_t count) const {
     tunesmith::prefetch(matrix_, row, column, count);
@@ -672,10 +686,13 @@ void multiply_plain(const Product& product) {
   using Simd = typename A::Vectors;
   constexpr int64_t kWidth = Panels<A>::kWidth;
   const int64_t tokens = product.rows;
-  const typename A::From from_left(product.left), from_right(product.right);
+  const typename A::From from_left(product.left);
+  typename A::From from_right(product.right);
   const typename A::From from_left2(product.left2), from_right2(product.right2);
   const int64_t depth = product.left.columns;
   const int64_t rank = product.left2.columns;
+  Scratch scales(sizeof(float) * Scales<Simd>::count(product.right, depth));
+  from_right.hold_all_scales(depth, scales.as<float>());
   const int64_t blocks = divide_up(depth, A::kDepth), blocks2 = divide_up(rank, A::kDepth);
   // [block of the depth][token][kRowStride]
   Scratch left(sizeof(Element) * blocks * tokens * A::kRowStride);

@@ -73,6 +73,17 @@ inline void decode_group(const uint8_t* packed, const FourBitTable& table, float
   use(1, _mm512_permutexvar_epi16(_mm512_srlv_epi16(words, shifts(12, 8)), values));
 }
 
+// What 16 codes of one row and the 16 below them in the next stand for, side by side; `both` is what
+// rounded_values gives of the first row and, in the upper half, of the second.
+inline __m512i decode_pairs(const uint8_t* first, const uint8_t* second, __m512i both) {
+  // the fifth bit of an index says which row it is of
+  const __m512i codes =
+      _mm512_or_si512(codes_of(first), _mm512_slli_epi32(codes_of(second), 16));
+  const __m512i places = _mm512_or_si512(_mm512_and_si512(codes, _mm512_set1_epi32(~0x10)),
+                                         _mm512_set1_epi32(0x10 << 16));
+  return _mm512_permutexvar_epi16(places, both);
+}
+
 // A matrix, ready to be read as bf16.
 class BFloat16Source {
  public:
@@ -105,6 +116,24 @@ class BFloat16Source {
     }
   }
 
+  // Calls use(i, pairs) for every 16 of columns [column, column + columns), of rows `row` and `row` + 1;
+  // without `second` zeros are in that one's place. For what can be grouped, and multiples of 16.
+  template <typename Use>
+  void fetch_pairs(int64_t row, bool second, int64_t column, int64_t columns, Use use) const {
+    const int64_t begin = row * matrix_.columns + column;
+    const auto values_at = [&](int64_t at) {
+      return rounded_values(*matrix_.table, scales_(scales_.block_of(at)));
+    };
+    const uint8_t* const codes = codes_at(row, column);
+    const uint8_t* const codes_below = second ? codes_at(row + 1, column) : codes;
+    for (int64_t i = 0; i < columns;) {
+      const int64_t end = std::min(columns, i + kGroup - (column + i) % kGroup);
+      __m512i both = _mm512_zextsi256_si512(values_at(begin + i));
+      if (second) both = _mm512_inserti64x4(both, values_at(begin + matrix_.columns + i), 1);
+      for (; i < end; i += 16) use(i, decode_pairs(codes + i / 2, codes_below + i / 2, both));
+    }
+  }
+
   // Fetches the scales of rows [row, row + rows) to `to`, which has to live as long as they are read.
   void hold_scales(int64_t row, int64_t rows, float* to) {
     if (!grouped_) return scales_.hold(row, rows, to);
@@ -112,6 +141,8 @@ class BFloat16Source {
     first_row_ = row;
     of_groups_ = to;
   }
+
+  void hold_all_scales(int64_t rows, float* to) { scales_.hold_all(rows, to); }
 
   // Where the codes of an element lie.
   const uint8_t* codes_at(int64_t row, int64_t column) const {
@@ -257,7 +288,13 @@ struct BFloat16Arithmetic {
         source.prefetch(p + ahead, column, columns);
       }
       int64_t i = 0;
-      if (source.lies_ready() && d + 1 < depth) {
+      if (source.can_be_grouped() && column % kLanes == 0 && columns % kLanes == 0) {
+        source.fetch_pairs(p + d, d + 1 < depth, column, columns, [&](int64_t at, __m512i pairs) {
+          store_bits(out + at / kWidth * stride + d * kWidth + at % kWidth * 2, pairs);
+        });
+        i = columns;
+        if (i == padded) continue;
+      } else if (source.lies_ready() && d + 1 < depth) {
         const uint16_t* const first = source.at(p + d, column);
         const uint16_t* const second = first + source.columns();
         for (; i + kLanes <= columns; i += kLanes) pair(d, i, first + i, second + i);

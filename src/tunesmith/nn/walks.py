@@ -65,7 +65,7 @@ class _Walks:
         self._stale = self._stale or id(module) in self._modules
 
     def train(self, mode: Any = True) -> nn.Module:
-        """Do what the model's own train() does, unless it has, and all modules say so still."""
+        """Do what the model itself does then, unless it has and all modules say so still."""
         self._refresh()
         if self._mode is not mode or self._found != self._modes():
             self._train(mode)
