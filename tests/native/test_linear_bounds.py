@@ -387,6 +387,30 @@ def test_the_number_of_threads_may_change_between_calls(native: ModuleType, isa:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_threads_that_fetch_the_scales_together_put_each_in_its_place(
+    native: ModuleType, isa: str, dtype: torch.dtype
+) -> None:
+    def layer_of(tokens: int, in_features: int, out_features: int, seed: int) -> Layer:
+        return random_layer(tokens, in_features, out_features, seed=seed, rank=4, dtype=dtype)
+
+    seed = next(
+        seed
+        for seed in range(1000)
+        if (probe := layer_of(1, 64, 1, seed)).quant_type and probe.blocksize == 64
+    )
+    layer = layer_of(20, 576, 1024, seed)  # 9,216 blocks
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            y, s = layer.forward(native)
+            grad_y = random_like(y)
+            layer.assert_gradients_close(layer.backward(native, s, grad_y), s, grad_y, isa)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_with_tunesmith_native_0_the_layer_gives_the_same_in_pytorch() -> None:
     code = """
 import torch
