@@ -255,7 +255,7 @@ def _linear_cpu(
     if _in_one_call(tokens, x.dtype, weight, quant_type):
         parts = (weight, _compact(absmax), _compact(nested_absmax), nested_offset)
         bias = _compact(bias)
-        y = x.new_empty((tokens, out_features))
+        y = x.new_empty((*leading, out_features))
         layer = _layer(shape, x.dtype, parts, blocksize, quant_type, bias, adapter)
         _native.linear(layer, x.data_ptr(), s.data_ptr(), y.data_ptr(), False)
     else:
@@ -264,11 +264,11 @@ def _linear_cpu(
             quant_type, x.dtype,
         )  # fmt: skip
         with no_autocast(x.device):
-            y = F.linear(x, dense, bias)
+            y = F.linear(x, dense, bias).view(*leading, out_features)
         if rank:
             layer = _layer(shape, x.dtype, None, 0, "", None, adapter)
             _native.linear(layer, x.data_ptr(), s.data_ptr(), y.data_ptr(), True)
-    return y.view(*leading, out_features), s
+    return y, s
 
 
 def _linear_backward_cpu(
@@ -316,7 +316,7 @@ def _linear_backward_cpu(
     own = need_x and _in_one_call(tokens, dtype, weight, quant_type)
     if own:
         parts = (weight, _compact(absmax), _compact(nested_absmax), nested_offset)
-        grad_x = grad_y.new_empty((tokens, in_features))
+        grad_x = grad_y.new_empty((*leading, in_features))
         layer = _layer(shape, dtype, parts, blocksize, quant_type, None, adapter)
     else:
         if need_x:
@@ -325,7 +325,7 @@ def _linear_backward_cpu(
                 blocksize, quant_type, dtype,
             )  # fmt: skip
             with no_autocast(grad_y.device):
-                grad_x = grad_y @ dense
+                grad_x = (grad_y @ dense).view(*leading, in_features)
         layer = _layer(shape, dtype, None, 0, "", None, adapter)
     if own or (lora_a is not None and (need_x or need_a or need_b)):
         _native.linear_backward(
@@ -339,7 +339,7 @@ def _linear_backward_cpu(
             not own,
         )
     return (
-        grad_y.new_empty(0) if grad_x is None else grad_x.view(*leading, in_features),
+        grad_y.new_empty(0) if grad_x is None else grad_x,
         grad_y.new_empty(0) if grad_a is None else grad_a,
         grad_y.new_empty(0) if grad_b is None else grad_b,
     )
