@@ -22,12 +22,12 @@ from tunesmith.nn.lora_linear import LoraLinear
 from tunesmith.nn.nf4_linear import NF4Linear, frozen_arguments
 from tunesmith.nn.prompt import disagreement, read_prompt
 from tunesmith.ops import native_status
-from tunesmith.ops.native import PreparedLayers, PreparedLinear, PreparedNorm, on_cpu
+from tunesmith.ops.attention import attention_decode
+from tunesmith.ops.elementwise import gated, rotary
+from tunesmith.ops.native import PreparedLayers, PreparedLinear, PreparedNorm
 from tunesmith.ops.schema import DTYPES
 
 __all__ = ["Decoder", "generate"]
-
-_attend, _gate, _turn = map(on_cpu, ("attention_decode", "gated", "rotary"))
 
 _LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 _PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -203,13 +203,13 @@ class _Layer:
         )
         of_q, of_k = self.head_norms
         q, k = q if of_q is None else of_q(q), k if of_k is None else of_k(k)
-        self.keys[:, :, at] = _turn(k, cos, sin, False)[:, 0]
+        self.keys[:, :, at] = rotary(k, cos, sin)[:, 0]
         self.values[:, :, at] = self.value(h, self.of_values).view(len(x), -1, self.size)
-        q = _turn(q, cos, sin, False)[:, 0]
-        seen = _attend(q, self.keys, self.values, first, at + 1, self.scale)
+        q = rotary(q, cos, sin)[:, 0]
+        seen = attention_decode(q, self.keys, self.values, first, at + 1, self.scale)
         self.output(seen.view(len(x), -1), x, accumulate=True)
         h = self.after(x)
-        inner = _gate(self.gate(h, self.of_gate), self.up(h, self.of_up), self.activation)
+        inner = gated(self.gate(h, self.of_gate), self.up(h, self.of_up), self.activation)
         self.down(inner, x, accumulate=True)
 
 

@@ -3,8 +3,8 @@
 The dispatcher takes some 10 µs to get from Python to an op written in Python, on each of four ways
 (forward and backward, with autograd and below it), which a short sample feels. So an op on plain
 tensors goes to its derivative and to its device's implementation at once; it is the dispatcher's
-under torch.compile, functorch, a dispatch mode (fake tensors, make_fx, a profiler's) and for
-subclasses of tensors, which all need to see it.
+under torch.compile, functorch, a dispatch mode (fake tensors, make_fx) and for subclasses of
+tensors, which all need to see it. torch.profiler names the derivative then, not the op.
 """
 
 from __future__ import annotations

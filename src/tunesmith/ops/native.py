@@ -34,7 +34,6 @@ __all__ = [
     "PreparedLinear",
     "PreparedNorm",
     "native_status",
-    "on_cpu",
 ]
 
 # empty when the kernels are in use
@@ -830,22 +829,6 @@ _ON_ANY: dict[str, Callable[..., Any]] = {
     "rms_norm_backward": _rms_norm_backward,
     "rotary": _rotary,
 }
-
-# without a derivative: what autograd runs on the CPU once it has done its part
-_UNDISPATCHED: dict[str, Callable[..., Any]] = {
-    "attention_decode": _attention_decode_cpu,
-    "gated": _gated,
-    "rotary": _rotary,
-}
-
-
-def on_cpu(op: str) -> Callable[..., Any]:
-    """Return the CPU's implementation of an op, to be called past torch's dispatcher.
-
-    Dispatching takes longer than the op itself where there is one token. Arguments are checked as
-    ever; no gradient flows.
-    """
-    return _UNDISPATCHED[op]
 
 
 def _bind(device: str) -> None:
