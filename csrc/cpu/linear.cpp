@@ -84,23 +84,52 @@ struct Parts {
   }
 };
 
+typedef float Four __attribute__((vector_size(16)));
+
+inline Four load_four(const float* from) {
+  Four four;
+  __builtin_memcpy(&four, from, sizeof four);
+  return four;
+}
+
+// Four rows of 4, `stride` apart, to four columns, `to_stride` apart.
+inline void transpose_four(const float* from, int64_t stride, float* to, int64_t to_stride) {
+  const Four a = load_four(from), b = load_four(from + stride);
+  const Four c = load_four(from + 2 * stride), d = load_four(from + 3 * stride);
+  const Four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+  const Four ef = __builtin_shufflevector(a, b, 2, 6, 3, 7), gh = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  const Four columns[4] = {
+      __builtin_shufflevector(ab, cd, 0, 1, 4, 5), __builtin_shufflevector(ab, cd, 2, 3, 6, 7),
+      __builtin_shufflevector(ef, gh, 0, 1, 4, 5), __builtin_shufflevector(ef, gh, 2, 3, 6, 7)};
+  for (int64_t i = 0; i < 4; ++i) __builtin_memcpy(to + i * to_stride, &columns[i], sizeof columns[i]);
+}
+
 // [rows, columns] of any plain type to [columns, rows] fp32.
 void transpose(const void* from, int type, int64_t rows, int64_t columns, float* to) {
-  const auto convert = [&](auto value_at) {
-    constexpr int64_t kLine = 16;  // so that whole cache lines are written
+  constexpr int64_t kLine = 16;  // so that whole cache lines are written
+  const auto convert = [&](int64_t first_column, auto value_at) {
     for (int64_t first = 0; first < rows; first += kLine) {
       const int64_t last = first + kLine < rows ? first + kLine : rows;
-      for (int64_t c = 0; c < columns; ++c) {
+      for (int64_t c = first_column; c < columns; ++c) {
         for (int64_t r = first; r < last; ++r) to[c * rows + r] = value_at(r * columns + c);
       }
     }
   };
   const auto* halves = static_cast<const uint16_t*>(from);
   switch (type) {
-    case TUNESMITH_FLOAT16: return convert([=](int64_t i) { return float16_to_float(halves[i]); });
-    case TUNESMITH_BFLOAT16: return convert([=](int64_t i) { return bfloat16_to_float(halves[i]); });
-    default: return convert([=](int64_t i) { return static_cast<const float*>(from)[i]; });
+    case TUNESMITH_FLOAT16: return convert(0, [=](int64_t i) { return float16_to_float(halves[i]); });
+    case TUNESMITH_BFLOAT16: return convert(0, [=](int64_t i) { return bfloat16_to_float(halves[i]); });
   }
+  const auto* floats = static_cast<const float*>(from);
+  const int64_t in_fours = rows % 4 == 0 ? columns / 4 * 4 : 0;
+  for (int64_t first = 0; first < rows; first += kLine) {
+    for (int64_t c = 0; c < in_fours; c += 4) {
+      for (int64_t r = first; r < first + kLine && r < rows; r += 4) {
+        transpose_four(floats + r * columns + c, columns, to + c * rows + r, rows);
+      }
+    }
+  }
+  convert(in_fours, [=](int64_t i) { return floats[i]; });
 }
 
 // B [out, rank] as [rank, out] fp32, which `to` has room for.

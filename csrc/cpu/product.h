@@ -31,7 +31,7 @@ constexpr DynamicTable kScales = make_dynamic_table();
 
 inline bool is_4bit(int type) { return type == TUNESMITH_NF4 || type == TUNESMITH_FP4; }
 
-inline int64_t round_up(int64_t count, int64_t size) { return divide_up(count, size) * size; }
+constexpr int64_t round_up(int64_t count, int64_t size) { return divide_up(count, size) * size; }
 
 inline float load_as_float(const void* data, int type, int64_t at) {
   switch (type) {
@@ -238,6 +238,10 @@ struct Fp32Arithmetic {
   using From = Source<Simd>;
   static constexpr int kPair = 1;
   static constexpr int kUnit = 1;
+  // of rows at best a multiple of this is brought at once
+  static constexpr int kRowsUnit = 1;
+  // up to so many tokens add_few_tokens is asked
+  static constexpr int kFew = 0;
   static constexpr int kLanes = Simd::kLanes;
   static constexpr int kTileRows = Simd::kTileRows;
   static constexpr int kDepth = Simd::kDepth;
@@ -329,31 +333,52 @@ struct Fp32Arithmetic {
   }
 };
 
-// Adds `rows` rows times one panel of Count vectors to sums [rows][width].
-template <typename A, int Count, int R>
+// Adds `rows` rows times one panel of Count vectors to sums [rows][width], or puts them there where
+// kFresh says that nothing is there yet.
+template <typename A, bool kFresh, int Count, int R>
 void add_tiles(int64_t rows, int64_t depth, const typename A::Element* left,
                const typename A::Element* panel, float* sums) {
   constexpr int64_t kWidth = int64_t(Count) * A::kLanes;
   while (rows >= R) {
-    A::template tile<R, Count>(depth, left, panel, sums);
+    if constexpr (kFresh) {
+      A::template fresh_tile<R, Count>(depth, left, panel, sums);
+    } else {
+      A::template tile<R, Count>(depth, left, panel, sums);
+    }
     rows -= R;
     left += int64_t(R) * A::kRowStride;
     sums += R * kWidth;
   }
   if constexpr (R > 1) {
-    if (rows > 0) add_tiles<A, Count, (R > 4 ? R / 2 : R - 1)>(rows, depth, left, panel, sums);
+    if (rows > 0) {
+      add_tiles<A, kFresh, Count, (R > 4 ? R / 2 : R - 1)>(rows, depth, left, panel, sums);
+    }
   }
 }
 
-template <typename A>
+template <typename A, bool kFresh>
 void add_panel(int64_t rows, int64_t depth, int64_t width, const typename A::Element* left,
                const typename A::Element* panel, float* sums) {
   // as many sums in registers either way
   if (width == A::kLanes) {
-    add_tiles<A, 1, 2 * A::kTileRows>(rows, depth, left, panel, sums);
+    add_tiles<A, kFresh, 1, 2 * A::kTileRows>(rows, depth, left, panel, sums);
   } else {
-    add_tiles<A, 2, A::kTileRows>(rows, depth, left, panel, sums);
+    add_tiles<A, kFresh, 2, A::kTileRows>(rows, depth, left, panel, sums);
   }
+}
+
+// The same, `fresh` or not.
+template <typename A>
+void add_panel(bool fresh, int64_t rows, int64_t depth, int64_t width,
+               const typename A::Element* left, const typename A::Element* panel, float* sums) {
+  if (fresh) return add_panel<A, true>(rows, depth, width, left, panel, sums);
+  add_panel<A, false>(rows, depth, width, left, panel, sums);
+}
+
+// How much of a depth is multiplied at a time, so that the last part is not a small one.
+template <typename A>
+int64_t depth_of_blocks(int64_t depth, int64_t unit) {
+  return std::min<int64_t>(A::kDepth, round_up(divide_up(depth, divide_up(depth, A::kDepth)), unit));
 }
 
 // How rows or columns that become lanes fall into panels: two vectors wide, and the last one vector
@@ -379,39 +404,50 @@ constexpr int64_t kSums = int64_t(1) << 15;
 // fewer multiplications than this are not worth a second thread
 constexpr int64_t kGrain = int64_t(1) << 16;
 
-// How a product is cut into blocks that threads share.
+// How a product is cut into units that threads share: some columns of some tokens.
 struct Grid {
-  int64_t tokens, columns;         // of one block
-  int64_t token_blocks, column_blocks;
+  int64_t tokens;        // of one unit
+  int64_t token_blocks;
+  int64_t unit;          // how many columns one has
+  int64_t units;         // that make up all columns
+  int64_t together;      // units side by side that are multiplied at once, at most
 
-  int64_t count() const { return token_blocks * column_blocks; }
+  int64_t count() const { return token_blocks * units; }
+  int64_t columns() const { return together * unit; }
+
+  // How much work less than which is not worth a second thread is in units.
+  int64_t grain(int64_t depth) const {
+    return divide_up(kGrain, tokens * unit * std::max<int64_t>(depth, 1));
+  }
+
+  // Calls use(block of tokens, first column, columns) for units [first, last), of up to columns() that
+  // lie side by side, and not many with one and few with the next.
+  template <typename Use>
+  void each(int64_t first, int64_t last, Use use) const {
+    while (first < last) {
+      const int64_t at = first % units;
+      const int64_t run = std::min(last - first, units - at);
+      const int64_t count = divide_up(run, divide_up(run, together));
+      use(first / units, at * unit, count * unit);
+      first += count;
+    }
+  }
 };
 
 inline Grid make_grid(int64_t tokens, int64_t columns, int64_t depth, int64_t token_unit,
                       int64_t column_unit, int64_t column_block) {
-  Grid grid = {std::min(kTokens, round_up(tokens, token_unit)), column_block, 0, 0};
+  Grid grid = {std::min(kTokens, round_up(tokens, token_unit)), 0, column_unit,
+               divide_up(columns, column_unit), column_block / column_unit};
   const int64_t threads = std::max<int64_t>(1, std::min(max_threads(), tokens * columns * depth / kGrain));
-  const auto cut = [&] {
-    grid.token_blocks = divide_up(tokens, grid.tokens);
-    grid.column_blocks = divide_up(columns, grid.columns);
-  };
+  const auto cut = [&] { grid.token_blocks = divide_up(tokens, grid.tokens); };
   cut();
   // every thread should have something to do
-  if (grid.count() < 2 * threads && threads > 1) {
-    grid.columns = std::min(column_block, round_up(divide_up(columns, 2 * threads), column_unit));
-    cut();
-  }
   if (grid.count() < threads) {
-    const int64_t parts = divide_up(threads, grid.column_blocks);
+    const int64_t parts = divide_up(threads, grid.units);
     grid.tokens = std::min(grid.tokens, round_up(divide_up(tokens, parts), token_unit));
     cut();
   }
   return grid;
-}
-
-inline int64_t grid_grain(const Grid& grid, int64_t depth) {
-  const int64_t work = grid.tokens * grid.columns * std::max<int64_t>(depth, 1);
-  return divide_up(kGrain, work);
 }
 
 // Writes finished sums, times a factor.
@@ -614,49 +650,55 @@ void multiply_transposed(const Product& product) {
                  }
                });
 
-  const Grid grid = make_grid(product.rows, product.columns, depth + rank, kWidth, A::kTileRows,
-                              round_up(kBlockRows, A::kTileRows));
-  parallel_for(grid.count(), grid_grain(grid, depth + rank), [&](int64_t first, int64_t last) {
+  // what add_few_tokens multiplies at once takes as long as a part of it
+  constexpr int64_t kBlock = round_up(kBlockRows, A::kTileRows);
+  const bool few = product.rows <= A::kFew;
+  const int64_t unit = few ? kBlock : A::kTileRows;
+  const int64_t block_depth = depth_of_blocks<A>(std::max<int64_t>(depth, 1), A::kRowsUnit);
+  const Grid grid = make_grid(product.rows, product.columns, depth + rank, kWidth, unit, kBlock);
+  parallel_for(grid.count(), grid.grain(depth + rank), [&](int64_t first, int64_t last) {
     [[maybe_unused]] const typename A::Session session = {};
     // add_few_tokens takes room for a whole block however few rows there are
-    Scratch block(sizeof(Element) * std::max(grid.columns, kBlockRows) * A::kRowStride);
-    Scratch sums_of_block(sizeof(float) * grid.columns * round_up(grid.tokens, kWidth));
-    Scratch scales(sizeof(float) * Scales<Simd>::count(product.right, grid.columns));
+    Scratch block(sizeof(Element) * kBlock * A::kRowStride);
+    Scratch sums_of_block(sizeof(float) * kBlock * round_up(grid.tokens, kWidth));
+    Scratch scales(sizeof(float) * Scales<Simd>::count(product.right, kBlock));
     typename A::From rows_from = from_right;
-    for (int64_t task = first; task < last; ++task) {
-      const int64_t n = task / grid.token_blocks * grid.columns;
-      const int64_t rows = std::min(grid.columns, product.columns - n);
+    grid.each(first, last, [&](int64_t token_block, int64_t n, int64_t columns) {
+      const int64_t rows = std::min(columns, product.columns - n);
       if (depth > 0) rows_from.hold_scales(n, rows, scales.as<float>());
-      const int64_t token = task % grid.token_blocks * grid.tokens;
+      const int64_t token = token_block * grid.tokens;
       const int64_t first_panel = token / kWidth;
       const int64_t last_panel = divide_up(std::min(token + grid.tokens, product.rows), kWidth);
       const auto sums_at = [&](int64_t i) {
-        return sums_of_block.as<float>() + (i - first_panel) * kWidth * grid.columns;
+        return sums_of_block.as<float>() + (i - first_panel) * kWidth * kBlock;
       };
-      std::fill(sums_at(first_panel), sums_at(last_panel), 0.0f);
       // left multiplies with right, left2 with right2
-      const auto add_block = [&](int64_t p, int64_t count, const Element* panels, int64_t padded) {
+      const auto add_block = [&](bool fresh, int64_t p, int64_t count, const Element* panels,
+                                 int64_t padded) {
         for (int64_t i = first_panel; i < last_panel; ++i) {
           const int64_t width = tokens.width(i);
-          add_panel<A>(rows, round_up(count, A::kUnit) / A::kPair, width, block.as<Element>(),
-                       panels + i * kWidth * padded + p * width, sums_at(i));
+          add_panel<A>(fresh, rows, round_up(count, A::kUnit) / A::kPair, width,
+                       block.as<Element>(), panels + i * kWidth * padded + p * width, sums_at(i));
         }
       };
       // first, for only this part is scaled by alpha2; alpha is 1 where it is there
       for (int64_t p = 0; p < rank; p += A::kDepth) {
         const int64_t count = std::min<int64_t>(A::kDepth, rank - p);
         A::rows(from_right2, n, rows, p, count, block.as<Element>());
-        add_block(p, count, left2.as<Element>(), padded_rank);
+        add_block(p == 0, p, count, left2.as<Element>(), padded_rank);
       }
       for (int64_t i = first_panel; i < last_panel; ++i) {
         if (rank > 0) scale_sums<Simd>(sums_at(i), rows * tokens.width(i), product.alpha2);
       }
-      const bool done = A::add_few_tokens(rows_from, n, rows, tokens.count, left.as<Element>(),
-                                          block.as<Element>(), sums_at(first_panel));
-      for (int64_t p = 0; p < depth && !done; p += A::kDepth) {
-        const int64_t count = std::min<int64_t>(A::kDepth, depth - p);
+      bool fresh = rank == 0 && depth > 0 && !few;
+      if (rank == 0 && !fresh) std::fill(sums_at(first_panel), sums_at(last_panel), 0.0f);
+      const bool done = few && A::add_few_tokens(rows_from, n, rows, tokens.count, left.as<Element>(),
+                                                 block.as<Element>(), sums_at(first_panel));
+      for (int64_t p = 0; p < depth && !done; p += block_depth) {
+        const int64_t count = std::min<int64_t>(block_depth, depth - p);
         A::rows(rows_from, n, rows, p, count, block.as<Element>());
-        add_block(p, count, left.as<Element>(), padded_depth);
+        add_block(fresh, p, count, left.as<Element>(), padded_depth);
+        fresh = false;
       }
       const Output output = {product, rank == 0 ? product.alpha : 1.0f};
       alignas(64) float turned[A::kLanes * kTurnedStride<A>];
@@ -674,7 +716,7 @@ void multiply_transposed(const Product& product) {
           output.template rows<Simd>(i * kWidth + lane, lanes, n, rows, turned, kTurnedStride<A>);
         }
       }
-    }
+    });
   });
 }
 
@@ -693,17 +735,20 @@ void multiply_plain(const Product& product) {
   const int64_t rank = product.left2.columns;
   Scratch scales(sizeof(float) * Scales<Simd>::count(product.right, depth));
   from_right.hold_all_scales(depth, scales.as<float>());
-  const int64_t blocks = divide_up(depth, A::kDepth), blocks2 = divide_up(rank, A::kDepth);
+  const auto block_of = [](int64_t total) {
+    return depth_of_blocks<A>(std::max<int64_t>(total, 1), A::kUnit);
+  };
+  const int64_t blocks = divide_up(depth, block_of(depth)), blocks2 = divide_up(rank, block_of(rank));
   // [block of the depth][token][kRowStride]
   Scratch left(sizeof(Element) * blocks * tokens * A::kRowStride);
   Scratch left2(sizeof(Element) * blocks2 * tokens * A::kRowStride);
   parallel_for(tokens, divide_up(kGrain / 4, std::max<int64_t>(depth, 1)),
                [&](int64_t first, int64_t last) {
                  const auto bring = [&](const auto& from, int64_t columns, Element* to) {
-                   for (int64_t p = 0; p < columns; p += A::kDepth) {
-                     A::rows(from, first, last - first, p,
-                             std::min<int64_t>(A::kDepth, columns - p),
-                             to + (p / A::kDepth * tokens + first) * A::kRowStride);
+                   const int64_t size = block_of(columns);
+                   for (int64_t p = 0; p < columns; p += size) {
+                     A::rows(from, first, last - first, p, std::min(size, columns - p),
+                             to + (p / size * tokens + first) * A::kRowStride);
                    }
                  };
                  bring(from_left, depth, left.as<Element>());
@@ -715,33 +760,34 @@ void multiply_plain(const Product& product) {
   const Grid grid = make_grid(tokens, product.columns, depth + rank, A::kTileRows, kWidth,
                               std::min(kBlockColumns, std::max(2 * kWidth, fitting)));
   constexpr int64_t panel_stride = kWidth * A::kDepth;  // kDepth is a multiple of kUnit
-  parallel_for(grid.count(), grid_grain(grid, depth + rank), [&](int64_t first, int64_t last) {
+  parallel_for(grid.count(), grid.grain(depth + rank), [&](int64_t first, int64_t last) {
     [[maybe_unused]] const typename A::Session session = {};
-    Scratch block(sizeof(Element) * grid.columns * A::kDepth);
-    Scratch sums_of_block(sizeof(float) * grid.columns * grid.tokens);
-    for (int64_t task = first; task < last; ++task) {
-      const int64_t n = task / grid.token_blocks * grid.columns;
-      const int64_t columns = std::min(grid.columns, product.columns - n);
+    Scratch block(sizeof(Element) * grid.columns() * A::kDepth);
+    Scratch sums_of_block(sizeof(float) * grid.columns() * grid.tokens);
+    grid.each(first, last, [&](int64_t token_block, int64_t n, int64_t most) {
+      const int64_t columns = std::min(most, product.columns - n);
       const int64_t panels = divide_up(columns, kWidth);
-      const int64_t token = task % grid.token_blocks * grid.tokens;
+      const int64_t token = token_block * grid.tokens;
       const int64_t rows = std::min(grid.tokens, tokens - token);
       const auto sums_at = [&](int64_t panel) {
         return sums_of_block.as<float>() + panel * kWidth * rows;
       };
-      std::fill(sums_at(0), sums_at(panels), 0.0f);
-      const auto add_blocks = [&](const auto& from, int64_t total, const Element* left_blocks) {
-        for (int64_t p = 0; p < total; p += A::kDepth) {
-          const int64_t count = std::min<int64_t>(A::kDepth, total - p);
+      const auto add_blocks = [&](bool fresh, const auto& from, int64_t total,
+                                  const Element* left_blocks) {
+        const int64_t size = block_of(total);
+        for (int64_t p = 0; p < total; p += size) {
+          const int64_t count = std::min(size, total - p);
           A::panels(from, p, count, n, columns, panel_stride, block.as<Element>());
           for (int64_t panel = 0; panel < panels; ++panel) {
-            add_panel<A>(rows, round_up(count, A::kUnit) / A::kPair, kWidth,
-                         left_blocks + (p / A::kDepth * tokens + token) * A::kRowStride,
+            add_panel<A>(fresh && p == 0, rows, round_up(count, A::kUnit) / A::kPair, kWidth,
+                         left_blocks + (p / size * tokens + token) * A::kRowStride,
                          block.as<Element>() + panel * panel_stride, sums_at(panel));
           }
         }
       };
+      if (depth + rank == 0) std::fill(sums_at(0), sums_at(panels), 0.0f);
       // first, for only this part is scaled by alpha2 and masked; alpha is 1 where it is there
-      add_blocks(from_right2, rank, left2.as<Element>());
+      add_blocks(true, from_right2, rank, left2.as<Element>());
       if (rank > 0) scale_sums<Simd>(sums_at(0), panels * kWidth * rows, product.alpha2);
       if (rank > 0 && product.keep != nullptr) {
         for (int64_t m = 0; m < rows; ++m) {
@@ -752,13 +798,13 @@ void multiply_plain(const Product& product) {
           }
         }
       }
-      add_blocks(from_right, depth, left.as<Element>());
+      add_blocks(rank == 0, from_right, depth, left.as<Element>());
       const Output output = {product, rank == 0 ? product.alpha : 1.0f};
       for (int64_t panel = 0; panel < panels; ++panel) {
         output.template rows<Simd>(token, rows, n + panel * kWidth,
                                    std::min(kWidth, columns - panel * kWidth), sums_at(panel), kWidth);
       }
-    }
+    });
   });
 }
 

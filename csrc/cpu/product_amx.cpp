@@ -105,6 +105,7 @@ inline void add_vectors(const uint16_t* decoded, int64_t vectors, const uint16_t
 struct AmxArithmetic : Base {
   static_assert(kLanes == kTile);
   static constexpr int kTileRows = 2 * kTile;
+  static constexpr int kFew = kTile;
 
   // Leaves the tiles as they were found: the next to use them sets them up anew.
   struct Session {
@@ -121,7 +122,7 @@ struct AmxArithmetic : Base {
                              const uint16_t* panel, uint16_t* block, float* sums) {
     constexpr int64_t kHalf = kLineGroups * kGroupVectors * kVectorStride;
     static_assert(2 * kHalf <= kBlockRows * kRowStride);
-    if (tokens > kTile || rows > kFewRows || !from.grouped()) return false;
+    if (rows > kFewRows || !from.grouped()) return false;
     configure(kTile);
     for (int64_t i = 0; i < 2 * kHalf && rows < kFewRows; ++i) block[i] = 0;
     _tile_zero(0);

@@ -229,6 +229,8 @@ struct BFloat16Arithmetic {
   using From = BFloat16Source;
   static constexpr int kPair = 2;
   static constexpr int kUnit = kUnit_;
+  static constexpr int kRowsUnit = kGroup;
+  static constexpr int kFew = 0;
   static constexpr int kLanes = Avx512::kLanes;
   static constexpr int kTileRows = Avx512::kTileRows;
   static constexpr int kDepth = 2 * Avx512::kDepth;
@@ -297,6 +299,10 @@ struct BFloat16Arithmetic {
       } else if (source.lies_ready() && d + 1 < depth) {
         const uint16_t* const first = source.at(p + d, column);
         const uint16_t* const second = first + source.columns();
+        for (; i + kWidth <= columns; i += kWidth) {
+          uint16_t* const to = out + i / kWidth * stride + d * kWidth;
+          interleave(load_bits(first + i), load_bits(second + i), to);
+        }
         for (; i + kLanes <= columns; i += kLanes) pair(d, i, first + i, second + i);
         if (i == padded) continue;
       }
@@ -381,6 +387,20 @@ struct BFloat16Arithmetic {
     store_bits(group, _mm512_permutex2var_epi16(low, load_bits(kPlaces.at), high));
     store_bits(group + kGroup / 2,
                _mm512_permutex2var_epi16(low, load_bits(kPlaces.at + kGroup / 2), high));
+  }
+
+  // Writes 32 pairs: of each element of one vector and of the other.
+  static void interleave(__m512i first, __m512i second, uint16_t* to) {
+    static constexpr auto kPlaces = [] {
+      struct Places {
+        alignas(64) uint16_t at[4 * kLanes];
+      } places = {};
+      for (int64_t i = 0; i < 4 * kLanes; ++i) places.at[i] = uint16_t(i / 2 + i % 2 * 2 * kLanes);
+      return places;
+    }();
+    store_bits(to, _mm512_permutex2var_epi16(first, load_bits(kPlaces.at), second));
+    store_bits(to + 2 * kLanes,
+               _mm512_permutex2var_epi16(first, load_bits(kPlaces.at + 2 * kLanes), second));
   }
 
   static constexpr int64_t kMostColumns = kBlockColumns;
