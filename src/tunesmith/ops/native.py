@@ -109,8 +109,8 @@ def native_status() -> NativeStatus:
 # up to this many rows of x, our own product beats dequantizing for the library's: it reads 4 bits a
 # weight where that writes and reads 16 or 32
 _OWN_TOKENS = 128
-# AMX multiplies so fast that what is saved by not writing W out counts for longer; at 512 rows a step
-# takes as long either way
+# AMX multiplies so fast that what is saved by not writing W out counts for longer; at 512 rows a
+# step takes as long either way
 _OWN_TOKENS_AMX = 384
 
 # CPU outputs of this many bytes and more come from the pool: smaller ones malloc recycles itself
