@@ -20,7 +20,7 @@ from benchmarks.train.cases import CASES, GPU_CASES, GROUPS, Bar, Case, Job
 from benchmarks.train.growth import compare_growth
 from benchmarks.train.report import NOT_ASKED, Report, compare, header_lines, not_asked, table_lines
 from benchmarks.train.rows import find_rows, write_rows
-from benchmarks.train.turns import Worker, run_case
+from benchmarks.train.turns import Worker, run_cases
 
 __all__ = ["main"]
 
@@ -85,23 +85,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         path = options.json or RESULTS / f"train-{slug(report.machine)}-{now:%Y-%m-%d}.json"
         print("\n".join(header_lines(report)), flush=True)
-        numbers = itertools.count()
-        for case in cases:
-            why = _left_out(case, options)
+        start = functools.partial(_start, sizes, options, directory, itertools.count())
+        by_run = itertools.groupby(cases, lambda case: (case.run_as, _left_out(case, options)))
+        for (name, why), group in by_run:
+            company = list(group)
             if why:
-                report.comparisons.extend(not_asked(case, why))
+                for case in company:
+                    report.comparisons.extend(not_asked(case, why))
                 continue
-            print(f"... {case.name}", file=sys.stderr, flush=True)
-            save = _save_llama_8b if case.large else _save_smollm2
-            if options.quick or case.tiny:
-                save = _save_tiny
+            print(f"... {name}", file=sys.stderr, flush=True)
             if options.quick:
                 # what is promised for a real model says nothing about this one
-                case = attrs.evolve(case, bars=tuple(Bar(bar.theirs) for bar in case.bars))
-            start = functools.partial(_start, case, sizes, save, options.device, directory, numbers)
-            result = run_case(case, start, case.rounds or sizes.rounds)
-            report.results.append(result)
-            report.comparisons.extend(compare(result))
+                company = [_without_bars(case) for case in company]
+            results = run_cases(company, start, company[0].rounds or sizes.rounds)
+            report.results.extend(results)
+            for result in results:
+                report.comparisons.extend(compare(result))
             report.write(path)  # a long run that is interrupted has kept what it knew
         if not on_cuda:
             report.comparisons.extend(compare_growth(report.results))
@@ -141,6 +140,10 @@ def _left_out(case: Case, options: argparse.Namespace) -> str:
     return "only with --slow" if case.slow and not options.slow else ""
 
 
+def _without_bars(case: Case) -> Case:
+    return attrs.evolve(case, bars=tuple(Bar(bar.theirs) for bar in case.bars))
+
+
 def _has_cuda() -> bool:
     import torch
 
@@ -148,14 +151,16 @@ def _has_cuda() -> bool:
 
 
 def _start(
-    case: Case,
     sizes: Sizes,
-    save: Callable[[Path], object],
-    device: str,
+    options: argparse.Namespace,
     directory: Path,
     numbers: itertools.count[int],
+    case: Case,
     contestant: str,
 ) -> Worker:
+    save = _save_llama_8b if case.large else _save_smollm2
+    if options.quick or case.tiny:
+        save = _save_tiny
     max_length = case.max_length or sizes.max_length
     rows = directory / f"rows-{max_length}.json"
     if not rows.is_file():
@@ -175,7 +180,7 @@ def _start(
         turns=case.rounds or sizes.rounds,
         steps_per_turn=min(case.steps, sizes.most_steps),
         new_tokens=sizes.new_tokens,
-        device=device,
+        device=options.device,
     )
     return Worker(job)
 

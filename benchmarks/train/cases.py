@@ -87,6 +87,8 @@ class Case:
     """On a random two-layer Llama, whatever model the run is about."""
     large: bool = False
     """On a random Llama in the shape of an 8B one; on CUDA only."""
+    together: bool = False
+    """Takes turns with those of its group that do so too, for their ratios are compared."""
     slow: bool = False
     """Only with --slow."""
 
@@ -99,6 +101,11 @@ class Case:
     def asked_as(self) -> str:
         """What --only calls it."""
         return self.group or self.name
+
+    @property
+    def run_as(self) -> str:
+        """What it is called while it runs, alone or with those it takes turns with."""
+        return self.group if self.together else self.name
 
     @property
     def alone(self) -> bool:
@@ -154,9 +161,10 @@ def _growth(length: int, *, memory: bool = False) -> Case:
         checkpointing=memory,
         batch=1,
         steps=max(1, 2048 // length),  # a turn of some seconds
-        rounds=1 if memory else 9 if length <= 512 else 3,
+        rounds=1 if memory else 7,
         max_length=length,
         filled=True,
+        together=not memory,
         slow=True,
     )
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ import attrs
 from benchmarks.measure import order
 from benchmarks.train.cases import Case, Job
 
-__all__ = ["CaseResult", "Contestant", "ContestantError", "Worker", "run_case"]
+__all__ = ["CaseResult", "Contestant", "ContestantError", "Worker", "run_cases"]
 
 _PAUSE = 0.3
 """Seconds before a turn: an OpenMP runtime may let its threads spin for 0.2 after its work."""
@@ -122,65 +122,70 @@ class Worker:
         return message
 
 
-def run_case(
-    case: Case,
-    start: Callable[[str], Contestant],
+def run_cases(
+    cases: Sequence[Case],
+    start: Callable[[Case, str], Contestant],
     rounds: int,
     *,
     pause: float = _PAUSE,
-) -> CaseResult:
-    """Measure a case; whoever cannot run or fails is named in `not_run`, and the others go on.
+) -> list[CaseResult]:
+    """Measure cases; whoever cannot run or fails is named in `not_run`, and the others go on.
 
-    `start` makes a contestant of a name. Where times are compared all live at once and alternate,
-    in another order each round; else one begins after the other has ended.
+    `start` makes a contestant of a name. Where times are compared all contestants of all cases
+    live at once and alternate, in another order each round; else one begins after the other has
+    ended.
     """
-    result = CaseResult(case, {}, {}, {})
-    groups = [[name] for name in case.contestants] if case.alone else [list(case.contestants)]
-    for names in groups:
+    results = [CaseResult(case, {}, {}, {}) for case in cases]
+    asked = [_Seat(result, name) for result in results for name in result.case.contestants]
+    alone = any(case.alone for case in cases)
+    for seats in [[seat] for seat in asked] if alone else [asked]:
         with contextlib.ExitStack() as stack:
-            _alternate(names, _started(names, start, result, stack), result, rounds, pause)
-    return result
+            _alternate(_started(seats, start, stack), rounds, pause)
+    return results
+
+
+@attrs.frozen(eq=False)
+class _Seat:
+    """One contestant in one case."""
+
+    result: CaseResult
+    name: str
+
+    def leave(self, error: ContestantError) -> None:
+        """Keep why, and nothing that was measured before."""
+        why = " ".join(str(error).split())[:400]
+        self.result.not_run[self.name] = f"failed: {why}"
+        self.result.samples.pop(self.name, None)
 
 
 def _started(
-    names: Sequence[str],
-    start: Callable[[str], Contestant],
-    result: CaseResult,
+    seats: Sequence[_Seat],
+    start: Callable[[Case, str], Contestant],
     stack: contextlib.ExitStack,
-) -> dict[str, Contestant]:
-    found: dict[str, Contestant] = {}
-    for name in names:
+) -> dict[_Seat, Contestant]:
+    found: dict[_Seat, Contestant] = {}
+    for seat in seats:
         try:
-            contestant = start(name)
+            contestant = start(seat.result.case, seat.name)
             stack.callback(contestant.close)
             contestant.ready()
         except ContestantError as error:
-            result.not_run[name] = _one_line(error)
+            seat.leave(error)
         else:
-            found[name] = contestant
-            result.samples[name] = []
+            found[seat] = contestant
+            seat.result.samples[seat.name] = []
     return found
 
 
-def _alternate(
-    names: Sequence[str],
-    contestants: Mapping[str, Contestant],
-    result: CaseResult,
-    rounds: int,
-    pause: float,
-) -> None:
+def _alternate(contestants: dict[_Seat, Contestant], rounds: int, pause: float) -> None:
     for turn in range(rounds):
-        for name in order([name for name in names if name in result.samples], turn):
+        for seat in order(list(contestants), turn):
             time.sleep(pause)
             try:
-                values, note = contestants[name].turn()
+                values, note = contestants[seat].turn()
             except ContestantError as error:
-                result.not_run[name] = _one_line(error)
-                del result.samples[name]
+                seat.leave(error)
+                del contestants[seat]
                 continue
-            result.samples[name] += values
-            result.notes[name] = note
-
-
-def _one_line(error: ContestantError) -> str:
-    return "failed: " + " ".join(str(error).split())[:400]
+            seat.result.samples[seat.name] += values
+            seat.result.notes[seat.name] = note

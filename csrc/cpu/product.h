@@ -240,7 +240,8 @@ struct Fp32Arithmetic {
   static constexpr int kUnit = 1;
   // of rows at best a multiple of this is brought at once
   static constexpr int kRowsUnit = 1;
-  // up to so many tokens add_few_tokens is asked
+  // up to so many tokens are offered to add_few_tokens, which only an arithmetic has where that is any:
+  // it adds all of rows [row, row + rows) times them in a way of its own, or returns false
   static constexpr int kFew = 0;
   static constexpr int kLanes = Simd::kLanes;
   static constexpr int kTileRows = Simd::kTileRows;
@@ -249,11 +250,6 @@ struct Fp32Arithmetic {
   static constexpr int kRowStride = kDepth + 16;
 
   static void agree(From&, From&) {}
-
-  // May add all of rows [row, row + rows) times `tokens` tokens in a way of its own, and say so.
-  static bool add_few_tokens(const From&, int64_t, int64_t, int64_t, const float*, float*, float*) {
-    return false;
-  }
 
   // What a thread holds while it multiplies.
   struct Session {};
@@ -378,6 +374,7 @@ void add_panel(bool fresh, int64_t rows, int64_t depth, int64_t width,
 // How much of a depth is multiplied at a time, so that the last part is not a small one.
 template <typename A>
 int64_t depth_of_blocks(int64_t depth, int64_t unit) {
+  depth = std::max<int64_t>(depth, 1);
   return std::min<int64_t>(A::kDepth, round_up(divide_up(depth, divide_up(depth, A::kDepth)), unit));
 }
 
@@ -650,11 +647,11 @@ void multiply_transposed(const Product& product) {
                  }
                });
 
-  // what add_few_tokens multiplies at once takes as long as a part of it
   constexpr int64_t kBlock = round_up(kBlockRows, A::kTileRows);
   const bool few = product.rows <= A::kFew;
+  // add_few_tokens takes as long for part of a block as for a whole one
   const int64_t unit = few ? kBlock : A::kTileRows;
-  const int64_t block_depth = depth_of_blocks<A>(std::max<int64_t>(depth, 1), A::kRowsUnit);
+  const int64_t block_depth = depth_of_blocks<A>(depth, A::kRowsUnit);
   const Grid grid = make_grid(product.rows, product.columns, depth + rank, kWidth, unit, kBlock);
   parallel_for(grid.count(), grid.grain(depth + rank), [&](int64_t first, int64_t last) {
     [[maybe_unused]] const typename A::Session session = {};
@@ -692,8 +689,11 @@ void multiply_transposed(const Product& product) {
       }
       bool fresh = rank == 0 && depth > 0 && !few;
       if (rank == 0 && !fresh) std::fill(sums_at(first_panel), sums_at(last_panel), 0.0f);
-      const bool done = few && A::add_few_tokens(rows_from, n, rows, tokens.count, left.as<Element>(),
-                                                 block.as<Element>(), sums_at(first_panel));
+      bool done = false;
+      if constexpr (A::kFew > 0) {
+        done = few && A::add_few_tokens(rows_from, n, rows, left.as<Element>(), block.as<Element>(),
+                                        sums_at(first_panel));
+      }
       for (int64_t p = 0; p < depth && !done; p += block_depth) {
         const int64_t count = std::min<int64_t>(block_depth, depth - p);
         A::rows(rows_from, n, rows, p, count, block.as<Element>());
@@ -735,9 +735,7 @@ void multiply_plain(const Product& product) {
   const int64_t rank = product.left2.columns;
   Scratch scales(sizeof(float) * Scales<Simd>::count(product.right, depth));
   from_right.hold_all_scales(depth, scales.as<float>());
-  const auto block_of = [](int64_t total) {
-    return depth_of_blocks<A>(std::max<int64_t>(total, 1), A::kUnit);
-  };
+  const auto block_of = [](int64_t total) { return depth_of_blocks<A>(total, A::kUnit); };
   const int64_t blocks = divide_up(depth, block_of(depth)), blocks2 = divide_up(rank, block_of(rank));
   // [block of the depth][token][kRowStride]
   Scratch left(sizeof(Element) * blocks * tokens * A::kRowStride);

@@ -118,8 +118,8 @@ struct AmxArithmetic : Base {
 
   // Tiles cannot be loaded from what has only just been stored, and decoding is most of the work for
   // one panel. So one line of codes is decoded while that before it is multiplied.
-  static bool add_few_tokens(const From& from, int64_t row, int64_t rows, int64_t tokens,
-                             const uint16_t* panel, uint16_t* block, float* sums) {
+  static bool add_few_tokens(const From& from, int64_t row, int64_t rows, const uint16_t* panel,
+                             uint16_t* block, float* sums) {
     constexpr int64_t kHalf = kLineGroups * kGroupVectors * kVectorStride;
     static_assert(2 * kHalf <= kBlockRows * kRowStride);
     if (rows > kFewRows || !from.grouped()) return false;

@@ -238,11 +238,6 @@ struct BFloat16Arithmetic {
 
   struct Session {};
 
-  static bool add_few_tokens(const From&, int64_t, int64_t, int64_t, const uint16_t*, uint16_t*,
-                             float*) {
-    return false;
-  }
-
   // The depth of a transposed product may run in any order that both factors have.
   static void agree(From& left, From& right) {
     left.set_grouped(right.can_be_grouped());
@@ -374,33 +369,35 @@ struct BFloat16Arithmetic {
   }
 
  private:
+  // Where each of 64 values comes from: a place in two vectors of 32.
+  struct Places {
+    alignas(64) uint16_t at[kGroup];
+  };
+
+  template <typename Place>
+  static constexpr Places places_of(Place place) {
+    Places places = {};
+    for (int64_t i = 0; i < kGroup; ++i) places.at[i] = uint16_t(place(i));
+    return places;
+  }
+
+  static void store_from(const Places& places, __m512i first, __m512i second, uint16_t* to) {
+    constexpr int64_t kHalf = kGroup / 2;
+    store_bits(to, _mm512_permutex2var_epi16(first, load_bits(places.at), second));
+    store_bits(to + kHalf, _mm512_permutex2var_epi16(first, load_bits(places.at + kHalf), second));
+  }
+
   // Brings a group from its natural order into that in which decode_group leaves it.
   static void regroup(uint16_t* group) {
-    static constexpr auto kPlaces = [] {
-      struct Places {
-        alignas(64) uint16_t at[kGroup];
-      } places = {};
-      for (int64_t i = 0; i < kGroup; ++i) places.at[i] = uint16_t(source(i));
-      return places;
-    }();
-    const __m512i low = load_bits(group), high = load_bits(group + kGroup / 2);
-    store_bits(group, _mm512_permutex2var_epi16(low, load_bits(kPlaces.at), high));
-    store_bits(group + kGroup / 2,
-               _mm512_permutex2var_epi16(low, load_bits(kPlaces.at + kGroup / 2), high));
+    static constexpr Places kPlaces = places_of([](int64_t i) { return source(i); });
+    store_from(kPlaces, load_bits(group), load_bits(group + kGroup / 2), group);
   }
 
   // Writes 32 pairs: of each element of one vector and of the other.
   static void interleave(__m512i first, __m512i second, uint16_t* to) {
-    static constexpr auto kPlaces = [] {
-      struct Places {
-        alignas(64) uint16_t at[4 * kLanes];
-      } places = {};
-      for (int64_t i = 0; i < 4 * kLanes; ++i) places.at[i] = uint16_t(i / 2 + i % 2 * 2 * kLanes);
-      return places;
-    }();
-    store_bits(to, _mm512_permutex2var_epi16(first, load_bits(kPlaces.at), second));
-    store_bits(to + 2 * kLanes,
-               _mm512_permutex2var_epi16(first, load_bits(kPlaces.at + 2 * kLanes), second));
+    static constexpr Places kPlaces =
+        places_of([](int64_t i) { return i / 2 + i % 2 * (kGroup / 2); });
+    store_from(kPlaces, first, second, to);
   }
 
   static constexpr int64_t kMostColumns = kBlockColumns;

@@ -28,7 +28,7 @@ from benchmarks.train.cases import (
 from benchmarks.train.growth import compare_growth
 from benchmarks.train.report import Report, compare, not_asked, table_lines
 from benchmarks.train.rows import find_rows, read_rows, write_rows
-from benchmarks.train.turns import CaseResult, Contestant, ContestantError, Worker, run_case
+from benchmarks.train.turns import CaseResult, Contestant, ContestantError, Worker, run_cases
 
 THEIRS = "theirs"
 
@@ -69,10 +69,11 @@ class Scripted:
 def take_turns(tried: Case, rounds: int, **dies_at: int) -> tuple[CaseResult, list[str]]:
     log: list[str] = []
 
-    def start(name: str) -> Scripted:
+    def start(_: Case, name: str) -> Scripted:
         return Scripted(name, log, dies_at=dies_at.get(name))
 
-    return run_case(tried, start, rounds, pause=0.0), log
+    (found,) = run_cases([tried], start, rounds, pause=0.0)
+    return found, log
 
 
 # what is compared
@@ -144,34 +145,46 @@ def test_relative_losses_are_compared_to_theirs():
 # growth with the length of a sample
 
 
-def grown(unit: str, ours: Sequence[float], theirs: Sequence[float]) -> list[CaseResult]:
+def grown(unit: str, ours: Sequence[float], *states: float) -> list[CaseResult]:
+    """What is found at each length, if a round sees the machine in each of those states."""
     return [
         attrs.evolve(
-            result(unit, None, [mine], [other]),
+            result(
+                unit, None, [mine * state for state in states or [1.0]], [1.0] * len(states or [1])
+            ),
             case=attrs.evolve(case(unit, None), max_length=length),
         )
-        for length, mine, other in zip(GROWTH, ours, theirs, strict=True)
+        for length, mine in zip(GROWTH, ours, strict=True)
     ]
 
 
 @pytest.mark.parametrize(("worst", "passed"), [(1.9, True), (1.7, False)])
 def test_speed_against_theirs_may_fall_a_tenth_below_that_at_512_tokens(worst, passed):
-    speed, memory = compare_growth(grown("tokens/s", [3.0, 2.0, 2.5, 2.0, worst], [1.0] * 5))
+    speed, memory = compare_growth(grown("tokens/s", [3.0, 2.0, 2.5, 2.0, worst]))
     assert speed.measured == pytest.approx(worst / 2.0)
     assert speed.passed is passed
     assert memory.passed is None
     assert memory.note.startswith("not run")
 
 
+def test_lengths_are_compared_round_by_round():
+    # medians of 256 and 512 come from rounds that saw the machine in different states
+    results = grown("tokens/s", [2.0] * 5, 1.0, 0.5, 0.9)
+    results[0].samples[OURS][:] = [2.0 * 1.0, 2.0 * 0.5, 1.2 * 0.9]
+    speed, _ = compare_growth(results)
+    assert speed.measured == 1.0
+    assert (speed.ours, speed.theirs) == (pytest.approx(1.08), pytest.approx(1.8))
+
+
 @pytest.mark.parametrize(("last", "passed"), [(790.0, True), (810.0, False)])
 def test_memory_may_at_most_double_with_a_sample(last, passed):
-    _, memory = compare_growth(grown("MiB", [125.0, 150.0, 250.0, 400.0, last], [1.0] * 5))
+    _, memory = compare_growth(grown("MiB", [125.0, 150.0, 250.0, 400.0, last]))
     assert memory.measured == pytest.approx(last / 400.0 / 2)
     assert memory.passed is passed
 
 
 def test_a_length_that_did_not_run_leaves_the_growth_without_a_verdict():
-    results = grown("tokens/s", [1.0] * 5, [1.0] * 5)
+    results = grown("tokens/s", [1.0] * 5)
     speed, _ = compare_growth(results[:-1])
     assert speed.note == "not run: nothing to compare at 4096 tokens"
     assert speed.passed is None
@@ -187,6 +200,23 @@ def test_all_are_ready_before_the_first_turn_and_then_alternate_in_changing_orde
     assert log[2:8] == ["ours", "theirs", "ours", "theirs", "ours", "theirs"]
     assert found.samples == {OURS: [1.0, 2.0, 3.0], THEIRS: [1.0, 2.0, 3.0]}
     assert found.notes == {OURS: "note 3", THEIRS: "note 3"}
+
+
+def test_cases_that_are_together_take_turns():
+    log: list[str] = []
+    short, long = (attrs.evolve(case(), name=name) for name in ("short", "long"))
+    found = run_cases([short, long], lambda c, n: Scripted(f"{c.name} {n}", log), 2, pause=0.0)
+    everyone = ["short ours", "short theirs", "long ours", "long theirs"]
+    assert log[:4] == [f"{name} ready" for name in everyone]
+    assert sorted(log[4:8]) == sorted(log[8:12]) == sorted(everyone)
+    assert [each.case.name for each in found] == ["short", "long"]
+    assert all(each.samples == {OURS: [1.0, 2.0], THEIRS: [1.0, 2.0]} for each in found)
+
+
+def test_lengths_of_the_growth_are_timed_in_one_run():
+    timed = [one for one in CASES if one.group == "growth" and one.unit == "tokens/s"]
+    assert [one.max_length for one in timed] == list(GROWTH)
+    assert {(one.run_as, one.rounds) for one in timed} == {("growth", 7)}
 
 
 @pytest.mark.parametrize("unit", ["MiB", "loss"])
@@ -237,10 +267,10 @@ def job(tmp_path) -> Job:
 
 
 def test_a_worker_that_fails_says_with_what_and_the_other_goes_on(job):
-    def start(name: str) -> Contestant:
+    def start(_: Case, name: str) -> Contestant:
         return Worker(job) if name == THEIRS else Scripted(name, [])
 
-    found = run_case(case(), start, rounds=1, pause=0.0)
+    (found,) = run_cases([case()], start, rounds=1, pause=0.0)
     assert found.samples == {OURS: [1.0]}
     assert found.not_run[THEIRS].startswith("failed: ")
     assert "no model" in found.not_run[THEIRS]
