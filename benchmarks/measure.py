@@ -7,6 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import attrs
 import torch
@@ -138,7 +139,10 @@ class CudaClock:
         return timed
 
 
-def order(names: Sequence[str], turn: int) -> list[str]:
+_Name = TypeVar("_Name")
+
+
+def order(names: Sequence[_Name], turn: int) -> list[_Name]:
     """Return who runs after whom in a round.
 
     Others begin and others precede each time, for who comes after a large copy finds cold caches.

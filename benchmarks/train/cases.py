@@ -12,6 +12,7 @@ __all__ = [
     "GPU_CASES",
     "GROUPS",
     "GROWTH",
+    "GROWTH_BASE",
     "OURS",
     "OURS_FP32",
     "PEFT_BNB",
@@ -87,8 +88,8 @@ class Case:
     """On a random two-layer Llama, whatever model the run is about."""
     large: bool = False
     """On a random Llama in the shape of an 8B one; on CUDA only."""
-    together: bool = False
-    """Takes turns with those of its group that do so too, for their ratios are compared."""
+    company: str = ""
+    """Cases that share it take turns, for what is promised compares one with another."""
     slow: bool = False
     """Only with --slow."""
 
@@ -104,8 +105,8 @@ class Case:
 
     @property
     def run_as(self) -> str:
-        """What it is called while it runs, alone or with those it takes turns with."""
-        return self.group if self.together else self.name
+        """What it is called while it runs, by itself or in company."""
+        return self.company or self.name
 
     @property
     def alone(self) -> bool:
@@ -149,11 +150,14 @@ _SFT_16BIT = "sft-16bit"
 
 GROWTH = (256, 512, 1024, 2048, 4096)
 """Tokens of a sample in the cases of the group growth."""
+GROWTH_BASE = 512
+"""What the other lengths are compared with."""
 
 
-def _growth(length: int, *, memory: bool = False) -> Case:
+def _grown(name: str, length: int, *, company: str = "") -> Case:
+    memory = not company
     return Case(
-        f"growth, {length} tokens" + ", memory" * memory,
+        name,
         "memory" if memory else "sft",
         "MiB" if memory else "tokens/s",
         (Bar(TRL_BNB),),  # what is promised is about all of them: see `growth`
@@ -164,9 +168,19 @@ def _growth(length: int, *, memory: bool = False) -> Case:
         rounds=1 if memory else 7,
         max_length=length,
         filled=True,
-        together=not memory,
+        company=company,
         slow=True,
     )
+
+
+def _growth_of_speed(length: int) -> tuple[Case, Case]:
+    """Return a length, and the base that it takes turns with.
+
+    A ratio to TRL moves by a fifth with the state of the machine, which lasts for minutes.
+    """
+    name = f"growth, {length} tokens"
+    beside = f"growth, {GROWTH_BASE} beside {length} tokens"
+    return _grown(name, length, company=name), _grown(beside, GROWTH_BASE, company=name)
 
 
 CASES: tuple[Case, ...] = (
@@ -225,8 +239,8 @@ CASES: tuple[Case, ...] = (
         rounds=1,
         slow=True,
     ),
-    *(_growth(length) for length in GROWTH),
-    *(_growth(length, memory=True) for length in GROWTH),
+    *(case for length in GROWTH if length != GROWTH_BASE for case in _growth_of_speed(length)),
+    *(_grown(f"growth, {length} tokens, memory", length) for length in GROWTH),
 )
 
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import attrs
 
 from benchmarks.measure import Spread
-from benchmarks.train.cases import GROWTH, OURS, TRL_BNB
+from benchmarks.train.cases import GROWTH, GROWTH_BASE, OURS, TRL_BNB
 from benchmarks.train.report import Comparison
 from benchmarks.train.turns import CaseResult
 
 __all__ = ["compare_growth"]
 
-_BASE = 512
 _LEAST = 0.9
 
 
@@ -23,43 +22,59 @@ def compare_growth(results: Sequence[CaseResult]) -> list[Comparison]:
 
     Where a length is missing the note says so, and the promise counts as not run.
     """
-    timed: dict[int, Sequence[float]] = {}
-    weighed: dict[int, float] = {}
     grown = [result for result in results if result.case.max_length is not None]
+    timed: dict[str, dict[int, Sequence[float]]] = {}
+    weighed: dict[int, float] = {}
     for result in grown:
         length = result.case.max_length or 0
         ours, theirs = (result.samples.get(name, []) for name in result.case.contestants)
-        if result.case.unit == "tokens/s" and ours and theirs:
-            timed[length] = [a / b for a, b in zip(ours, theirs, strict=True)]
+        if result.case.company and ours and theirs:
+            ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+            timed.setdefault(result.case.company, {})[length] = ratios
         elif result.case.unit == "MiB" and ours:
             weighed[length] = Spread.of(ours).median
-    return [_speed(timed), _memory(weighed)] if grown else []
+    return [_speed(timed.values()), _memory(weighed)] if grown else []
 
 
-def _speed(ratios: Mapping[int, Sequence[float]]) -> Comparison:
-    """Return whether the lead over theirs holds at each length.
+@attrs.frozen
+class _Held:
+    """How much of the lead over theirs at the base a length keeps."""
 
-    All lengths are measured in each round, so that what slows down the machine for some minutes
-    slows down all; a length's ratio is put over that at 512 round by round.
-    """
+    lead: float
+    base: float
+    kept: Spread
+    """Round by round: both are measured in each."""
+
+    @classmethod
+    def of(cls, lead: Sequence[float], base: Sequence[float]) -> _Held:
+        kept = Spread.of(a / b for a, b in zip(lead, base, strict=True))
+        return cls(Spread.of(lead).median, Spread.of(base).median, kept)
+
+
+def _speed(companies: Iterable[Mapping[int, Sequence[float]]]) -> Comparison:
+    """Return whether the lead over theirs at 512 tokens a sample holds at each length."""
     row = Comparison("growth, tokens/s", "least ratio", TRL_BNB, limit=_LEAST)
-    if _missing(ratios):
-        return attrs.evolve(row, note=_missing(ratios))
-    medians = {length: Spread.of(found).median for length, found in ratios.items()}
-    over_base = {
-        length: Spread.of(a / b for a, b in zip(found, ratios[_BASE], strict=True))
-        for length, found in ratios.items()
+    held = {
+        length: _Held.of(ratios, company[GROWTH_BASE])
+        for company in companies
+        for length, ratios in company.items()
+        if length != GROWTH_BASE and GROWTH_BASE in company
     }
-    worst = min(over_base, key=lambda length: over_base[length].median)
-    spread = over_base[worst]
+    missing = _missing({GROWTH_BASE: None, **held})
+    if missing:
+        return attrs.evolve(row, note=missing)
+    worst = min(held.values(), key=lambda each: each.kept.median)
     return attrs.evolve(
         row,
-        ours=medians[worst],
-        theirs=medians[_BASE],
-        measured=spread.median,
-        spread=spread,
-        passed=spread.median >= _LEAST,
-        note=", ".join(f"{length} tokens: {ratio:.2f}x" for length, ratio in medians.items()),
+        ours=worst.lead,
+        theirs=worst.base,
+        measured=worst.kept.median,
+        spread=worst.kept,
+        passed=worst.kept.median >= _LEAST,
+        note=", ".join(
+            f"{length} tokens: {each.lead:.2f}x, {GROWTH_BASE} beside it: {each.base:.2f}x"
+            for length, each in held.items()
+        ),
     )
 
 
@@ -86,6 +101,6 @@ def _memory(peaks: Mapping[int, float]) -> Comparison:
     )
 
 
-def _missing(found: Mapping[int, float]) -> str:
+def _missing(found: Mapping[int, object]) -> str:
     left = [str(length) for length in GROWTH if length not in found]
     return f"not run: nothing to compare at {', '.join(left)} tokens" if left else ""
