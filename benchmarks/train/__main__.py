@@ -16,7 +16,7 @@ from pathlib import Path
 import attrs
 
 from benchmarks.machine import describe, slug, versions
-from benchmarks.train.cases import CASES, GPU_CASES, GROUPS, Bar, Case, Job
+from benchmarks.train.cases import CASES, GPU_CASES, GROUPS, Case, Job
 from benchmarks.train.growth import compare_growth
 from benchmarks.train.report import NOT_ASKED, Report, compare, header_lines, not_asked, table_lines
 from benchmarks.train.rows import find_rows, write_rows
@@ -141,7 +141,7 @@ def _left_out(case: Case, options: argparse.Namespace) -> str:
 
 
 def _without_bars(case: Case) -> Case:
-    return attrs.evolve(case, bars=tuple(Bar(bar.theirs) for bar in case.bars))
+    return attrs.evolve(case, bars=tuple(attrs.evolve(bar, limit=None) for bar in case.bars))
 
 
 def _has_cuda() -> bool:

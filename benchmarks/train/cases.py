@@ -19,6 +19,7 @@ __all__ = [
     "TRANSFORMERS_BNB",
     "TRL_BF16",
     "TRL_BNB",
+    "TRL_BNB_EAGER",
     "TRL_FP32",
     "UNITS",
     "Bar",
@@ -29,6 +30,7 @@ __all__ = [
 OURS = "ours"
 OURS_FP32 = "ours, computing in fp32"
 TRL_BNB = "TRL + PEFT + bitsandbytes"
+TRL_BNB_EAGER = "TRL + PEFT + bitsandbytes, eager attention"
 TRL_BF16 = "TRL + PEFT, bf16 base"
 TRL_FP32 = "TRL + PEFT, fp32 base"
 TRANSFORMERS_BNB = "transformers + bitsandbytes"
@@ -54,6 +56,8 @@ class Bar:
     theirs: str
     limit: float | None = None
     """In the sense that `UNITS` gives to the unit of the case."""
+    of: str = OURS
+    """Whose side is compared with theirs."""
 
 
 @attrs.frozen
@@ -96,7 +100,7 @@ class Case:
     @property
     def contestants(self) -> tuple[str, ...]:
         """Everyone in it, ours first."""
-        return (OURS, *(bar.theirs for bar in self.bars))
+        return tuple(dict.fromkeys((OURS, *(bar.theirs for bar in self.bars))))
 
     @property
     def asked_as(self) -> str:
@@ -225,7 +229,8 @@ CASES: tuple[Case, ...] = (
         "losses",
         "relative loss",
         # what fp32 makes of the same 4-bit weights shows whose rounding a difference is
-        (Bar(TRL_BNB, 1e-2), Bar(OURS_FP32, 1e-2)),
+        # and so does how far TRL is from itself with its other attention
+        (Bar(TRL_BNB, 1e-2), Bar(OURS_FP32, 1e-2), Bar(TRL_BNB_EAGER, of=TRL_BNB)),
         "loss",
         rounds=1,
         slow=True,

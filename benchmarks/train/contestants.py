@@ -11,7 +11,16 @@ from typing import Any
 import attrs
 import torch
 
-from benchmarks.train.cases import BF16, OURS, OURS_FP32, PEFT_BNB, TRANSFORMERS_BNB, TRL_BNB, Job
+from benchmarks.train.cases import (
+    BF16,
+    OURS,
+    OURS_FP32,
+    PEFT_BNB,
+    TRANSFORMERS_BNB,
+    TRL_BNB,
+    TRL_BNB_EAGER,
+    Job,
+)
 
 __all__ = ["SEED", "Training", "import_libraries", "load_base", "load_to_decode", "make_trainer"]
 
@@ -19,7 +28,7 @@ SEED = 0
 RANK = ALPHA = 16
 LEARNING_RATE = 2e-4
 
-_IN_4_BITS = frozenset({TRL_BNB, TRANSFORMERS_BNB, PEFT_BNB})
+_IN_4_BITS = frozenset({TRL_BNB, TRL_BNB_EAGER, TRANSFORMERS_BNB, PEFT_BNB})
 
 
 @attrs.frozen(eq=False)
@@ -194,6 +203,8 @@ def _loading(job: Job) -> dict[str, Any]:
     """Return what from_pretrained is given."""
     dtype = torch.float32 if job.precision == "fp32" else torch.bfloat16
     options: dict[str, Any] = {"dtype": dtype}
+    if job.contestant == TRL_BNB_EAGER:
+        options["attn_implementation"] = "eager"
     if job.contestant in _IN_4_BITS:
         from transformers import BitsAndBytesConfig
 

@@ -3,8 +3,8 @@
     {"schema": 1, "date": ISO 8601, "machine": {...}, "versions": {...}, "settings": {...},
      "cases": [{"name", "unit", "samples": {contestant: [...]}, "spreads": {contestant: spread},
                 "notes": {contestant: text}, "not_run": {contestant: why}}],
-     "comparisons": [{"case", "unit", "theirs_name", "ours", "theirs", "measured", "spread",
-                      "limit", "passed", "note"}]}
+     "comparisons": [{"case", "unit", "theirs_name", "ours_name", "ours", "theirs", "measured",
+                      "spread", "limit", "passed", "note"}]}
 
 A spread is {"median", "q1", "q3"}; ours and theirs are medians in the unit of the case; what
 `measured` compares, `cases.UNITS` tells. `passed` is null where there is no bar or it was not run.
@@ -44,6 +44,8 @@ class Comparison:
     case: str
     unit: str
     theirs_name: str
+    ours_name: str = OURS
+    """Whose side this is, for who is `ours` may be another one of theirs."""
     ours: float | None = None
     """Median in the unit of the case; of losses, that of the last step."""
     theirs: float | None = None
@@ -64,15 +66,17 @@ def compare(result: CaseResult) -> list[Comparison]:
 def not_asked(case: Case, why: str) -> list[Comparison]:
     """Return the rows of a case that was not run."""
     return [
-        Comparison(case.name, case.unit, bar.theirs, limit=bar.limit, note=f"not run: {why}")
+        Comparison(
+            case.name, case.unit, bar.theirs, bar.of, limit=bar.limit, note=f"not run: {why}"
+        )
         for bar in case.bars
     ]
 
 
 def _compare(bar: Bar, result: CaseResult) -> Comparison:
     case = result.case
-    row = Comparison(case.name, case.unit, bar.theirs, limit=bar.limit)
-    found = {name: result.samples.get(name) for name in (OURS, bar.theirs)}
+    row = Comparison(case.name, case.unit, bar.theirs, bar.of, limit=bar.limit)
+    found = {name: result.samples.get(name) for name in (bar.of, bar.theirs)}
     ours, theirs = found.values()
     row = attrs.evolve(row, ours=_typical(case, ours), theirs=_typical(case, theirs))
     if not ours or not theirs:
@@ -157,7 +161,7 @@ def table_lines(comparisons: Sequence[Comparison]) -> list[str]:
     """Return one table of all comparisons: who, medians, what is compared, the bar, the outcome."""
     asked = [each for each in comparisons if NOT_ASKED not in each.note]
     left_out = dict.fromkeys(each.case for each in comparisons if NOT_ASKED in each.note)
-    names = [f"{each.case} ({each.unit}): {each.theirs_name}" for each in asked]
+    names = [_name(each) for each in asked]
     width = max(map(len, names), default=20)
     lines = [
         "",
@@ -179,6 +183,11 @@ def table_lines(comparisons: Sequence[Comparison]) -> list[str]:
         lines.append(f"not run, as {NOT_ASKED}: {'; '.join(left_out)}")
     lines += ["", *(f"{unit}: {meaning}" for unit, meaning in UNITS.items())]
     return lines
+
+
+def _name(comparison: Comparison) -> str:
+    ours = "" if comparison.ours_name == OURS else f", of {comparison.ours_name}"
+    return f"{comparison.case} ({comparison.unit}){ours}: {comparison.theirs_name}"
 
 
 def _number(value: float | None) -> str:

@@ -1,6 +1,8 @@
 // Products with AVX2, FMA and F16C: 8 fp32 at a time.
 #include "avx2.h"
 #include "product.h"
+#include "product_few.h"
+#include "product_fp32.h"
 #include "products.h"
 
 namespace tunesmith {

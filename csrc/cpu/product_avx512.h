@@ -3,6 +3,8 @@
 
 #include "avx512.h"
 #include "product.h"
+#include "product_few.h"
+#include "product_fp32.h"
 
 namespace tunesmith {
 namespace {

@@ -7,7 +7,7 @@
 namespace tunesmith {
 namespace {
 
-// multiply_few_rows of product.h in pairs of bf16. Two rows of right share each load of left.
+// multiply_few_rows of product_few.h in pairs of bf16. Two rows of right share each load of left.
 template <int kRows>
 void multiply_few_pairs(const Product& product, int64_t row) {
   const Matrix& right = product.right;

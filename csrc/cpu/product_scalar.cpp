@@ -1,5 +1,6 @@
 // Products without vector instructions but those that every x86-64 has.
 #include "product.h"
+#include "product_fp32.h"
 #include "products.h"
 
 namespace tunesmith {

@@ -143,6 +143,16 @@ def test_relative_losses_are_compared_to_theirs():
     assert compare(result("relative loss", 0.3, [2.0, 1.0], [2.0, 0.8]))[0].passed is True
 
 
+def test_theirs_may_be_compared_with_another_of_theirs():
+    other = attrs.evolve(case("loss"), bars=(Bar("t1", 0.1), Bar("t2", 0.1, of="t1")))
+    assert other.contestants == (OURS, "t1", "t2")
+    samples = {OURS: [1.0], "t1": [1.05], "t2": [1.2]}
+    ours, theirs = compare(CaseResult(other, samples, {}, {}))
+    assert (ours.measured, theirs.measured) == (pytest.approx(0.05), pytest.approx(0.15))
+    assert (ours.passed, theirs.passed) == (True, False)
+    assert "a case (loss), of t1: t2" in "\n".join(table_lines([theirs]))
+
+
 # growth with the length of a sample
 
 
