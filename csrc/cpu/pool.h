@@ -7,11 +7,15 @@
 
 namespace tunesmith {
 
-// Memory from the pool for as long as this lives.
+// Memory of the calling thread's own, or from the pool where that does not suffice.
+void* take_scratch(size_t nbytes);
+void give_back_scratch(void* memory, size_t nbytes);
+
+// Such memory for as long as this lives, in the thread that has made it.
 class Scratch {
  public:
-  explicit Scratch(size_t nbytes) : memory_(tunesmith_take(nbytes)) {}
-  ~Scratch() { tunesmith_give_back(memory_); }
+  explicit Scratch(size_t nbytes) : memory_(take_scratch(nbytes)), nbytes_(nbytes) {}
+  ~Scratch() { give_back_scratch(memory_, nbytes_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
@@ -22,6 +26,7 @@ class Scratch {
 
  private:
   void* memory_;
+  size_t nbytes_;
 };
 
 }  // namespace tunesmith

@@ -73,16 +73,48 @@ inline void decode_group(const uint8_t* packed, const FourBitTable& table, float
   use(1, _mm512_permutexvar_epi16(_mm512_srlv_epi16(words, shifts(12, 8)), values));
 }
 
-// What 16 codes of one row and the 16 below them in the next stand for, side by side; `both` is what
-// rounded_values gives of the first row and, in the upper half, of the second.
-inline __m512i decode_pairs(const uint8_t* first, const uint8_t* second, __m512i both) {
-  // the fifth bit of an index says which row it is of
-  const __m512i codes =
-      _mm512_or_si512(codes_of(first), _mm512_slli_epi32(codes_of(second), 16));
-  const __m512i places = _mm512_or_si512(_mm512_and_si512(codes, _mm512_set1_epi32(~0x10)),
-                                         _mm512_set1_epi32(0x10 << 16));
-  return _mm512_permutexvar_epi16(places, both);
+// Which words each quarter of two rows' groups is made of: a word holds 4 codes, the one of each row
+// goes to every other place.
+struct Quarters {
+  alignas(64) uint16_t at[4][2 * 16];
+};
+
+constexpr Quarters words_of_quarters() {
+  Quarters quarters = {};
+  for (int q = 0; q < 4; ++q) {
+    for (int i = 0; i < 32; ++i) quarters.at[q][i] = uint16_t(i % 2 * 16 + q * 4 + i / 8);
+  }
+  return quarters;
 }
+
+// The codes of two rows' groups, and what they stand for side by side.
+class PairsOfGroups {
+ public:
+  // `both` is what rounded_values gives of the first row and, in the upper half, of the second.
+  PairsOfGroups(const uint8_t* first, const uint8_t* second, __m512i both)
+      : words_(_mm512_inserti64x4(_mm512_zextsi256_si512(load_half_bits(first)),
+                                  load_half_bits(second), 1)),
+        both_(both) {}
+
+  // Those of 16 codes of each row.
+  __m512i quarter(int q) const {
+    // the high nibble comes first
+    alignas(64) static constexpr uint16_t kShifts[] = {
+        4, 4, 0, 0, 12, 12, 8, 8, 4, 4, 0, 0, 12, 12, 8, 8,
+        4, 4, 0, 0, 12, 12, 8, 8, 4, 4, 0, 0, 12, 12, 8, 8};
+    const __m512i words = _mm512_permutexvar_epi16(load_bits(kQuarters.at[q]), words_);
+    const __m512i codes = _mm512_srlv_epi16(words, load_bits(kShifts));
+    // the fifth bit of an index says which row it is of
+    const __m512i places = _mm512_or_si512(_mm512_and_si512(codes, _mm512_set1_epi32(~0x100010)),
+                                           _mm512_set1_epi32(0x10 << 16));
+    return _mm512_permutexvar_epi16(places, both_);
+  }
+
+ private:
+  static constexpr Quarters kQuarters = words_of_quarters();
+
+  __m512i words_, both_;
+};
 
 // A matrix, ready to be read as bf16.
 class BFloat16Source {
@@ -124,13 +156,19 @@ class BFloat16Source {
     const auto values_at = [&](int64_t at) {
       return rounded_values(*matrix_.table, scales_(scales_.block_of(at)));
     };
-    const uint8_t* const codes = codes_at(row, column);
-    const uint8_t* const codes_below = second ? codes_at(row + 1, column) : codes;
     for (int64_t i = 0; i < columns;) {
-      const int64_t end = std::min(columns, i + kGroup - (column + i) % kGroup);
-      __m512i both = _mm512_zextsi256_si512(values_at(begin + i));
-      if (second) both = _mm512_inserti64x4(both, values_at(begin + matrix_.columns + i), 1);
-      for (; i < end; i += 16) use(i, decode_pairs(codes + i / 2, codes_below + i / 2, both));
+      const int64_t skipped = (column + i) % kGroup, at = begin + i;
+      const uint8_t* const codes = codes_at(row, column + i - skipped);
+      __m512i both = _mm512_zextsi256_si512(values_at(at));
+      if (second) both = _mm512_inserti64x4(both, values_at(at + matrix_.columns), 1);
+      const PairsOfGroups groups(codes, second ? codes + matrix_.columns / 2 : codes, both);
+      if (skipped == 0 && i + kGroup <= columns) {
+#pragma GCC unroll 4
+        for (int q = 0; q < 4; ++q) use(i + 16 * q, groups.quarter(q));
+        i += kGroup;
+        continue;
+      }
+      for (int q = int(skipped / 16); q < 4 && i < columns; ++q, i += 16) use(i, groups.quarter(q));
     }
   }
 

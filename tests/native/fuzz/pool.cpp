@@ -1,5 +1,6 @@
 // The pool: blocks of its own for each caller, aligned, kept as they are, and no more waiting than
-// TUNESMITH_POOL_MB allows. With a second thread, and across a fork, at times.
+// TUNESMITH_POOL_MB allows; and a thread's scratch memory beside it, given back in any order. With a
+// second thread, and across a fork, at times.
 //
 // Linked with --wrap=mmap,--wrap=munmap: what the pool has mapped is counted here.
 #include <sys/mman.h>
@@ -13,6 +14,7 @@
 #include <thread>
 #include <vector>
 
+#include "../../../csrc/cpu/pool.h"
 #include "check.h"
 #include "input.h"
 
@@ -21,6 +23,9 @@ using fuzz::Input;
 namespace {
 
 std::atomic<int64_t> mapped{0};  // bytes
+
+// Each thread's scratch memory, which does not wait: a huge page.
+constexpr uintptr_t kArena = uintptr_t(1) << 21;
 
 }  // namespace
 
@@ -52,7 +57,16 @@ struct Block {
   uint8_t* memory;
   size_t nbytes;
   uint8_t mark;
+  bool scratch;
 
+  static uint8_t* take(size_t nbytes, bool scratch) {
+    void* const memory = scratch ? tunesmith::take_scratch(nbytes) : tunesmith_take(nbytes);
+    return static_cast<uint8_t*>(memory);
+  }
+  void give_back() const {
+    if (scratch) return tunesmith::give_back_scratch(memory, nbytes);
+    tunesmith_give_back(memory);
+  }
   template <typename Each>
   void each_marked(const Each& each) const {
     constexpr size_t kEnd = 80, kStep = 4000;
@@ -86,16 +100,17 @@ void use(Input& input, uint8_t mark, std::vector<Block>& blocks) {
   for (int step = 0; step < 24; ++step) {
     if (blocks.empty() || input.byte() % 8 < 5) {
       const size_t nbytes = size_of(input);
-      auto* memory = static_cast<uint8_t*>(tunesmith_take(nbytes));
+      const bool scratch = input.byte() % 2 == 0;
+      uint8_t* const memory = Block::take(nbytes, scratch);
       if (memory == nullptr) fuzz::fail("there is no block of %zu bytes", nbytes);
       if (reinterpret_cast<uintptr_t>(memory) % 64 != 0) fuzz::fail("%p is not aligned", memory);
-      blocks.push_back({memory, nbytes, mark});
+      blocks.push_back({memory, nbytes, mark, scratch});
       blocks.back().write();
       mark = uint8_t(mark + 37);
     } else {
       const size_t at = input.byte() % blocks.size();
       blocks[at].check();
-      tunesmith_give_back(blocks[at].memory);
+      blocks[at].give_back();
       blocks.erase(blocks.begin() + int64_t(at));
     }
   }
@@ -103,7 +118,7 @@ void use(Input& input, uint8_t mark, std::vector<Block>& blocks) {
 
 void give_back(const std::vector<Block>& blocks) {
   for (const Block& block : blocks) block.check();
-  for (const Block& block : blocks) tunesmith_give_back(block.memory);
+  for (const Block& block : blocks) block.give_back();
 }
 
 // A child has the blocks of its parent, and a pool that works, whatever the parent's threads were at.
@@ -140,8 +155,14 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const bool two_threads = chance % 16 == 0, forks = chance % 64 < 2;
   std::atomic<bool> stop{false};
   std::thread other;
+  void* const mine = tunesmith::take_scratch(1);
   if (two_threads) {
-    other = std::thread([&stop, data, size] {
+    other = std::thread([&stop, data, size, mine] {
+      void* const theirs = tunesmith::take_scratch(1);
+      if (uintptr_t(mine) / kArena == uintptr_t(theirs) / kArena) {
+        fuzz::fail("%p and %p are scratch memory of two threads", mine, theirs);
+      }
+      tunesmith::give_back_scratch(theirs, 1);
       do {
         Input same(data, size);
         std::vector<Block> blocks;
@@ -154,13 +175,15 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   use(input, 1, blocks);
   if (forks) check_fork(input, blocks);
   give_back(blocks);
+  tunesmith::give_back_scratch(mine, 1);
   stop = true;
   if (two_threads) other.join();
-  if (mapped > limit()) {
-    fuzz::fail("%lld bytes wait, of %lld", static_cast<long long>(mapped.load()),
+  const int64_t waiting = mapped - int64_t(kArena);
+  if (waiting > limit()) {
+    fuzz::fail("%lld bytes wait, of %lld", static_cast<long long>(waiting),
                static_cast<long long>(limit()));
   }
-  if (tunesmith_take(SIZE_MAX) != nullptr || tunesmith_take(SIZE_MAX / 4) != nullptr) {
+  if (Block::take(SIZE_MAX, chance % 2 == 0) != nullptr || tunesmith_take(SIZE_MAX / 4) != nullptr) {
     fuzz::fail("more memory than there can be was handed out");
   }
   tunesmith_give_back(nullptr);
