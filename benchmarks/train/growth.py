@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import attrs
 
-from benchmarks.measure import Spread
+from benchmarks.measure import Spread, ratio
 from benchmarks.train.cases import GROWTH, GROWTH_BASE, OURS, TRL_BNB
 from benchmarks.train.report import Comparison
 from benchmarks.train.turns import CaseResult
@@ -47,8 +47,7 @@ class _Held:
 
     @classmethod
     def of(cls, lead: Sequence[float], base: Sequence[float]) -> _Held:
-        kept = Spread.of(a / b for a, b in zip(lead, base, strict=True))
-        return cls(Spread.of(lead).median, Spread.of(base).median, kept)
+        return cls(Spread.of(lead).median, Spread.of(base).median, ratio(lead, base))
 
 
 def _speed(companies: Iterable[Mapping[int, Sequence[float]]]) -> Comparison:

@@ -34,11 +34,7 @@ void add_tiles(int64_t rows, int64_t depth, const typename A::Element* left,
                const typename A::Element* panel, float* sums) {
   constexpr int64_t kWidth = int64_t(Count) * A::kLanes;
   while (rows >= R) {
-    if constexpr (kFresh) {
-      A::template fresh_tile<R, Count>(depth, left, panel, sums);
-    } else {
-      A::template tile<R, Count>(depth, left, panel, sums);
-    }
+    A::template tile<kFresh, R, Count>(depth, left, panel, sums);
     rows -= R;
     left += int64_t(R) * A::kRowStride;
     sums += R * kWidth;
@@ -281,7 +277,7 @@ void multiply_low_rank(const Product& product) {
       A::rows(from_left2, m, rows, 0, rank, left.as<Element>());
       for (int64_t panel = 0; panel <= panels; ++panel) {
         if (panel < panels) {
-          A::template fresh_tile<kRows, 2>(padded_rank / A::kPair, left.as<Element>(),
+          A::template tile<true, kRows, 2>(padded_rank / A::kPair, left.as<Element>(),
                                            right.as<Element>() + panel * kWidth * padded_rank,
                                            sums[panel % 2]);
         }

@@ -164,16 +164,10 @@ struct AmxArithmetic : Base {
 
   // R is what add_panel takes at once, or what is left of that: 64 and 32 for one panel and two, then
   // a power of two or three.
-  template <int R, int Count>
+  template <bool kFresh, int R, int Count>
   static void tile(int64_t pairs, const uint16_t* rows, const uint16_t* panel, float* sums) {
     configure(R < kTile ? R : kTile);
-    add_products<(R < kTile ? 1 : R / kTile), Count, false>(pairs / kTilePairs, rows, panel, sums);
-  }
-
-  template <int R, int Count>
-  static void fresh_tile(int64_t pairs, const uint16_t* rows, const uint16_t* panel, float* sums) {
-    configure(R < kTile ? R : kTile);
-    add_products<(R < kTile ? 1 : R / kTile), Count, true>(pairs / kTilePairs, rows, panel, sums);
+    add_products<(R < kTile ? 1 : R / kTile), Count, kFresh>(pairs / kTilePairs, rows, panel, sums);
   }
 };
 

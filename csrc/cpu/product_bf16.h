@@ -73,18 +73,17 @@ inline void decode_group(const uint8_t* packed, const FourBitTable& table, float
   use(1, _mm512_permutexvar_epi16(_mm512_srlv_epi16(words, shifts(12, 8)), values));
 }
 
-// Which words each quarter of two rows' groups is made of: a word holds 4 codes, the one of each row
-// goes to every other place.
-struct Quarters {
-  alignas(64) uint16_t at[4][2 * 16];
+// What vectors of 32 words are read from: one number for each place.
+template <int64_t kCount>
+struct Places {
+  alignas(64) uint16_t at[kCount];
 };
 
-constexpr Quarters words_of_quarters() {
-  Quarters quarters = {};
-  for (int q = 0; q < 4; ++q) {
-    for (int i = 0; i < 32; ++i) quarters.at[q][i] = uint16_t(i % 2 * 16 + q * 4 + i / 8);
-  }
-  return quarters;
+template <int64_t kCount, typename Place>
+constexpr Places<kCount> places_of(Place place) {
+  Places<kCount> places = {};
+  for (int64_t i = 0; i < kCount; ++i) places.at[i] = uint16_t(place(i));
+  return places;
 }
 
 // The codes of two rows' groups, and what they stand for side by side.
@@ -98,12 +97,14 @@ class PairsOfGroups {
 
   // Those of 16 codes of each row.
   __m512i quarter(int q) const {
+    // a word holds 4 codes; those of the second row go to every other place
+    static constexpr auto kWords =
+        places_of<4 * 32>([](int64_t i) { return i % 2 * 16 + i / 32 * 4 + i % 32 / 8; });
     // the high nibble comes first
-    alignas(64) static constexpr uint16_t kShifts[] = {
-        4, 4, 0, 0, 12, 12, 8, 8, 4, 4, 0, 0, 12, 12, 8, 8,
-        4, 4, 0, 0, 12, 12, 8, 8, 4, 4, 0, 0, 12, 12, 8, 8};
-    const __m512i words = _mm512_permutexvar_epi16(load_bits(kQuarters.at[q]), words_);
-    const __m512i codes = _mm512_srlv_epi16(words, load_bits(kShifts));
+    static constexpr auto kShifts =
+        places_of<32>([](int64_t i) { return i % 8 / 4 * 8 + (i % 4 < 2 ? 4 : 0); });
+    const __m512i words = _mm512_permutexvar_epi16(load_bits(kWords.at + 32 * q), words_);
+    const __m512i codes = _mm512_srlv_epi16(words, load_bits(kShifts.at));
     // the fifth bit of an index says which row it is of
     const __m512i places = _mm512_or_si512(_mm512_and_si512(codes, _mm512_set1_epi32(~0x100010)),
                                            _mm512_set1_epi32(0x10 << 16));
@@ -111,8 +112,6 @@ class PairsOfGroups {
   }
 
  private:
-  static constexpr Quarters kQuarters = words_of_quarters();
-
   __m512i words_, both_;
 };
 
@@ -375,13 +374,15 @@ struct BFloat16Arithmetic {
     }
   }
 
-  template <int R, int Count>
+  template <bool kFresh, int R, int Count>
   static void tile(int64_t pairs, const uint16_t* rows, const uint16_t* panel, float* sums) {
     __m512 total[R][Count];
     // unrolled in full, or the sums would live in memory
 #pragma GCC unroll 32
     for (int r = 0; r < R; ++r) {
-      for (int v = 0; v < Count; ++v) total[r][v] = Avx512::load(sums + (r * Count + v) * kLanes);
+      for (int v = 0; v < Count; ++v) {
+        total[r][v] = kFresh ? Avx512::set(0.0f) : Avx512::load(sums + (r * Count + v) * kLanes);
+      }
     }
     for (int64_t p = 0; p < pairs; ++p) {
       __m512i lanes[Count];
@@ -400,26 +401,9 @@ struct BFloat16Arithmetic {
     }
   }
 
-  template <int R, int Count>
-  static void fresh_tile(int64_t pairs, const uint16_t* rows, const uint16_t* panel, float* sums) {
-    std::fill(sums, sums + R * Count * kLanes, 0.0f);
-    tile<R, Count>(pairs, rows, panel, sums);
-  }
-
  private:
-  // Where each of 64 values comes from: a place in two vectors of 32.
-  struct Places {
-    alignas(64) uint16_t at[kGroup];
-  };
-
-  template <typename Place>
-  static constexpr Places places_of(Place place) {
-    Places places = {};
-    for (int64_t i = 0; i < kGroup; ++i) places.at[i] = uint16_t(place(i));
-    return places;
-  }
-
-  static void store_from(const Places& places, __m512i first, __m512i second, uint16_t* to) {
+  // Writes 64 values, each from a place in two vectors of 32.
+  static void store_from(const Places<kGroup>& places, __m512i first, __m512i second, uint16_t* to) {
     constexpr int64_t kHalf = kGroup / 2;
     store_bits(to, _mm512_permutex2var_epi16(first, load_bits(places.at), second));
     store_bits(to + kHalf, _mm512_permutex2var_epi16(first, load_bits(places.at + kHalf), second));
@@ -427,14 +411,14 @@ struct BFloat16Arithmetic {
 
   // Brings a group from its natural order into that in which decode_group leaves it.
   static void regroup(uint16_t* group) {
-    static constexpr Places kPlaces = places_of([](int64_t i) { return source(i); });
+    static constexpr auto kPlaces = places_of<kGroup>(source);
     store_from(kPlaces, load_bits(group), load_bits(group + kGroup / 2), group);
   }
 
   // Writes 32 pairs: of each element of one vector and of the other.
   static void interleave(__m512i first, __m512i second, uint16_t* to) {
-    static constexpr Places kPlaces =
-        places_of([](int64_t i) { return i / 2 + i % 2 * (kGroup / 2); });
+    static constexpr auto kPlaces =
+        places_of<kGroup>([](int64_t i) { return i / 2 + i % 2 * (kGroup / 2); });
     store_from(kPlaces, first, second, to);
   }
 

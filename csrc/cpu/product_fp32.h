@@ -75,15 +75,18 @@ struct Fp32Arithmetic {
     }
   }
 
-  // Adds R rows times `Vectors` vectors of a panel, over `depth`, to sums [R][width].
-  template <int R, int Count>
+  // Adds R rows times Count vectors of a panel, over `depth`, to sums [R][width], or puts them there
+  // where kFresh says that nothing is there yet.
+  template <bool kFresh, int R, int Count>
   static void tile(int64_t depth, const float* rows, const float* panel, float* sums) {
     using V = typename Simd::V;
     V total[R][Count];
     // unrolled in full, or the sums would live in memory
 #pragma GCC unroll 32
     for (int r = 0; r < R; ++r) {
-      for (int v = 0; v < Count; ++v) total[r][v] = Simd::load(sums + (r * Count + v) * kLanes);
+      for (int v = 0; v < Count; ++v) {
+        total[r][v] = kFresh ? Simd::set(0.0f) : Simd::load(sums + (r * Count + v) * kLanes);
+      }
     }
     for (int64_t p = 0; p < depth; ++p) {
       V lanes[Count];
@@ -98,13 +101,6 @@ struct Fp32Arithmetic {
     for (int r = 0; r < R; ++r) {
       for (int v = 0; v < Count; ++v) Simd::store(sums + (r * Count + v) * kLanes, total[r][v]);
     }
-  }
-
-  // The same, but nothing is there to add to.
-  template <int R, int Count>
-  static void fresh_tile(int64_t depth, const float* rows, const float* panel, float* sums) {
-    std::fill(sums, sums + R * Count * kLanes, 0.0f);
-    tile<R, Count>(depth, rows, panel, sums);
   }
 };
 

@@ -1,4 +1,5 @@
-// Reading a matrix as fp32, whatever it is held in, 4-bit codes with their scales included.
+// Reading numbers as fp32, whatever they are held in, 4-bit codes with their scales included, and storing
+// them.
 #pragma once
 
 #include <algorithm>
