@@ -87,11 +87,14 @@ struct Panels {
 // Once `count` rows of `left` have been multiplied, a block of `right` is decoded anew: by then
 // decoding is a small part, and the sums still fit the cache.
 constexpr int64_t kTokens = 512;
-// right's rows (transposed) or columns that one core decodes and multiplies at a time
-constexpr int64_t kBlockRows = 64;
+// right's rows (transposed) or columns that one core decodes and multiplies at a time, at most
+constexpr int64_t kBlockRows = 128;
 constexpr int64_t kBlockColumns = 256;
+// up to so many tokens, half as many rows do, which then stay in the first-level cache; with more it is
+// left that is read anew for each block, and the blocks should be fewer
+constexpr int64_t kTokensOfFewRows = 128;
 // sums that a core keeps in its second-level cache
-constexpr int64_t kSums = int64_t(1) << 15;
+constexpr int64_t kSums = int64_t(1) << 17;
 // fewer multiplications than this are not worth a second thread
 constexpr int64_t kGrain = int64_t(1) << 16;
 
@@ -341,18 +344,19 @@ void multiply_transposed(const Product& product) {
                  }
                });
 
-  constexpr int64_t kBlock = round_up(kBlockRows, A::kTileRows);
+  const int64_t most_rows = product.rows > kTokensOfFewRows ? kBlockRows : kBlockRows / 2;
+  const int64_t rows_of_block = round_up(most_rows, A::kTileRows);
   const bool few = product.rows <= A::kFew;
   // add_few_tokens takes as long for part of a block as for a whole one
-  const int64_t unit = few ? kBlock : A::kTileRows;
+  const int64_t unit = few ? rows_of_block : A::kTileRows;
   const int64_t block_depth = depth_of_blocks<A>(depth, A::kRowsUnit);
-  const Grid grid = make_grid(product.rows, product.columns, depth + rank, kWidth, unit, kBlock);
+  const Grid grid = make_grid(product.rows, product.columns, depth + rank, kWidth, unit, rows_of_block);
   parallel_for(grid.count(), grid.grain(depth + rank), [&](int64_t first, int64_t last) {
     [[maybe_unused]] const typename A::Session session = {};
     // add_few_tokens takes room for a whole block however few rows there are
-    Scratch block(sizeof(Element) * kBlock * A::kRowStride);
-    Scratch sums_of_block(sizeof(float) * kBlock * round_up(grid.tokens, kWidth));
-    Scratch scales(sizeof(float) * Scales<Simd>::count(product.right, kBlock));
+    Scratch block(sizeof(Element) * rows_of_block * A::kRowStride);
+    Scratch sums_of_block(sizeof(float) * rows_of_block * round_up(grid.tokens, kWidth));
+    Scratch scales(sizeof(float) * Scales<Simd>::count(product.right, rows_of_block));
     typename A::From rows_from = from_right;
     grid.each(first, last, [&](int64_t token_block, int64_t n, int64_t columns) {
       const int64_t rows = std::min(columns, product.columns - n);
@@ -361,7 +365,7 @@ void multiply_transposed(const Product& product) {
       const int64_t first_panel = token / kWidth;
       const int64_t last_panel = divide_up(std::min(token + grid.tokens, product.rows), kWidth);
       const auto sums_at = [&](int64_t i) {
-        return sums_of_block.as<float>() + (i - first_panel) * kWidth * kBlock;
+        return sums_of_block.as<float>() + (i - first_panel) * kWidth * rows_of_block;
       };
       // left multiplies with right, left2 with right2
       const auto add_block = [&](bool fresh, int64_t p, int64_t count, const Element* panels,

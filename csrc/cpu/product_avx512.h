@@ -14,8 +14,8 @@ struct Avx512 {
   static constexpr int kLanes = 16;
   // 12 x 2 sums and 2 vectors of a panel; a broadcast comes with the multiplication
   static constexpr int kTileRows = 12;
-  // a panel of 16 KiB stays in the first-level cache, with the rows beside it
-  static constexpr int kDepth = 128;
+  // a panel of 32 KiB stays in the first-level cache, with the rows of a tile beside it
+  static constexpr int kDepth = 256;
 
   using Codes = const FourBitTable&;
 

@@ -270,7 +270,8 @@ struct BFloat16Arithmetic {
   static constexpr int kFew = 0;
   static constexpr int kLanes = Avx512::kLanes;
   static constexpr int kTileRows = Avx512::kTileRows;
-  static constexpr int kDepth = 2 * Avx512::kDepth;
+  // a panel of 16 KiB stays in the first-level cache, with the rows beside it
+  static constexpr int kDepth = 256;
   static constexpr int kRowStride = kDepth + 32;
 
   struct Session {};

@@ -656,7 +656,7 @@ def test_few_tokens_and_dtypes_that_the_cpu_does_not_multiply_take_one_call(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(native, "_multiplies", lambda dtype: dtype == torch.float32)
-    limit = native._OWN_TOKENS
+    limit = native._OWN_TOKENS_FP32
     assert native._own_product(1, torch.float32)
     assert native._own_product(limit, torch.float32)
     assert not native._own_product(limit + 1, torch.float32)

@@ -109,9 +109,10 @@ def native_status() -> NativeStatus:
 # up to this many rows of x, our own product beats dequantizing for the library's: it reads 4 bits a
 # weight where that writes and reads 16 or 32
 _OWN_TOKENS = 128
-# AMX multiplies so fast that what is saved by not writing W out counts for longer; at 512 rows a
-# step takes as long either way
-_OWN_TOKENS_AMX = 384
+# in fp32 ours is as fast as the library's, so that what is saved counts for longer
+_OWN_TOKENS_FP32 = 512
+# and AMX multiplies so fast that it counts for longest
+_OWN_TOKENS_AMX = 1024
 
 # CPU outputs of this many bytes and more come from the pool: smaller ones malloc recycles itself
 _POOLED_NBYTES = 1 << 20
@@ -123,6 +124,8 @@ def _own_product(tokens: int, dtype: torch.dtype) -> bool:
     """Return whether the CPU does x Wᵀ in one call of ours, or dequantizes W for the library."""
     if not _multiplies(dtype):
         return True
+    if dtype == torch.float32:
+        return tokens <= _OWN_TOKENS_FP32
     amx = dtype == torch.bfloat16 and _native.isa() == "amx_bf16"
     return tokens <= (_OWN_TOKENS_AMX if amx else _OWN_TOKENS)
 
