@@ -672,6 +672,22 @@ def test_few_tokens_and_dtypes_that_the_cpu_does_not_multiply_take_one_call(
     assert not native._in_one_call(1, torch.bfloat16, weight.bfloat16().t()[:2], "")
 
 
+def test_how_many_tokens_take_one_call_depends_on_what_multiplies_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(native, "_multiplies", lambda dtype: True)
+    for isa, dtype, most in (
+        ("amx_bf16", torch.bfloat16, native._OWN_TOKENS_AMX),
+        ("amx_bf16", torch.float32, native._OWN_TOKENS_FP32),
+        ("amx_bf16", torch.float16, native._OWN_TOKENS),
+        ("avx512", torch.bfloat16, native._OWN_TOKENS),
+        ("avx2", torch.float32, native._OWN_TOKENS_FP32),
+    ):
+        monkeypatch.setattr(native, "_native", SimpleNamespace(isa=lambda isa=isa: isa))
+        assert native._own_product(most, dtype)
+        assert not native._own_product(most + 1, dtype)
+
+
 def test_what_the_cpu_multiplies_is_read_from_its_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     for flags, expected in (
         (frozenset({"avx2"}), (True, False)),

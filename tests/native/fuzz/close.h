@@ -30,7 +30,7 @@ inline double largest(std::initializer_list<const Tensor*> tensors) {
 inline void check_close(const char* what, int64_t at, double actual, double exact, double slack,
                         int type) {
   const double limit = slack + half_unit(std::fabs(exact) + slack, type);
-  if (std::fabs(actual - exact) <= limit) return;
+  if (std::fabs(actual - exact) <= limit || is_overflow(actual, exact, limit, type)) return;
   fail("%s[%lld] is %.9g, not %.9g within %.3g", what, static_cast<long long>(at), actual, exact,
        limit);
 }

@@ -116,9 +116,7 @@ class Layer {
     const double underflow = this->terms() * 0x1p-126 * std::pow(std::max(1.0, largest_), 3);
     double limit = double(terms + 32) * 0x1p-24 * sum.size + 0x1p-8 * narrow + underflow;
     limit += half_unit(std::fabs(sum.value) + limit, type);
-    if (std::fabs(actual - sum.value) <= limit) return;
-    const bool overflows = type == TUNESMITH_FLOAT16 && std::fabs(sum.value) + limit >= 65504;
-    if (overflows && std::isinf(actual) && std::signbit(actual) == std::signbit(sum.value)) return;
+    if (std::fabs(actual - sum.value) <= limit || is_overflow(actual, sum.value, limit, type)) return;
     fail("%s[%lld] is %.9g, not %.9g within %.3g (tokens %lld, in %lld, out %lld, rank %lld)", what,
          static_cast<long long>(at), actual, sum.value, limit, static_cast<long long>(tokens),
          static_cast<long long>(in), static_cast<long long>(out), static_cast<long long>(rank));
