@@ -85,16 +85,17 @@ struct Panels {
 };
 
 // Once `count` rows of `left` have been multiplied, a block of `right` is decoded anew: by then
-// decoding is a small part, and the sums still fit the cache.
+// decoding is a small part, and the sums, kTokens by a block, still fit the second-level cache.
 constexpr int64_t kTokens = 512;
-// right's rows (transposed) or columns that one core decodes and multiplies at a time, at most
+// right's rows (transposed) or columns that one core decodes and multiplies at a time
 constexpr int64_t kBlockRows = 128;
 constexpr int64_t kBlockColumns = 256;
-// up to so many tokens, half as many rows do, which then stay in the first-level cache; with more it is
+// up to kTokensOfFewRows tokens so many rows, which then stay in the first-level cache; with more it is
 // left that is read anew for each block, and the blocks should be fewer
+constexpr int64_t kFewBlockRows = 64;
 constexpr int64_t kTokensOfFewRows = 128;
-// sums that a core keeps in its second-level cache
-constexpr int64_t kSums = int64_t(1) << 17;
+// of rows at best a multiple of this is brought at once: so many codes are decoded together
+constexpr int64_t kRowsUnit = 64;
 // fewer multiplications than this are not worth a second thread
 constexpr int64_t kGrain = int64_t(1) << 16;
 
@@ -344,12 +345,12 @@ void multiply_transposed(const Product& product) {
                  }
                });
 
-  const int64_t most_rows = product.rows > kTokensOfFewRows ? kBlockRows : kBlockRows / 2;
+  const int64_t most_rows = product.rows > kTokensOfFewRows ? kBlockRows : kFewBlockRows;
   const int64_t rows_of_block = round_up(most_rows, A::kTileRows);
   const bool few = product.rows <= A::kFew;
   // add_few_tokens takes as long for part of a block as for a whole one
   const int64_t unit = few ? rows_of_block : A::kTileRows;
-  const int64_t block_depth = depth_of_blocks<A>(depth, A::kRowsUnit);
+  const int64_t block_depth = depth_of_blocks<A>(depth, kRowsUnit);
   const Grid grid = make_grid(product.rows, product.columns, depth + rank, kWidth, unit, rows_of_block);
   parallel_for(grid.count(), grid.grain(depth + rank), [&](int64_t first, int64_t last) {
     [[maybe_unused]] const typename A::Session session = {};
@@ -451,10 +452,8 @@ void multiply_plain(const Product& product) {
                  bring(from_left2, rank, left2.as<Element>());
                });
 
-  // wide, so that whole cache lines of codes are read, unless there are many tokens
-  const int64_t fitting = kSums / std::min(kTokens, tokens) / kWidth * kWidth;
-  const Grid grid = make_grid(tokens, product.columns, depth + rank, A::kTileRows, kWidth,
-                              std::min(kBlockColumns, std::max(2 * kWidth, fitting)));
+  const Grid grid =
+      make_grid(tokens, product.columns, depth + rank, A::kTileRows, kWidth, kBlockColumns);
   constexpr int64_t panel_stride = kWidth * A::kDepth;  // kDepth is a multiple of kUnit
   parallel_for(grid.count(), grid.grain(depth + rank), [&](int64_t first, int64_t last) {
     [[maybe_unused]] const typename A::Session session = {};

@@ -121,7 +121,7 @@ struct AmxArithmetic : Base {
   static bool add_few_tokens(const From& from, int64_t row, int64_t rows, const uint16_t* panel,
                              uint16_t* block, float* sums) {
     constexpr int64_t kHalf = kLineGroups * kGroupVectors * kVectorStride;
-    static_assert(2 * kHalf <= kBlockRows / 2 * kRowStride);
+    static_assert(2 * kHalf <= kFewBlockRows * kRowStride);
     if (rows > kFewRows || !from.grouped()) return false;
     configure(kTile);
     for (int64_t i = 0; i < 2 * kHalf && rows < kFewRows; ++i) block[i] = 0;

@@ -266,11 +266,10 @@ struct BFloat16Arithmetic {
   using From = BFloat16Source;
   static constexpr int kPair = 2;
   static constexpr int kUnit = kUnit_;
-  static constexpr int kRowsUnit = kGroup;
   static constexpr int kFew = 0;
   static constexpr int kLanes = Avx512::kLanes;
   static constexpr int kTileRows = Avx512::kTileRows;
-  // a panel of 16 KiB stays in the first-level cache, with the rows beside it
+  // a panel of 16 KiB stays in the first-level cache, with the rows of a tile beside it
   static constexpr int kDepth = 256;
   static constexpr int kRowStride = kDepth + 32;
 

@@ -17,8 +17,6 @@ struct Fp32Arithmetic {
   using From = Source<Simd>;
   static constexpr int kPair = 1;
   static constexpr int kUnit = 1;
-  // of rows at best a multiple of this is brought at once: 64 codes are decoded together
-  static constexpr int kRowsUnit = 64;
   // up to so many tokens are offered to add_few_tokens, which only an arithmetic has where that is any:
   // it adds all of rows [row, row + rows) times them in a way of its own, or returns false
   static constexpr int kFew = 0;

@@ -47,7 +47,7 @@ SANITIZED = (
 SMALLER = (
     ("product.h", "kTokens = 512", "kTokens = 64"),
     ("product.h", "kTokensOfFewRows = 128", "kTokensOfFewRows = 20"),
-    ("product.h", "kSums = int64_t(1) << 17", "kSums = int64_t(1) << 11"),
+    ("product.h", "kBlockColumns = 256", "kBlockColumns = 64"),
     ("isa.h", "kLarge = int64_t(1) << 24", "kLarge = int64_t(1) << 9"),
     ("attention.cpp", "kQueries = 128, kKeys = 256", "kQueries = 12, kKeys = 20"),
     ("attention_amx.cpp", "kQueries = 128, kKeys = 64", "kQueries = 64, kKeys = 64"),

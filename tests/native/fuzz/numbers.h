@@ -56,11 +56,10 @@ inline double half_unit(double size, int dtype) {
   return std::ldexp(size, -format.precision) + std::ldexp(0.5, format.least - format.precision + 1);
 }
 
-// Whether a number is the infinity that one within `limit` of `exact` is rounded to.
+// Whether a number is the infinity that one within `limit` of `exact` is rounded to in fp16.
 inline bool is_overflow(double actual, double exact, double limit, int dtype) {
-  constexpr double kLargestHalf = 65504;
-  return dtype == TUNESMITH_FLOAT16 && std::fabs(exact) + limit >= kLargestHalf &&
-         std::isinf(actual) && std::signbit(actual) == std::signbit(exact);
+  return dtype == TUNESMITH_FLOAT16 && std::isinf(actual) &&
+         actual == rounded(exact + std::copysign(limit, exact), dtype);
 }
 
 // A sum, and the sum of its terms' magnitudes: what its rounding errors are in proportion to.
