@@ -161,7 +161,8 @@ class Verbs:
             mask: on the CPU, and where the model takes its attention from transformers' registry.
             The numbers are the same.
         fused_layers: Run norms, gated feed-forward blocks and rotary embeddings in one pass each
-            where the model's own do the same. Less time and memory; the numbers are the same.
+            where the model's own do the same, and on the CPU whole decoder layers. Less time and
+            memory; the numbers are the same.
         compile: Compile the model's layers with torch.compile, which takes a minute or more at
             first; attention and what stands between the linear layers are then torch's to fuse.
         optimizer: auto takes torch's fused AdamW; bitsandbytes' 8-bit ones round its states.
@@ -244,7 +245,8 @@ class Verbs:
             mask: on the CPU, and where the model takes its attention from transformers' registry.
             The numbers are the same.
         fused_layers: Run norms, gated feed-forward blocks and rotary embeddings in one pass each
-            where the model's own do the same. Less time and memory; the numbers are the same.
+            where the model's own do the same, and on the CPU whole decoder layers. Less time and
+            memory; the numbers are the same.
         compile: Compile the model's layers with torch.compile, which takes a minute or more at
             first; attention and what stands between the linear layers are then torch's to fuse.
         optimizer: auto takes torch's fused AdamW; bitsandbytes' 8-bit ones round its states.

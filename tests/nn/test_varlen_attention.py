@@ -106,6 +106,19 @@ def test_packed_samples_and_padding_are_runs_of_their_own(calls: list[int]) -> N
     assert calls == [2 + 2 + 1] * 2  # two rows are padded
 
 
+def test_under_autocast_it_is_the_models_own_and_no_error(calls: list[int]) -> None:
+    model = model_of("llama")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, gradients = loss_and_gradients(model, BATCHES["packed"])
+        assert use(model) is None
+        # the rotary embedding is in fp32 and turns queries and keys into that, but no values
+        ours, ours_gradients = loss_and_gradients(model, BATCHES["packed"])
+    assert not calls
+    torch.testing.assert_close(ours, loss, rtol=0, atol=0)
+    for a, b in zip(ours_gradients, gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
 def test_generating_is_left_to_torch(calls: list[int]) -> None:
     model = model_of("llama").eval()
     prompt = torch.tensor([[1, 2, 3]])

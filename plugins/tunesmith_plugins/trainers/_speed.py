@@ -70,15 +70,16 @@ def headless_model(
 
 
 def prepare(session: Session, config: TrainerConfig) -> None:
-    """Let the model's attention and its layers between the products run faster; log which do."""
-    from tunesmith.nn import compiled, fused_layers, varlen_attention
+    """Let the model's attention, its norms and blocks and whole layers run faster; log which do."""
+    from tunesmith.nn import compiled, fused_decoder, fused_layers, varlen_attention
 
     log = logging.getLogger("tunesmith")
-    why = config.why_not("varlen_attention")
-    log.info("%s", varlen_attention.described(why or varlen_attention.use(session.model)))
+    stock = config.why_not("varlen_attention") or varlen_attention.use(session.model)
+    log.info("%s", varlen_attention.described(stock))
 
     why = config.why_not("fused_layers")
     log.info("%s", fused_layers.described(why or fused_layers.use(session.model)))
+    log.info("%s", fused_decoder.described(why or stock or fused_decoder.use(session.model)))
 
     if config.compile:
         compiled.compile_layers(session.model)

@@ -14,8 +14,8 @@ __all__ = ["fuses_layers", "speed_of_step"]
 def speed_of_step(
     config: TrainerConfig, model: Any, device: Device, *, adapter: bool
 ) -> tuple[str, ...]:
-    """Return a line for each piece: loss, attention, layers between products, optimizer, and
-    what is compiled.
+    """Return a line for each piece: loss, attention, layers between products, decoder layers,
+    optimizer, and what is compiled.
 
     `model` is the model or its skeleton on the meta device; `adapter` is false where all of it is
     trained. What can only be found out by trying is said to be so.
@@ -24,6 +24,7 @@ def speed_of_step(
         _loss(config, device, adapter),
         _attention(config, model, device),
         _layers(config, model, device, adapter),
+        _decoder_layers(config, model, device, adapter),
         _optimizer(config, device, adapter),
     )
     if not config.compile:
@@ -52,8 +53,13 @@ def _loss(config: TrainerConfig, device: Device, adapter: bool) -> str:
 def _attention(config: TrainerConfig, model: Any, device: Device) -> str:
     from tunesmith.nn import varlen_attention
 
-    why = config.why_not("varlen_attention") or varlen_attention.why_not(model, device.name)
-    return varlen_attention.described(why)
+    return varlen_attention.described(_stock_attention(config, model, device))
+
+
+def _stock_attention(config: TrainerConfig, model: Any, device: Device) -> str | None:
+    from tunesmith.nn import varlen_attention
+
+    return config.why_not("varlen_attention") or varlen_attention.why_not(model, device.name)
 
 
 def _layers(config: TrainerConfig, model: Any, device: Device, adapter: bool) -> str:
@@ -62,6 +68,21 @@ def _layers(config: TrainerConfig, model: Any, device: Device, adapter: bool) ->
     why = config.why_not("fused_layers")
     found = why or fused_layers.find(model, device.name, trained=not adapter)
     return fused_layers.described(found)
+
+
+def _decoder_layers(config: TrainerConfig, model: Any, device: Device, adapter: bool) -> str:
+    from tunesmith.nn import fused_decoder
+
+    why = config.why_not("fused_layers") or _stock_attention(config, model, device)
+    if why is None and not adapter:
+        why = "their norms are trained"
+    found = why or fused_decoder.find(model, device.name)
+    if isinstance(found, str):
+        return fused_decoder.described(found)
+    return (
+        f"decoder layers: up to {found} in one pass each, those with 4-bit projections and "
+        "adapters without dropout that prove to be what they look like"
+    )
 
 
 def _optimizer(config: TrainerConfig, device: Device, adapter: bool) -> str:

@@ -23,7 +23,7 @@ from tunesmith.ops import native_status
 from tunesmith.ops.elementwise import ACTIVATIONS, gated, rms_norm, rotary
 from tunesmith.ops.schema import DTYPES
 
-__all__ = ["described", "find", "gated_block", "norm", "use"]
+__all__ = ["Fused", "described", "find", "gated_block", "norm", "use"]
 
 _FEATURES = 48
 _FAST = {device for device in ("cpu", "cuda") if native_status().why_slow_on(device) is None}
@@ -68,20 +68,20 @@ def described(found: dict[str, int] | str) -> str:
     return f"in one pass each: {', '.join(parts)}"
 
 
-def _fusable(model: nn.Module) -> tuple[dict[nn.Module, _Fused], list[types.ModuleType]]:
+def _fusable(model: nn.Module) -> tuple[dict[nn.Module, Fused], list[types.ModuleType]]:
     """Return what runs or could run in the place of modules, and model files to patch."""
-    fused = {module: found for module in model.modules() if (found := _Fused.of(module))}
+    fused = {module: found for module in model.modules() if (found := Fused.of(module))}
     names = {type(module).__module__ for module in model.modules()}
     files = [file for name in names if (file := sys.modules.get(name)) and _has_rotary(file)]
     return fused, files
 
 
-def _norms(fused: dict[nn.Module, _Fused]) -> list[_Norm]:
+def _norms(fused: dict[nn.Module, Fused]) -> list[_Norm]:
     return [each for each in fused.values() if isinstance(each, _Norm)]
 
 
 def _counts(
-    fused: dict[nn.Module, _Fused], files: list[types.ModuleType], trained: int
+    fused: dict[nn.Module, Fused], files: list[types.ModuleType], trained: int
 ) -> dict[str, int] | str:
     norms = len(_norms(fused))
     found = {"norms": norms - trained, "gated": len(fused) - norms, "rotary": len(files)}
@@ -94,17 +94,17 @@ def _counts(
 
 def norm(module: nn.Module) -> tuple[float, bool] | None:
     """Return eps of an RMSNorm and whether its weight counts from one; None if it is none."""
-    found = _Fused.of(module)
+    found = Fused.of(module)
     return (found.eps, found.from_one) if isinstance(found, _Norm) else None
 
 
 def gated_block(module: nn.Module) -> str | None:
     """Return the activation of a gated block, a key of `ACTIVATIONS`; None if it is none."""
-    found = _Fused.of(module)
+    found = Fused.of(module)
     return found.activation if isinstance(found, _Gated) else None
 
 
-class _Fused:
+class Fused:
     """What a module's `forward` is replaced by; copies and pickles with the module."""
 
     module: Any
@@ -113,10 +113,10 @@ class _Fused:
         self.module = module
 
     @staticmethod
-    def of(module: nn.Module) -> _Fused | None:
+    def of(module: nn.Module) -> Fused | None:
         """Return what runs in a module's place, or could; None if there is nothing."""
         present = module.__dict__.get("forward")
-        if isinstance(present, _Fused):
+        if isinstance(present, Fused):
             return present
         if present is not None:  # someone else's
             return None
@@ -127,7 +127,7 @@ class _Fused:
         return type(self.module).forward(self.module, *args, **kwargs)
 
 
-class _Norm(_Fused):
+class _Norm(Fused):
     def __init__(self, module: nn.Module, eps: float, from_one: bool) -> None:
         super().__init__(module)
         self.eps, self.from_one = eps, from_one
@@ -183,7 +183,7 @@ def _weight_of_norm(module: Any, eps: float) -> bool | None:
     return fits[0]
 
 
-class _Gated(_Fused):
+class _Gated(Fused):
     def __init__(self, module: nn.Module, activation: str) -> None:
         super().__init__(module)
         self.activation = activation

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tunesmith.errors import ModelError, OpError
 from tunesmith.nn.nf4_linear import NF4Linear, autocast, frozen_arguments
 from tunesmith.ops import frozen_linear, quantize_4bit
+from tunesmith.ops.native import FrozenLayer
 from tunesmith.ops.schema import DTYPES
 
 __all__ = ["LoraLinear", "load", "register"]
@@ -154,6 +155,17 @@ class LoraLinear(lora.Linear):  # type: ignore[misc]
             return None
         p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
         return (lora_a, lora_b, self.scaling[name]), p
+
+    def call_with(self, x: Tensor, cast: Tensor) -> FrozenLayer | None:
+        """Return what `ops.frozen_linear` takes after `cast`, or None.
+
+        None where it is not one plain adapter without dropout. `cast` is x as autocast leaves it.
+        """
+        name = self._single_adapter()
+        adapter = None if name is None else self._adapter(name, x, cast)
+        if adapter is None or adapter[1]:
+            return None
+        return (*frozen_arguments(self.base_layer), adapter[0])
 
     def arguments(self) -> tuple[Any, ...] | None:
         """Return what `ops.frozen_linear` takes after x and before dropout, or None.

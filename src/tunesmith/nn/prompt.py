@@ -29,11 +29,13 @@ def read_prompt(model: Any, input_ids: Tensor, mask: Tensor, cache: Any) -> Tens
     return logits
 
 
-def disagreement(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> str | None:
-    """Return by how much logits [rows, vocabulary] differ, if by more than rounding in dtype."""
+def disagreement(
+    ours: Tensor, theirs: Tensor, dtype: torch.dtype, what: str = "the model's own logits"
+) -> str | None:
+    """Return by how much two tensors [..., features] differ, if by more than rounding in dtype."""
     ours, theirs = ours.double(), theirs.double()
     difference = float(((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).max())
     limit = _LIMITS.get(dtype, 0.0)
     if difference <= limit:
         return None
-    return f"the model's own logits differ by {difference:.2g}, and {limit} is allowed"
+    return f"{what} differ by {difference:.2g}, and {limit} is allowed"

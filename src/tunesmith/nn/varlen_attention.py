@@ -99,7 +99,10 @@ def attend(
     runs = offsets = None
     if _suits(query, key, value) and not dropout and not _ASKED_FOR & _given(kwargs):
         if query.device.type == "cpu":
-            runs = _runs_on_cpu(module, query, attention_mask, kwargs)
+            asked = {**kwargs, "attention_mask": attention_mask}
+            runs = runs_for(module, query.shape[0], query.shape[2], asked)
+            if attention_mask is None and not torch.is_grad_enabled():
+                runs = None  # without a backward pass torch's own is as good
         elif attention_mask is not None:  # without a mask torch's own is as good
             offsets = _remembered(_find_offsets, attention_mask, query.shape[0])
     if runs is None and offsets is None:
@@ -128,6 +131,7 @@ def _suits(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return (
         query.device.type in _DTYPES
         and query.dtype in _DTYPES[query.device.type]
+        and query.dtype == key.dtype == value.dtype  # autocast turns some of them only
         and query.shape[2] == key.shape[2]
         and query.shape[3] == key.shape[3] == value.shape[3]
     )
@@ -136,15 +140,16 @@ def _suits(query: Tensor, key: Tensor, value: Tensor) -> bool:
 _DTYPES = {"cpu": DTYPES, "cuda": (torch.bfloat16, torch.float16)}
 
 
-def _runs_on_cpu(
-    module: torch.nn.Module, query: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+def runs_for(
+    module: torch.nn.Module, rows: int, tokens: int, kwargs: dict[str, Any]
 ) -> Tensor | None:
+    """Return the runs that an attention module works on when it is called so, or None."""
+    mask = kwargs.get("attention_mask")
     if mask is not None:
-        return runs_of(mask, query.shape[0])
+        return runs_of(mask, rows)
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    gains = bool(causal) and torch.is_grad_enabled()
-    return _whole_rows(query.shape[0], query.shape[2]) if gains else None
+    return _whole_rows(rows, tokens) if causal else None
 
 
 @functools.lru_cache(maxsize=8)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["below_autograd", "call", "differentiate", "implement"]
+__all__ = ["below_autograd", "call", "differentiate", "implement", "seen_by_torch_alone"]
 
 _derivatives: dict[str, type[torch.autograd.Function]] = {}
 _implementations: dict[tuple[str, str], Callable[..., Any]] = {}
@@ -46,7 +46,7 @@ def differentiate(op: str, function: type[torch.autograd.Function]) -> None:
 
 def call(op: str, *args: Any) -> Any:
     """Return what an op gives, so that gradients flow where they are wanted."""
-    if not _seen_by_torch_alone(args):
+    if not seen_by_torch_alone(args):
         return _overload(op)(*args)
     if not _wants_gradient(args):
         return _implemented(op, args)
@@ -58,7 +58,17 @@ def call(op: str, *args: Any) -> Any:
 
 def below_autograd(op: str, *args: Any) -> Any:
     """Return what an op gives, past its derivative."""
-    return _implemented(op, args) if _seen_by_torch_alone(args) else _dispatched(op, args)
+    return _implemented(op, args) if seen_by_torch_alone(args) else _dispatched(op, args)
+
+
+def seen_by_torch_alone(args: tuple[Any, ...]) -> bool:
+    """Return whether nothing but torch's own autograd has to see a call with these arguments."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or not _PLAIN.issuperset(map(type, args))
+    )
 
 
 def _implemented(op: str, args: tuple[Any, ...]) -> Any:
@@ -84,12 +94,3 @@ def _wants_gradient(args: tuple[Any, ...]) -> bool:
             if isinstance(arg, Tensor) and arg.requires_grad:
                 return True
     return False
-
-
-def _seen_by_torch_alone(args: tuple[Any, ...]) -> bool:
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or not _PLAIN.issuperset(map(type, args))
-    )

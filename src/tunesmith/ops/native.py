@@ -29,12 +29,19 @@ from tunesmith.ops.reference import mean_absmax, no_autocast
 from tunesmith.ops.schema import NESTED_BLOCKSIZE, count_blocks
 
 __all__ = [
+    "FrozenLayer",
     "NativeStatus",
     "PreparedLayers",
     "PreparedLinear",
     "PreparedNorm",
+    "linears",
+    "linears_backward",
+    "multiplies_all",
     "native_status",
 ]
+
+_Parts = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+_Adapter = tuple[Tensor | None, Tensor | None, float, Tensor | None, float]
 
 # empty when the kernels are in use
 _why_not = ""
@@ -346,6 +353,119 @@ def _linear_backward_cpu(
         grad_y.new_empty(0) if grad_a is None else grad_a,
         grad_y.new_empty(0) if grad_b is None else grad_b,
     )
+
+
+FrozenLayer = tuple[
+    _Parts, Sequence[int], int, str, Tensor | None, tuple[Tensor, Tensor, float] | None
+]
+"""What `frozen_linear` takes after x: parts, shape, blocksize, quant_type, bias and adapter."""
+
+
+def multiplies_all(x: Tensor, layers: Sequence[FrozenLayer]) -> bool:
+    """Return whether `linears` takes layers for as many tokens as x has: each is one call of ours.
+
+    That is so on the CPU, for frozen biases, and where a library's product is no faster.
+    """
+    if _why_not or x.device.type != "cpu" or x.dtype not in schema.DTYPES or not x.numel():
+        return False
+    tokens = x.numel() // x.shape[-1]
+    return all(
+        out_features * in_features > 0
+        and _in_one_call(tokens, x.dtype, parts[0], quant_type)
+        and not (bias is not None and bias.requires_grad)
+        for parts, (out_features, in_features), _, quant_type, bias, _ in layers
+    )
+
+
+def linears(
+    x: Tensor, layers: Sequence[FrozenLayer], onto: Tensor | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Do `linear` for several layers of one x that `multiplies_all`; return all y and all s.
+
+    Each y is added to `onto` [..., out_features], which is left as it is. There is no derivative.
+    """
+    *leading, in_features = x.shape
+    tokens = math.prod(leading)
+    flat = x.reshape(tokens, in_features).contiguous()
+    held, calls, ys, ss = [], [], [], []
+    for parts, (out_features, _), blocksize, quant_type, bias, lora in layers:
+        lora_a, lora_b, scaling = lora or (None, None, 1.0)
+        if bias is not None:
+            bias = bias.to(x.dtype)
+        schema.check_linear(
+            x, *parts, out_features, blocksize, quant_type, bias, lora_a, lora_b, None
+        )
+        compact = (parts[0], _compact(parts[1]), _compact(parts[2]), parts[3])
+        adapter = (_compact(lora_a), _compact(lora_b), scaling, None, 1.0)
+        bias = _compact(bias)
+        shape = (tokens, in_features, out_features)
+        layer = _layer(shape, x.dtype, compact, blocksize, quant_type, bias, adapter)
+        y = (
+            x.new_empty((*leading, out_features))
+            if onto is None
+            else onto.clone(memory_format=torch.contiguous_format)
+        )
+        s = x.new_empty((tokens, 0 if lora_a is None else lora_a.shape[0]), dtype=torch.float32)
+        ys.append(y)
+        ss.append(s)
+        held.append((compact, bias, adapter))
+        calls.append((layer, flat.data_ptr(), s.data_ptr(), y.data_ptr(), onto is not None))
+    # after all that Python has to do, which goes slowly where a product has emptied the caches
+    for call in calls:
+        _native.linear(*call)
+    return ys, ss
+
+
+def linears_backward(
+    grads: Sequence[Tensor],
+    x: Tensor,
+    ss: Sequence[Tensor],
+    layers: Sequence[FrozenLayer],
+    need_x: bool,
+    needs: Sequence[tuple[bool, bool]],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Do `linear_backward` for all layers of one x; return the sum of grad_x, and all of A and B.
+
+    `needs` says for each layer whether A and B need theirs; what is not needed is None.
+    """
+    *leading, in_features = x.shape
+    tokens = math.prod(leading)
+    x = x.reshape(tokens, in_features).contiguous()
+    grad_x = x.new_empty((*leading, in_features)) if need_x else None
+    of_adapters: list[Tensor | None] = []
+    held: list[object] = []
+    calls: list[tuple[Any, ...]] = []
+    for grad_y, s, layer, (need_a, need_b) in zip(grads, ss, layers, needs, strict=True):
+        parts, (out_features, _), blocksize, quant_type, _, lora = layer
+        lora_a, lora_b, scaling = lora or (None, None, 1.0)
+        grad_y = grad_y.reshape(tokens, out_features).contiguous()
+        s = s.contiguous()
+        schema.check_linear_backward(
+            grad_y, x, s, *parts, in_features, blocksize, quant_type, lora_a, lora_b, None, need_a,
+            need_b,
+        )  # fmt: skip
+        grad_a = _empty_like(lora_a) if need_a and lora_a is not None else None
+        grad_b = _empty_like(lora_b) if need_b and lora_b is not None else None
+        of_adapters += (grad_a, grad_b)
+        compact = (parts[0], _compact(parts[1]), _compact(parts[2]), parts[3])
+        adapter = (_compact(lora_a), _compact(lora_b), scaling, None, 1.0)
+        shape = (tokens, in_features, out_features)
+        held.append((grad_y, s, compact, adapter))
+        calls.append(
+            (
+                _layer(shape, x.dtype, compact, blocksize, quant_type, None, adapter),
+                _pointer(x) if need_a else 0,
+                _pointer(s) if need_b else 0,
+                grad_y.data_ptr(),
+                _pointer(grad_x),
+                _pointer(grad_a),
+                _pointer(grad_b),
+                bool(calls),  # added to what the layers before have written
+            )
+        )
+    for call in calls:
+        _native.linear_backward(*call)
+    return grad_x, of_adapters
 
 
 def _attention_backward_cpu(
@@ -733,10 +853,6 @@ def _linear_backward_cuda(
             grad_y, x, s, dense, lora_a, lora_b, scaling, keep, keep_scale, need_a, need_b,
             grad_y.dtype,
         )  # fmt: skip
-
-
-_Parts = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
-_Adapter = tuple[Tensor | None, Tensor | None, float, Tensor | None, float]
 
 
 def _layer(

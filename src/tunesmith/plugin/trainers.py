@@ -83,7 +83,8 @@ class TrainerConfig:
     where the model takes its attention from transformers' registry. The numbers are the same."""
     fused_layers: bool = True
     """Run norms, gated feed-forward blocks and rotary embeddings in one pass each where the model's
-    own do the same. Less time and memory; the numbers are the same."""
+    own do the same, and on the CPU whole decoder layers. Less time and memory; the numbers are the
+    same."""
     compile: bool = False
     """Compile the model's layers with torch.compile, which takes a minute or more at first;
     attention and what stands between the linear layers are then torch's to fuse."""

@@ -1,0 +1,446 @@
+"""A decoder layer as one node of autograd's graph: norm, attention, norm, gated block, two sums.
+
+Between the products of a layer lies a lot of Python: modules, autograd's nodes, PEFT's questions,
+some 5 ms a layer both ways, whatever the number of tokens. Here the layer's kernels follow each
+other directly, and a sum with the residual is made where the product before it is written.
+
+Which layers these are is not known by name: a layer's parts are looked at, and it is run both ways
+on made-up input. What it is called with decides anew each time; where it is not for the kernels
+(dropout in an adapter, a cache, somebody's hook, more tokens than our products are good for) the
+layer runs as it is.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from tunesmith.nn import fused_layers, varlen_attention
+from tunesmith.nn.lora_linear import LoraLinear
+from tunesmith.nn.nf4_linear import NF4Linear, frozen_arguments
+from tunesmith.nn.prompt import disagreement
+from tunesmith.ops import native, native_status
+from tunesmith.ops.dispatch import below_autograd, seen_by_torch_alone
+from tunesmith.ops.native import FrozenLayer
+from tunesmith.ops.schema import DTYPES
+
+__all__ = ["described", "find", "use"]
+
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+_HEAD_NORMS = ("q_norm", "k_norm")
+_IN_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_IN_BLOCK = ("gate_proj", "up_proj", "down_proj")
+# what a layer may be called with
+_KNOWN = {
+    "attention_mask",
+    "cache_position",
+    "is_causal",
+    "position_embeddings",
+    "position_ids",
+}
+# what changes large numbers, and so may not show in made-up ones
+_SOFTCAP = "attn_logit_softcapping"
+_TRIAL_TOKENS = 24
+
+_Norm = tuple[Tensor, float, bool]
+"""What the op rms_norm takes after x."""
+
+
+def use(model: nn.Module) -> int | str:
+    """Let a model's decoder layers run as one node each; return how many do, or why none does."""
+    found = find(model, next(model.parameters()).device.type)
+    if isinstance(found, str):
+        return found
+    why = ""
+    count = 0
+    for module in model.modules():
+        layer = _DecoderLayer.recognise(module)
+        if isinstance(layer, _DecoderLayer):
+            reason = layer.disagreement()
+            if reason is None:
+                module.forward = layer
+                count += 1
+            why = why or reason or ""
+    return count or why
+
+
+def find(model: nn.Module, device: str) -> int | str:
+    """Return how many layers of a model, or of its skeleton, look as if they could; or why none."""
+    if device != "cpu":
+        return "it is the CPU that gains by it"
+    why = native_status().why_slow_on(device)
+    if why is not None:
+        return why
+    seen = [_DecoderLayer.recognise(module) for module in model.modules()]
+    count = sum(isinstance(each, _DecoderLayer) for each in seen)
+    reasons = [each for each in seen if isinstance(each, str)]
+    return count or (reasons[0] if reasons else "none is a norm, attention, a norm and a block")
+
+
+def described(found: int | str) -> str:
+    """Return as a sentence what `find` and `use` return."""
+    if isinstance(found, str):
+        return f"decoder layers: as the model has them ({found})"
+    return f"decoder layers: {found} in one pass each"
+
+
+class _DecoderLayer(fused_layers.Fused):
+    """Stands in for the `forward` of a decoder layer."""
+
+    def __init__(
+        self, module: nn.Module, norms: list[tuple[float, bool] | None], activation: str
+    ) -> None:
+        super().__init__(module)
+        self._norms, self._activation = norms, activation
+
+    @classmethod
+    def recognise(cls, module: nn.Module) -> _DecoderLayer | str | None:
+        """Return what would stand in for a module; why nothing does, or None if it is no layer."""
+        present = module.__dict__.get("forward")
+        if isinstance(present, cls):
+            return present
+        attention, block = (module._modules.get(name) for name in ("self_attn", "mlp"))
+        if attention is None or block is None:
+            return None
+        name = type(module).__name__
+        odd = module._modules.keys() ^ {*_NORMS, "self_attn", "mlp"}
+        odd |= attention._modules.keys() - {*_IN_ATTENTION, *_HEAD_NORMS}
+        odd |= set(_IN_ATTENTION) - attention._modules.keys()
+        if odd or not hasattr(attention, "head_dim") or not hasattr(attention, "scaling"):
+            return f"a {name} is made otherwise ({', '.join(sorted(odd)) or 'its attention'})"
+        if getattr(getattr(attention, "config", None), _SOFTCAP, None) is not None:
+            return f"its config has {_SOFTCAP}"
+        activation = fused_layers.gated_block(block)
+        if activation is None:
+            return f"a {type(block).__name__} is no gated block"
+        norms = []
+        for norm in _norms_of(module):
+            found = None if norm is None else fused_layers.norm(norm)
+            if norm is not None and found is None:
+                return f"a {type(norm).__name__} is no RMSNorm"
+            norms.append(found)
+        if present is not None:
+            return f"somebody has replaced the forward of a {name}"
+        return cls(module, norms, activation)
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        given = "an argument by position" if args else self._given(hidden_states, kwargs)
+        if isinstance(given, str):
+            return self.stock(hidden_states, *args, **kwargs)
+        if not torch.is_grad_enabled():
+            return given.forward(hidden_states)[0]
+        return _Node.apply(hidden_states, given, *given.adapters)  # type: ignore[no-untyped-call]
+
+    def disagreement(self) -> str | None:
+        """Return why the layer itself does something else; None if it does the same."""
+        modes = [(module, module.training) for module in self.module.modules()]
+        self.module.train()  # dropout that a layer does by itself then shows
+        try:
+            with torch.no_grad(), torch.random.fork_rng([]):
+                torch.manual_seed(0)
+                return self._disagreement()
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    def _disagreement(self) -> str | None:
+        attention, name = self.module.self_attn, type(self.module).__name__
+        weight = self.module.input_layernorm.weight
+
+        def made_up(*shape: int) -> Tensor:
+            return torch.randn(shape, dtype=weight.dtype)
+
+        x = 0.05 * made_up(2, _TRIAL_TOKENS, len(weight))  # less than what is added to it
+        angles = 3 * made_up(1, _TRIAL_TOKENS, attention.head_dim // 2).float().repeat(1, 1, 2)
+        kwargs = {
+            "attention_mask": None,
+            "position_ids": torch.arange(_TRIAL_TOKENS)[None],
+            "position_embeddings": (angles.cos().to(x), angles.sin().to(x)),
+        }
+        given = self._given(x, kwargs)
+        if isinstance(given, str):
+            return given
+        try:
+            own, ours = self.stock(x, **kwargs), given.forward(x)[0]
+        except Exception as error:  # whatever a stranger's code raises at made-up input
+            return f"a {name} does not take made-up input: {error}"
+        if not isinstance(own, Tensor) or own.shape != ours.shape or own.dtype != ours.dtype:
+            return f"a {name} returns something else than its output"
+        return disagreement(ours, own, x.dtype, f"outputs of a {name}")
+
+    def _given(self, x: Tensor, kwargs: dict[str, Any]) -> _Layer | str:
+        """Return the layer as it is to be run on x, or why it cannot."""
+        module = self.module
+        attention, block = module.self_attn, module.mlp
+        for name, value in kwargs.items():
+            if value is not None and value is not False and name not in _KNOWN:
+                return f"it is called with {name}"
+        norms = _norms_of(module)
+        linears = [
+            *(attention._modules[name] for name in _IN_ATTENTION),
+            *(block._modules[name] for name in _IN_BLOCK),
+        ]
+        for each in (attention, block, *norms, *linears):
+            if each is not None and _watched(each):
+                return f"something hooks into a {type(each).__name__}"
+        if attention.training and getattr(attention, "attention_dropout", 0.0):
+            return "of dropout in its attention"
+        if attention.config._attn_implementation != varlen_attention.NAME:
+            return "its attention is not the one that goes by samples"
+        if (
+            type(x) is not Tensor
+            or x.device.type != "cpu"
+            or x.dim() != 3
+            or x.dtype not in DTYPES
+            or not x.numel()
+            or torch.is_autocast_enabled("cpu")
+            or not seen_by_torch_alone((x,))
+        ):
+            return "of its input"
+        taken: list[_Norm | None] = []
+        for norm, found in zip(norms, self._norms, strict=True):
+            if norm is None or found is None:
+                taken.append(None)
+                continue
+            weight: Any = norm.weight
+            if weight.requires_grad or weight.dtype != x.dtype or weight.device != x.device:
+                return f"a {type(norm).__name__} is trained, or not in the dtype of its input"
+            taken.append((weight, *found))
+        frozen = [each for linear in linears if (each := _frozen(linear, x)) is not None]
+        if len(frozen) < len(linears):
+            return "a projection is neither in 4 bits nor has one plain adapter without dropout"
+        if not native.multiplies_all(x, frozen):
+            return "there are too many tokens, or a projection is trained or not in 4 bits"
+        rotary = _rotary_of(kwargs, x, attention.head_dim)
+        if rotary is None:
+            return "it has no rotary embedding of its whole heads"
+        runs = varlen_attention.runs_for(attention, len(x), x.shape[1], kwargs)
+        if runs is None:
+            return "its mask is not one of samples"
+        return _Layer(
+            taken, frozen, self._activation, attention.head_dim, attention.scaling, *rotary, runs,
+            _checkpoints(module),
+        )  # fmt: skip
+
+
+class _Kept(NamedTuple):
+    """What a layer's backward pass takes besides its input; heads are [rows, tokens, heads, size].
+
+    Of the norms of heads: what they were given and their scale, or None where there is none.
+    """
+
+    before: Tensor
+    scale_before: Tensor | None
+    raw_q: Tensor | None
+    scale_q: Tensor | None
+    raw_k: Tensor | None
+    scale_k: Tensor | None
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    seen: Tensor
+    lse: Tensor
+    middle: Tensor
+    after: Tensor
+    scale_after: Tensor | None
+    gate: Tensor
+    up: Tensor
+    inner: Tensor
+
+
+_INPUTS, _OUTPUT, _BLOCK, _DOWN = slice(0, 3), slice(3, 4), slice(4, 6), slice(6, 7)
+
+
+@attrs.frozen(eq=False)
+class _Layer:
+    """A decoder layer with all it works on but its input x [rows, tokens, features]."""
+
+    norms: Sequence[_Norm | None]
+    """Those before attention and before the block, of queries and of keys."""
+    linears: Sequence[FrozenLayer]
+    """Of query, key, value, output, gate, up and down."""
+    activation: str
+    head_size: int
+    scaling: float
+    cos: Tensor
+    sin: Tensor
+    runs: Tensor
+    checkpointing: bool
+    """Whether all is computed again in the backward pass, from x."""
+
+    @property
+    def adapters(self) -> list[Tensor]:
+        """A and B of each linear layer that has an adapter."""
+        return [matrix for *_, lora in self.linears if lora is not None for matrix in lora[:2]]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, _Kept, list[Tensor]]:
+        """Return the output for x and what `backward` takes, s of all linear layers apart."""
+        kept, ss = self.up_to_down(x)
+        (out,), of_down = native.linears(kept.inner, self.linears[_DOWN], onto=kept.middle)
+        return out, kept, [*ss, *of_down]
+
+    def up_to_down(self, x: Tensor) -> tuple[_Kept, list[Tensor]]:
+        """Do all but the last product, which the backward pass has no use for but for its s."""
+        norm_before, norm_after, norm_q, norm_k = self.norms
+        before, scale_before = _rms_norm(x, norm_before)
+        projected, ss = native.linears(before, self.linears[_INPUTS])
+        raw_q, raw_k, v = (y.view(*y.shape[:2], -1, self.head_size) for y in projected)
+        (q, scale_q), (k, scale_k) = _rms_norm(raw_q, norm_q), _rms_norm(raw_k, norm_k)
+        q, k = (below_autograd("rotary", each, self.cos, self.sin, False) for each in (q, k))
+        seen, lse = below_autograd("attention", q, k, v, self.runs, self.scaling)
+        (middle,), of_output = native.linears(seen.flatten(2), self.linears[_OUTPUT], onto=x)
+        after, scale_after = _rms_norm(middle, norm_after)
+        (gate, up), of_block = native.linears(after, self.linears[_BLOCK])
+        inner = below_autograd("gated", gate, up, self.activation)
+        kept = _Kept(
+            before, scale_before, None if norm_q is None else raw_q, scale_q,
+            None if norm_k is None else raw_k, scale_k, q, k, v, seen, lse, middle, after,
+            scale_after, gate, up, inner,
+        )  # fmt: skip
+        return kept, [*ss, *of_output, *of_block]
+
+    def backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        kept: _Kept,
+        ss: Sequence[Tensor],
+        need_x: bool,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """Return the gradient of x, or None if it needs none, and those of `adapters`."""
+        norm_before, norm_after, norm_q, norm_k = self.norms
+        flags = iter(needs)
+        pairs = [
+            (False, False) if lora is None else (next(flags), next(flags))
+            for *_, lora in self.linears
+        ]
+
+        def through(part: slice, grads: Sequence[Tensor], y: Tensor, need: bool = True) -> Any:
+            return native.linears_backward(
+                grads, y, ss[part], self.linears[part], need, pairs[part]
+            )
+
+        grad_inner, of_down = through(_DOWN, [grad], kept.inner)
+        grads = below_autograd("gated_backward", grad_inner, kept.gate, kept.up, self.activation)
+        grad_after, of_block = through(_BLOCK, grads, kept.after)
+        grad_middle = _rms_norm_backward(grad_after, kept.middle, norm_after, kept.scale_after)
+        grad_middle += grad
+        grad_seen, of_output = through(_OUTPUT, [grad_middle], kept.seen.flatten(2))
+        grad_q, grad_k, grad_v = below_autograd(
+            "attention_backward", grad_seen.view_as(kept.seen), kept.q, kept.k, kept.v, kept.seen,
+            kept.lse, self.runs, self.scaling,
+        )  # fmt: skip
+        grad_q, grad_k = (
+            below_autograd("rotary", each, self.cos, self.sin, True) for each in (grad_q, grad_k)
+        )
+        grad_q = _rms_norm_backward(grad_q, kept.raw_q, norm_q, kept.scale_q)
+        grad_k = _rms_norm_backward(grad_k, kept.raw_k, norm_k, kept.scale_k)
+        grads = [each.flatten(2) for each in (grad_q, grad_k, grad_v)]
+        grad_before, of_inputs = through(_INPUTS, grads, kept.before, need_x)
+        grad_x = None
+        if need_x:
+            grad_x = _rms_norm_backward(grad_before, x, norm_before, kept.scale_before)
+            grad_x += grad_middle
+        of_all = (*of_inputs, *of_output, *of_block, *of_down)
+        adapted = [lora is not None for *_, lora in self.linears for _ in range(2)]
+        return grad_x, list(itertools.compress(of_all, adapted))
+
+
+class _Node(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: _Layer, *adapters: Tensor) -> Tensor:
+        out, kept, ss = layer.forward(x)
+        ctx.layer = layer
+        kept_of_it = [ss[-1]] if layer.checkpointing else [*kept, *ss]
+        # the layer holds the adapters; saved they are watched for whether somebody writes into them
+        ctx.save_for_backward(x, *kept_of_it, *adapters)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        layer: _Layer = ctx.layer
+        x, *saved = ctx.saved_tensors
+        if layer.checkpointing:
+            kept, ss = layer.up_to_down(x)
+            ss.append(saved[0])
+        else:
+            count = len(_Kept._fields)
+            kept, ss = _Kept(*saved[:count]), saved[count : count + len(layer.linears)]
+        need_x, _, *needs = ctx.needs_input_grad
+        grad_x, of_adapters = layer.backward(grad, x, kept, ss, need_x, needs)
+        return grad_x, None, *of_adapters
+
+
+def _rms_norm(x: Tensor, norm: _Norm | None) -> tuple[Tensor, Tensor | None]:
+    if norm is None:
+        return x, None
+    y, scale = below_autograd("rms_norm", x, *norm)
+    return y, scale
+
+
+def _rms_norm_backward(
+    grad: Tensor, x: Tensor | None, norm: _Norm | None, scale: Tensor | None
+) -> Tensor:
+    if norm is None:
+        return grad
+    weight, _, from_one = norm
+    grad_x: Tensor = below_autograd("rms_norm_backward", grad, x, weight, scale, from_one)
+    return grad_x
+
+
+def _norms_of(layer: Any) -> list[nn.Module | None]:
+    parts, in_attention = layer._modules, layer.self_attn._modules
+    return [
+        *(parts[name] for name in _NORMS),
+        *(in_attention.get(name) for name in _HEAD_NORMS),
+    ]
+
+
+def _frozen(linear: nn.Module, x: Tensor) -> FrozenLayer | None:
+    if isinstance(linear, LoraLinear):
+        return linear.call_with(x, x)
+    return (*frozen_arguments(linear), None) if type(linear) is NF4Linear else None
+
+
+def _rotary_of(kwargs: dict[str, Any], x: Tensor, size: int) -> tuple[Tensor, Tensor] | None:
+    """Return cos and sin that a layer is called with, if the kernels take them."""
+    embedding = kwargs.get("position_embeddings")
+    if not isinstance(embedding, tuple) or len(embedding) != 2 or size % 2:
+        return None
+    cos, sin = embedding
+    shapes = ((len(x), x.shape[1], size), (1, x.shape[1], size))
+    for each in embedding:
+        if not isinstance(each, Tensor) or each.requires_grad or each.shape not in shapes:
+            return None
+        if each.dtype != x.dtype or each.device != x.device:
+            return None
+    return (cos, sin) if cos.shape == sin.shape else None
+
+
+def _checkpoints(layer: Any) -> bool:
+    """Whether a layer's own forward would be computed again in the backward pass.
+
+    Earlier releases of transformers do that around the forward that this stands in for.
+    """
+    asked = getattr(layer, "gradient_checkpointing", False) and layer.training
+    return asked and type(layer).__call__ is nn.Module.__call__
+
+
+def _watched(module: nn.Module) -> bool:
+    """Whether something relies on this module being called."""
+    override = module.__dict__.get("forward")
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or (override is not None and not isinstance(override, fused_layers.Fused))
+    )
