@@ -79,6 +79,10 @@ struct tunesmith_attention {
   int64_t run_count;
 };
 
+// Writes out and lse, of the queries of all runs; false, with nothing written, where this CPU or this job
+// has no kernel. Of the struct's own out, grad_out and lse nothing is read.
+bool tunesmith_attention_cpu(const struct tunesmith_attention* attention, void* out, float* lse);
+
 // Writes the gradients of q, k and v, shaped as those; not of keys that no run sees.
 void tunesmith_attention_backward_cpu(const struct tunesmith_attention* attention, void* grad_q,
                                       void* grad_k, void* grad_v);

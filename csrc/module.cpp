@@ -110,6 +110,15 @@ void linear_backward(const tunesmith_linear& layer, Pointer x, Pointer s, Pointe
                                 at<void>(grad_x), at<void>(grad_a), at<void>(grad_b), accumulate);
 }
 
+bool attention(const std::vector<int64_t>& shape, int dtype, Pointer q, Pointer k, Pointer v,
+               float scale, Pointer runs, int64_t run_count, Pointer out, Pointer lse) {
+  const tunesmith_attention job = {
+      shape.at(0), shape.at(1), shape.at(2), shape.at(3), shape.at(4), dtype, at<void>(q),
+      at<void>(k), at<void>(v), nullptr,     nullptr,     nullptr,     scale, at<tunesmith_run>(runs),
+      run_count};
+  return tunesmith_attention_cpu(&job, at<void>(out), at<float>(lse));
+}
+
 void attention_backward(const std::vector<int64_t>& shape, int dtype, Pointer q, Pointer k, Pointer v,
                         Pointer out, Pointer grad_out, Pointer lse, float scale, Pointer runs,
                         int64_t run_count, Pointer grad_q, Pointer grad_k, Pointer grad_v) {
@@ -315,6 +324,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("linear_backward", linear_backward, py::arg("layer"), py::arg("x"), py::arg("s"),
         py::arg("grad_y"), py::arg("grad_x"), py::arg("grad_a"), py::arg("grad_b"),
         py::arg("accumulate"), Unlocked());
+  m.def("attention", attention, py::arg("shape"), py::arg("dtype"), py::arg("q"), py::arg("k"),
+        py::arg("v"), py::arg("scale"), py::arg("runs"), py::arg("run_count"), py::arg("out"),
+        py::arg("lse"), Unlocked());
   m.def("attention_backward", attention_backward, py::arg("shape"), py::arg("dtype"), py::arg("q"),
         py::arg("k"), py::arg("v"), py::arg("out"), py::arg("grad_out"), py::arg("lse"),
         py::arg("scale"), py::arg("runs"), py::arg("run_count"), py::arg("grad_q"),

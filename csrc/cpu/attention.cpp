@@ -5,6 +5,7 @@
 // Everything is held with the queries running, so that what belongs to a query (log-sum-exp, delta) is
 // a vector, and the products need no transposing but that of the keys.
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <vector>
 
@@ -23,6 +24,8 @@ constexpr int64_t kQueries = 128, kKeys = 256;  // of one block
 struct Group {
   int64_t row, first_key, keys;
   std::vector<const tunesmith_run*> runs;
+
+  AttentionGroup view() const { return {row, first_key, keys, runs.data(), int64_t(runs.size())}; }
 };
 
 std::vector<Group> groups_of(const tunesmith_attention& job) {
@@ -227,15 +230,25 @@ class Task {
 
 using namespace tunesmith;
 
+bool tunesmith_attention_cpu(const tunesmith_attention* job, void* out, float* lse) {
+  const std::vector<Group> groups = groups_of(*job);
+  std::atomic<bool> all_done = true;  // the answer is the same for all heads
+  parallel_for(int64_t(groups.size()) * job->heads, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const AttentionGroup runs = groups[size_t(i / job->heads)].view();
+      if (!attention_forward(*job, runs, i % job->heads, out, lse)) all_done = false;
+    }
+  });
+  return all_done;
+}
+
 void tunesmith_attention_backward_cpu(const tunesmith_attention* job, void* grad_q, void* grad_k,
                                       void* grad_v) {
   const std::vector<Group> groups = groups_of(*job);
   parallel_for(int64_t(groups.size()) * job->key_heads, 1, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      const Group& group = groups[size_t(i / job->key_heads)];
+      const AttentionGroup runs = groups[size_t(i / job->key_heads)].view();
       const int64_t key_head = i % job->key_heads;
-      const AttentionGroup runs = {group.row, group.first_key, group.keys, group.runs.data(),
-                                   int64_t(group.runs.size())};
       if (attention_backward(*job, runs, key_head, grad_q, grad_k, grad_v)) continue;
       Task(*job, runs, key_head).run(grad_q, grad_k, grad_v);
     }

@@ -35,6 +35,10 @@ void for_each_block(const tunesmith_attention& job, const AttentionGroup& group,
   }
 }
 
+// Does one head of the queries of a group; false where the job is not for it and nothing was done.
+bool attention_forward_amx(const tunesmith_attention& job, const AttentionGroup& group, int64_t head,
+                           void* out, float* lse);
+
 // Does one head of the keys of a group; false where the job is not for it and nothing was done.
 bool attention_backward_amx(const tunesmith_attention& job, const AttentionGroup& group, int64_t key_head,
                             void* grad_q, void* grad_k, void* grad_v);

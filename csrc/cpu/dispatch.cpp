@@ -152,6 +152,12 @@ void multiply(Product product) {
 
 void softmax_backward(const SoftmaxJob& job) { current().load()->softmax_backward(job); }
 
+bool attention_forward(const tunesmith_attention& job, const AttentionGroup& group, int64_t head, void* out,
+                       float* lse) {
+  const auto own = current().load()->attention_forward;
+  return own != nullptr && own(job, group, head, out, lse);
+}
+
 bool attention_backward(const tunesmith_attention& job, const AttentionGroup& group, int64_t key_head,
                         void* grad_q, void* grad_k, void* grad_v) {
   const auto own = current().load()->attention_backward;

@@ -13,6 +13,8 @@ void multiply(Product product);
 void softmax_backward(const SoftmaxJob& job);
 
 // Does one head of a group if the instruction set in use has a way of its own for the job.
+bool attention_forward(const tunesmith_attention& job, const AttentionGroup& group, int64_t head, void* out,
+                       float* lse);
 bool attention_backward(const tunesmith_attention& job, const AttentionGroup& group, int64_t key_head,
                         void* grad_q, void* grad_k, void* grad_v);
 

@@ -191,7 +191,9 @@ struct Isa {
   void (*rotary)(const RotaryJob& job, int64_t first, int64_t last);
   void (*decode)(const DecodeJob& job, int64_t first, int64_t last);
   void (*logps)(const LogpsJob& job, int64_t first, int64_t last);
-  // may be null, or return false for a job that is not for it
+  // may be null, or return false for a job that is not for them
+  bool (*attention_forward)(const tunesmith_attention& job, const AttentionGroup& group, int64_t head,
+                            void* out, float* lse);
   bool (*attention_backward)(const tunesmith_attention& job, const AttentionGroup& group, int64_t key_head,
                              void* grad_q, void* grad_k, void* grad_v);
 };

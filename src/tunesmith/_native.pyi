@@ -90,6 +90,23 @@ def linear_backward(
 ) -> None:
     """Write the gradients whose pointer is not 0, or add to grad_x. On the CPU."""
 
+def attention(
+    shape: list[int],
+    dtype: int,
+    q: int,
+    k: int,
+    v: int,
+    scale: float,
+    runs: int,
+    run_count: int,
+    out: int,
+    lse: int,
+) -> bool:
+    """Write out and lse; False, and nothing written, where this CPU has no kernel for them.
+
+    `shape` and `runs` are those of `attention_backward`.
+    """
+
 def attention_backward(
     shape: list[int],
     dtype: int,

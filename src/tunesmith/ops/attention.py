@@ -8,13 +8,14 @@ are; the last axis of `runs` is (row, start, stop, first key, last key, causal).
 from __future__ import annotations
 
 import itertools
+import weakref
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from tunesmith.errors import OpError
-from tunesmith.ops.dispatch import below_autograd, call, differentiate, implement
+from tunesmith.ops.dispatch import below_autograd, call, differentiate
 from tunesmith.ops.schema import DTYPES, word
 
 __all__ = ["attention", "attention_decode", "check_runs"]
@@ -110,8 +111,23 @@ def check_runs(runs: Tensor, rows: int, tokens: int) -> list[tuple[int, ...]]:
     Queries [start, stop) see the keys from the first on: up to themselves if causal, else all up to
     the last. The last query of a causal run is its last key. No query is in two runs, and what two
     runs see of a row is the same or disjoint, so that they can be worked on at once. Raises OpError
-    otherwise.
+    otherwise. All layers of a model ask about the same runs: the last answer is kept.
     """
+    global _last_checked
+    if runs.is_inference():  # such a tensor does not say whether it was written into
+        return _checked_runs(runs, rows, tokens)
+    asked = (runs._version, rows, tokens)
+    kept = _last_checked
+    if kept is None or kept[0]() is not runs or kept[1] != asked:
+        kept = (weakref.ref(runs), asked, _checked_runs(runs, rows, tokens))
+        _last_checked = kept
+    return kept[2]
+
+
+_last_checked: tuple[weakref.ref[Tensor], tuple[int, int, int], list[tuple[int, ...]]] | None = None
+
+
+def _checked_runs(runs: Tensor, rows: int, tokens: int) -> list[tuple[int, ...]]:
     if runs.dtype != torch.int64 or runs.dim() != 2 or runs.shape[1] != 6 or runs.is_cuda:
         raise OpError(
             f"runs: got {word(runs.dtype)} {list(runs.shape)} on {runs.device}; allowed is int64 "
@@ -302,6 +318,5 @@ def _no_second_derivative() -> NoReturn:
 
 differentiate("attention", _Attention)
 torch.library.impl("tunesmith::attention", "default", reference)
-implement("attention", "cpu", by_torch)
 torch.library.impl("tunesmith::attention_backward", "default", reference_backward)
 torch.library.impl("tunesmith::attention_decode", "default", reference_decode)

@@ -468,19 +468,43 @@ def linears_backward(
     return grad_x, of_adapters
 
 
+def _attention_cpu(
+    q: Tensor, k: Tensor, v: Tensor, runs: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    found = attention.check(q, k, v, runs)
+    if q.dtype not in schema.DTYPES:
+        return attention.by_torch(q, k, v, runs, scale)
+    q, k, v, runs = (tensor.contiguous() for tensor in (q, k, v, runs))
+    shape = [*q.shape[:3], k.shape[2], q.shape[3]]
+    whole = _covers(found, q)
+    out = torch.empty_like(q) if whole else torch.zeros_like(q)
+    lse = q.new_empty((shape[0], shape[2], shape[1]), dtype=torch.float32)
+    if not whole:
+        lse.fill_(-torch.inf)
+    done = _native.attention(
+        shape, _CODES[q.dtype], q.data_ptr(), k.data_ptr(), v.data_ptr(), scale, runs.data_ptr(),
+        len(runs), out.data_ptr(), lse.data_ptr(),
+    )  # fmt: skip
+    return (out, lse) if done else attention.by_torch(q, k, v, runs, scale)
+
+
+def _covers(runs: Sequence[tuple[int, ...]], q: Tensor) -> bool:
+    """Return whether each query is in a run."""
+    return sum(run[2] - run[1] for run in runs) == q.shape[0] * q.shape[1]
+
+
 def _attention_backward_cpu(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, runs: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    attention.check(q, k, v, runs, grad_out, out)
+    found = attention.check(q, k, v, runs, grad_out, out)
     if q.dtype == torch.float64:
         return attention.reference_backward(grad_out, q, k, v, out, lse, runs, scale)
     q, k, v, out, grad_out, lse, runs = (
         tensor.contiguous() for tensor in (q, k, v, out, grad_out, lse, runs)
     )
-    covered = sum(stop - start for _, start, stop, *_ in runs.tolist())
     # a query or key of no run is not written
-    whole = covered == q.shape[0] * q.shape[1] and bool(runs[:, 5].all())
+    whole = _covers(found, q) and all(run[5] for run in found)
     new = torch.empty_like if whole else torch.zeros_like
     grad_q, grad_k, grad_v = (new(tensor) for tensor in (q, k, v))
     _native.attention_backward(
@@ -958,10 +982,12 @@ def _bind(device: str) -> None:
 
 if _why_not:
     logging.getLogger("tunesmith").warning("%s", native_status())
+    implement("attention", "cpu", attention.by_torch)
 else:
     _bind("cpu")
     implement("linear", "cpu", _linear_cpu)
     implement("linear_backward", "cpu", _linear_backward_cpu)
+    implement("attention", "cpu", _attention_cpu)
     implement("attention_backward", "cpu", _attention_backward_cpu)
     implement("attention_decode", "cpu", _attention_decode_cpu)
     if _native.has_cuda():

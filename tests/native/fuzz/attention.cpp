@@ -1,4 +1,4 @@
-// Attention's backward pass over runs, and its forward for one query a row, against their formulas.
+// Attention over runs, forward and backward, and for one query a row, against their formulas.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -93,6 +93,74 @@ std::vector<tunesmith_run> draw_runs(Input& input, int64_t rows, int64_t tokens,
     }
   }
   return runs;
+}
+
+void forward(Input& input) {
+  const bool by_tiles = !input.one_in(6);  // nothing else has a kernel yet
+  const int dtype = by_tiles ? TUNESMITH_BFLOAT16 : input.dtype();
+  const fuzz::Kind kind = input.kind();
+  const int64_t rows = input.up_to(2), tokens = 1 + input.up_to(input.one_in(3) ? 150 : 50);
+  const int64_t key_heads = 1 + input.up_to(1), heads = key_heads * (1 + input.up_to(2));
+  const int64_t size = by_tiles ? 32 * (1 + input.up_to(2)) : 1 + input.up_to(40);
+  const float scale = scale_of(input);
+  const std::vector<tunesmith_run> runs = draw_runs(input, rows, tokens, input.one_in(4));
+  const auto tensor = [&](int64_t of_heads) {
+    return Tensor(dtype, rows * tokens * of_heads * size, input.up_to(3)).fill(input.random(), kind);
+  };
+  const Tensor q = tensor(heads), k = tensor(key_heads), v = tensor(key_heads);
+  const tunesmith_attention job = {rows,     tokens,   heads,   key_heads, size,    dtype,
+                                   q.data(), k.data(), v.data(), nullptr,  nullptr, nullptr,
+                                   scale,    runs.data(), int64_t(runs.size())};
+  const int64_t misaligned = input.up_to(3);
+  const bool compared = comparable({&q, &k, &v});
+
+  fuzz::with_every_isa([&] {
+    const Tensor out(dtype, q.count(), misaligned), lse(TUNESMITH_FLOAT32, rows * heads * tokens);
+    const bool done = tunesmith_attention_cpu(&job, out.data(), lse.floats());
+    std::vector<bool> written(size_t(rows * heads * tokens));
+    for (const tunesmith_run& run : runs) {
+      for (int64_t i = 0; i < heads * (run.stop - run.start) && done; ++i) {
+        const int64_t head = i % heads, query = run.start + i / heads;
+        const int64_t begin = run.first_key, end = (run.causal ? query : run.last_key) + 1;
+        const int64_t at = ((run.row * tokens + query) * heads + head) * size;
+        const auto at_key = [&](int64_t key) {
+          return ((run.row * tokens + key) * key_heads + head / (heads / key_heads)) * size;
+        };
+        written[size_t((run.row * tokens + query) * heads + head)] = true;
+        if (!compared) continue;
+        std::vector<Sum> scores;
+        double most = -INFINITY, most_size = 0, whole = 0;
+        for (int64_t key = begin; key < end; ++key) {
+          Sum score;
+          for (int64_t d = 0; d < size; ++d) score.add(scale * q[at + d] * k[at_key(key) + d]);
+          most = std::max(most, score.value);
+          most_size = std::max(most_size, score.size);
+          scores.push_back(score);
+        }
+        for (const Sum& score : scores) whole += std::exp(score.value - most);
+        // a score is scaled down by a rounded log of two, and each sum scaled once a turn
+        const double off = (2 * double(size + 16) * most_size + 2 * double(tokens) + 64) * kUnit;
+        const int64_t of_lse = (run.row * heads + head) * tokens + query;
+        const double its_lse = most + std::log(whole);
+        check_close("lse", of_lse, lse[of_lse], its_lse, off + 8 * kUnit * std::fabs(its_lse),
+                    TUNESMITH_FLOAT32);
+        for (int64_t d = 0; d < size; ++d) {
+          Sum exact;
+          for (int64_t key = begin; key < end; ++key) {
+            const double p = std::exp(scores[size_t(key - begin)].value - most) / whole;
+            exact.add(p * v[at_key(key) + d]);
+          }
+          // shares are rounded to what the products take
+          const double slack = (2 * off + fuzz::half_unit(1.0, dtype)) * exact.size + 0x1p-110;
+          check_close("out", at + d, out[at + d], exact.value, slack, dtype);
+        }
+      }
+    }
+    for (int64_t i = 0; i < rows * tokens * heads; ++i) {
+      if (written[size_t(i)]) continue;
+      if (!out.untouched(i * size, (i + 1) * size)) fuzz::fail("out of %lld was written", (long long)i);
+    }
+  });
 }
 
 void backward(Input& input) {
@@ -200,8 +268,11 @@ void backward(Input& input) {
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   Input input(data, size);
   fuzz::use_threads(input.byte());
-  if (input.one_in(2)) {
+  const unsigned part = input.byte() % 8;
+  if (part < 3) {
     decode(input);
+  } else if (part < 5) {
+    forward(input);
   } else {
     backward(input);
   }

@@ -50,13 +50,21 @@ SMALLER = (
     ("product.h", "kBlockColumns = 256", "kBlockColumns = 64"),
     ("isa.h", "kLarge = int64_t(1) << 24", "kLarge = int64_t(1) << 9"),
     ("attention.cpp", "kQueries = 128, kKeys = 256", "kQueries = 12, kKeys = 20"),
+    ("attention_forward_amx.cpp", "kKeys = 128", "kKeys = 32"),
     ("attention_amx.cpp", "kQueries = 128, kKeys = 64", "kQueries = 64, kKeys = 64"),
 )
 
 # the longest to compile first
 PORTABLE = ("product_scalar", "attention", "decode", "dispatch", "linear", "parallel", "scalar")
 AVX2 = ("product_avx2", "avx2")
-AVX512 = ("attention_amx", "product_amx", "product_avx512_bf16", "product_avx512", "avx512")
+AVX512 = (
+    "attention_amx",
+    "attention_forward_amx",
+    "product_amx",
+    "product_avx512_bf16",
+    "product_avx512",
+    "avx512",
+)
 
 
 def has_avx2() -> bool:
