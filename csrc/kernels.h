@@ -79,9 +79,8 @@ struct tunesmith_attention {
   int64_t run_count;
 };
 
-// Writes out and lse, of the queries of all runs; false, with nothing written, where this CPU or this job
-// has no kernel. Of the struct's own out, grad_out and lse nothing is read.
-bool tunesmith_attention_cpu(const struct tunesmith_attention* attention, void* out, float* lse);
+// Writes out and lse, of the queries of all runs; those of the struct and its grad_out are not read.
+void tunesmith_attention_cpu(const struct tunesmith_attention* attention, void* out, float* lse);
 
 // Writes the gradients of q, k and v, shaped as those; not of keys that no run sees.
 void tunesmith_attention_backward_cpu(const struct tunesmith_attention* attention, void* grad_q,
@@ -90,6 +89,9 @@ void tunesmith_attention_backward_cpu(const struct tunesmith_attention* attentio
 // Writes s [tokens, rank] (fp32) and y [tokens, out_features], which it adds to if `accumulate`.
 void tunesmith_linear_cpu(const struct tunesmith_linear* linear, const void* x, float* s, void* y,
                           bool accumulate);
+
+// Writes s alone.
+void tunesmith_linear_project_cpu(const struct tunesmith_linear* linear, const void* x, float* s);
 
 // Writes what is not null of grad_x [tokens, in_features] (adds to it if `accumulate`), grad_a and
 // grad_b. s is what the forward wrote.
@@ -112,12 +114,12 @@ void tunesmith_logps_cpu(void* logits, const int64_t* labels, int dtype, int64_t
 
 // RMSNorm (arXiv:1910.07467) of rows of `columns` elements: y = x scale weight, and scale [rows] = one
 // over the root mean square. With `from_one` the weight is what is added to one. x, weight, y and the
-// gradients are of `dtype`.
+// gradients are of `dtype`; `plus`, if not null, is added to grad_x.
 void tunesmith_rms_norm_cpu(const void* x, const void* weight, int dtype, int64_t rows,
                             int64_t columns, float eps, bool from_one, void* y, float* scale);
 void tunesmith_rms_norm_backward_cpu(const void* grad_y, const void* x, const void* weight,
                                      const float* scale, int dtype, int64_t rows, int64_t columns,
-                                     bool from_one, void* grad_x);
+                                     bool from_one, const void* plus, void* grad_x);
 
 enum tunesmith_activation { TUNESMITH_SILU = 0, TUNESMITH_GELU_TANH = 1 };
 
@@ -158,6 +160,36 @@ struct tunesmith_decode_layer {
 // their keys and values. cos and sin are [rows, size]; row r sees its tokens from first[r] on.
 void tunesmith_decode_layer_cpu(const struct tunesmith_decode_layer* layer, void* x, const void* cos,
                                 const void* sin, const int64_t* first, int64_t at);
+
+// A decoder layer of a model that is trained, with all that it works on but x: h = norm(x), then attention,
+// added to x; and h = norm(x), then a gated block, added to x. Query and key may have norms of heads.
+struct tunesmith_decoder_layer {
+  int dtype;  // of all but adapters and weights
+  int64_t rows, tokens;
+  struct tunesmith_norm before, query_norm, key_norm, after;
+  struct tunesmith_linear query, key, value, output, gate, up, down;  // for rows times tokens
+  int64_t size;  // of a head
+  float scale;
+  int activation;
+  const void* cos;  // [positions, size], of which token t of all takes row t % positions
+  const void* sin;
+  int64_t positions;
+  const struct tunesmith_run* runs;
+  int64_t run_count;
+};
+
+// How many bytes of memory the forward pass fills for the backward pass.
+int64_t tunesmith_decoder_layer_kept(const struct tunesmith_decoder_layer* layer);
+
+// Writes out [rows, tokens, hidden] and `kept`, which begins at a multiple of 64 bytes. Without out (null)
+// all is done that the backward pass needs.
+void tunesmith_decoder_layer_cpu(const struct tunesmith_decoder_layer* layer, const void* x, void* kept,
+                                 void* out);
+
+// Writes what is not null of grad_x and of the gradients of A and B of each linear layer, in their order.
+void tunesmith_decoder_layer_backward_cpu(const struct tunesmith_decoder_layer* layer, const void* x,
+                                          const void* kept, const void* grad_out, void* grad_x,
+                                          void* const* grad_adapters);
 
 // Memory that is used again: what is given back is kept, up to a limit, and handed out next time, so
 // that its pages need not be touched anew. Aligned to 64 bytes; null when there is none left.

@@ -110,13 +110,13 @@ void linear_backward(const tunesmith_linear& layer, Pointer x, Pointer s, Pointe
                                 at<void>(grad_x), at<void>(grad_a), at<void>(grad_b), accumulate);
 }
 
-bool attention(const std::vector<int64_t>& shape, int dtype, Pointer q, Pointer k, Pointer v,
+void attention(const std::vector<int64_t>& shape, int dtype, Pointer q, Pointer k, Pointer v,
                float scale, Pointer runs, int64_t run_count, Pointer out, Pointer lse) {
   const tunesmith_attention job = {
       shape.at(0), shape.at(1), shape.at(2), shape.at(3), shape.at(4), dtype, at<void>(q),
       at<void>(k), at<void>(v), nullptr,     nullptr,     nullptr,     scale, at<tunesmith_run>(runs),
       run_count};
-  return tunesmith_attention_cpu(&job, at<void>(out), at<float>(lse));
+  tunesmith_attention_cpu(&job, at<void>(out), at<float>(lse));
 }
 
 void attention_backward(const std::vector<int64_t>& shape, int dtype, Pointer q, Pointer k, Pointer v,
@@ -167,7 +167,7 @@ void rms_norm_backward(Pointer grad_y, Pointer x, Pointer weight, Pointer scale,
               dtype, rows, columns, from_one, at<void>(grad_x));
   } else {
     tunesmith_rms_norm_backward_cpu(at<void>(grad_y), at<void>(x), at<void>(weight),
-                                    at<float>(scale), dtype, rows, columns, from_one,
+                                    at<float>(scale), dtype, rows, columns, from_one, nullptr,
                                     at<void>(grad_x));
   }
 }
@@ -223,6 +223,30 @@ void decode_layers(const std::vector<const tunesmith_decode_layer*>& layers, Poi
     tunesmith_decode_layer_cpu(layer, at<void>(x), at<void>(cos), at<void>(sin), at<int64_t>(first),
                                token);
   }
+}
+
+tunesmith_decoder_layer make_decoder_layer(int dtype, int64_t rows, int64_t tokens,
+                                           const std::vector<tunesmith_norm>& norms,
+                                           const std::vector<tunesmith_linear>& linears, int64_t size,
+                                           float scale, int activation, Pointer cos, Pointer sin,
+                                           int64_t positions, Pointer runs, int64_t run_count) {
+  return {dtype,         rows,          tokens,        norms.at(0),   norms.at(1),
+          norms.at(2),   norms.at(3),   linears.at(0), linears.at(1), linears.at(2),
+          linears.at(3), linears.at(4), linears.at(5), linears.at(6), size,
+          scale,         activation,    at<void>(cos), at<void>(sin), positions,
+          at<tunesmith_run>(runs), run_count};
+}
+
+void decoder_layer(const tunesmith_decoder_layer& layer, Pointer x, Pointer kept, Pointer out) {
+  tunesmith_decoder_layer_cpu(&layer, at<void>(x), at<void>(kept), at<void>(out));
+}
+
+void decoder_layer_backward(const tunesmith_decoder_layer& layer, Pointer x, Pointer kept,
+                            Pointer grad_out, Pointer grad_x, const std::vector<Pointer>& grads) {
+  void* grad_adapters[14] = {};
+  for (size_t i = 0; i < 14; ++i) grad_adapters[i] = at<void>(grads.at(i));
+  tunesmith_decoder_layer_backward_cpu(&layer, at<void>(x), at<void>(kept), at<void>(grad_out),
+                                       at<void>(grad_x), grad_adapters);
 }
 
 void linear_small([[maybe_unused]] const tunesmith_linear& layer, [[maybe_unused]] Pointer x,
@@ -359,6 +383,16 @@ PYBIND11_MODULE(_native, m) {
            py::arg("keys"), py::arg("values"), py::arg("capacity"));
   m.def("decode_layers", decode_layers, py::arg("layers"), py::arg("x"), py::arg("cos"),
         py::arg("sin"), py::arg("first"), py::arg("at"), Unlocked());
+  py::class_<tunesmith_decoder_layer>(m, "DecoderLayer", py::module_local())
+      .def(py::init(&make_decoder_layer), py::arg("dtype"), py::arg("rows"), py::arg("tokens"),
+           py::arg("norms"), py::arg("linears"), py::arg("size"), py::arg("scale"),
+           py::arg("activation"), py::arg("cos"), py::arg("sin"), py::arg("positions"),
+           py::arg("runs"), py::arg("run_count"))
+      .def_property_readonly("kept", &tunesmith_decoder_layer_kept);
+  m.def("decoder_layer", decoder_layer, py::arg("layer"), py::arg("x"), py::arg("kept"), py::arg("out"),
+        Unlocked());
+  m.def("decoder_layer_backward", decoder_layer_backward, py::arg("layer"), py::arg("x"),
+        py::arg("kept"), py::arg("grad_out"), py::arg("grad_x"), py::arg("grads"), Unlocked());
   m.def("linear_small", linear_small, py::arg("layer"), py::arg("x"), py::arg("s"), py::arg("y"),
         py::arg("stream"), Unlocked());
   m.def("empty", empty, py::arg("nbytes"));

@@ -1,11 +1,11 @@
-// The backward pass of attention, without holding the probabilities (FlashAttention-2,
-// arXiv:2307.08691, algorithm 2): those of a block of queries and keys are worked out anew from the
-// log-sum-exp that the forward pass has left.
+// Attention without holding the probabilities (FlashAttention-2, arXiv:2307.08691). In the backward pass
+// (algorithm 2) those of a block of queries and keys are worked out anew from the log-sum-exp that the
+// forward pass has left.
 //
 // Everything is held with the queries running, so that what belongs to a query (log-sum-exp, delta) is
 // a vector, and the products need no transposing but that of the keys.
 #include <algorithm>
-#include <atomic>
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -79,15 +79,139 @@ Product for_keys(const Matrix& left, const Matrix& right, int64_t keys, int64_t 
   return product;
 }
 
-// One head of one group.
-class Task {
+// What both passes do with the tensors of a job.
+class HeadTask {
+ protected:
+  HeadTask(const tunesmith_attention& job, const AttentionGroup& group)
+      : job_(job), group_(group), size_(job.head_size), bytes_(size_of(job.dtype)) {}
+
+  int64_t place(int64_t heads, int64_t head, int64_t token) const {
+    return element_of(job_, group_.row, token, heads, head);
+  }
+
+  void gather(const void* from, int64_t heads, int64_t head, int64_t token, int64_t count,
+              char* to) const {
+    for (int64_t i = 0; i < count; ++i) {
+      std::memcpy(to + i * size_ * bytes_,
+                  static_cast<const char*>(from) + place(heads, head, token + i) * bytes_,
+                  size_t(size_ * bytes_));
+    }
+  }
+
+  // [count, size] to [size, count]
+  void turn(const char* from, int64_t count, char* to) const {
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t d = 0; d < size_; ++d) {
+        std::memcpy(to + (d * count + i) * bytes_, from + (i * size_ + d) * bytes_, size_t(bytes_));
+      }
+    }
+  }
+
+  float load(const void* data, int64_t at) const {
+    switch (job_.dtype) {
+      case TUNESMITH_FLOAT16: return float16_to_float(static_cast<const uint16_t*>(data)[at]);
+      case TUNESMITH_BFLOAT16: return bfloat16_to_float(static_cast<const uint16_t*>(data)[at]);
+      default: return static_cast<const float*>(data)[at];
+    }
+  }
+
+  void store(void* data, int64_t at, float value) const {
+    switch (job_.dtype) {
+      case TUNESMITH_FLOAT16: static_cast<uint16_t*>(data)[at] = float_to_float16(value); break;
+      case TUNESMITH_BFLOAT16: static_cast<uint16_t*>(data)[at] = float_to_bfloat16(value); break;
+      default: static_cast<float*>(data)[at] = value;
+    }
+  }
+
+  // What is held as [size, count] to a head of so many tokens.
+  void write_turned(const float* from, int64_t count, int64_t head, int64_t token, void* to) const {
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t at = place(job_.heads, head, token + i);
+      for (int64_t d = 0; d < size_; ++d) store(to, at + d, from[d * count + i]);
+    }
+  }
+
+  const tunesmith_attention& job_;
+  const AttentionGroup& group_;
+  int64_t size_, bytes_;
+};
+
+// One head of the queries of one group (FlashAttention-2, algorithm 1).
+class ForwardTask : HeadTask {
  public:
-  Task(const tunesmith_attention& job, const AttentionGroup& group, int64_t key_head)
-      : job_(job),
-        group_(group),
+  ForwardTask(const tunesmith_attention& job, const AttentionGroup& group, int64_t head)
+      : HeadTask(job, group),
+        head_(head),
+        keys_(bytes_ * group.keys * size_),
+        turned_values_(bytes_ * group.keys * size_),
+        rows_(bytes_ * std::max(kQueries, kKeys) * size_),
+        scores_(sizeof(float) * kQueries * kKeys),
+        shares_(bytes_ * kQueries * kKeys),
+        totals_(sizeof(float) * kQueries * size_) {}
+
+  void run(void* out, float* lse) {
+    const int64_t key_head = head_ / (job_.heads / job_.key_heads);
+    gather(job_.k, job_.key_heads, key_head, group_.first_key, group_.keys, keys_.as<char>());
+    for (int64_t at = 0; at < group_.keys; at += kKeys) {
+      const int64_t count = std::min(kKeys, group_.keys - at);
+      gather(job_.v, job_.key_heads, key_head, group_.first_key + at, count, rows_.as<char>());
+      turn(rows_.as<char>(), count, turned_values_.as<char>() + at * size_ * bytes_);
+    }
+    for (int64_t r = 0; r < group_.run_count; ++r) {
+      const tunesmith_run& run = *group_.runs[r];
+      for (int64_t at = run.start; at < run.stop; at += kQueries) {
+        block_of_queries(run, at, std::min(kQueries, run.stop - at), out, lse);
+      }
+    }
+  }
+
+ private:
+  void block_of_queries(const tunesmith_run& run, int64_t start, int64_t count, void* out, float* lse) {
+    gather(job_.q, job_.heads, head_, start, count, rows_.as<char>());
+    const Matrix queries = plain(rows_.as<void>(), job_.dtype, size_);
+    float most[kQueries], sum[kQueries], smaller[kQueries];
+    std::fill_n(most, count, -3e38f);
+    std::fill_n(sum, count, 0.0f);
+    float* const totals = totals_.as<float>();  // [size, count]
+    std::memset(totals, 0, sizeof(float) * size_t(count * size_));
+    const int64_t seen = run.causal ? start + count - group_.first_key : group_.keys;
+    for (int64_t key = 0; key < seen; key += kKeys) {
+      const int64_t keys = std::min(kKeys, group_.keys - key), at = key * size_ * bytes_;
+      multiply(for_keys(queries, plain(keys_.as<char>() + at, job_.dtype, size_), keys, count, job_.scale,
+                        scores_.as<float>()));
+      const int64_t offset = run.causal ? group_.first_key + key - start : -keys;
+      softmax_forward({scores_.as<float>(), keys, count, offset, job_.dtype, most, sum, smaller,
+                       shares_.as<void>()});
+      for (int64_t d = 0; d < size_; ++d) {
+        for (int64_t i = 0; i < count; ++i) totals[d * count + i] *= smaller[i];
+      }
+      Product into_totals =
+          product_of(plain(turned_values_.as<char>() + at, job_.dtype, keys),
+                     plain(shares_.as<void>(), job_.dtype, count), size_, count, totals);
+      into_totals.accumulate = true;
+      multiply(into_totals);
+    }
+    float* const its_lse = lse + (group_.row * job_.heads + head_) * job_.tokens + start;
+    for (int64_t i = 0; i < count; ++i) {
+      its_lse[i] = most[i] + std::log(sum[i]);
+      smaller[i] = 1.0f / sum[i];
+    }
+    for (int64_t d = 0; d < size_; ++d) {
+      for (int64_t i = 0; i < count; ++i) totals[d * count + i] *= smaller[i];
+    }
+    write_turned(totals, count, head_, start, out);
+  }
+
+  int64_t head_;
+  Scratch keys_, turned_values_, rows_, scores_, shares_, totals_;
+};
+
+// One head of the keys of one group.
+class BackwardTask : HeadTask {
+ public:
+  BackwardTask(const tunesmith_attention& job, const AttentionGroup& group, int64_t key_head)
+      : HeadTask(job, group),
         key_head_(key_head),
-        size_(job.head_size),
-        bytes_(size_of(job.dtype)),
         keys_(bytes_ * group.keys * size_),
         values_(bytes_ * group.keys * size_),
         turned_keys_(bytes_ * group.keys * size_),
@@ -119,48 +243,10 @@ class Task {
   }
 
  private:
-  int64_t place(int64_t heads, int64_t head, int64_t token) const {
-    return element_of(job_, group_.row, token, heads, head);
-  }
-
-  void gather(const void* from, int64_t heads, int64_t head, int64_t token, int64_t count,
-              char* to) const {
-    for (int64_t i = 0; i < count; ++i) {
-      std::memcpy(to + i * size_ * bytes_,
-                  static_cast<const char*>(from) + place(heads, head, token + i) * bytes_,
-                  size_t(size_ * bytes_));
-    }
-  }
-
-  // [count, size] to [size, count]
-  void turn(const char* from, int64_t count, char* to) const {
-    for (int64_t i = 0; i < count; ++i) {
-      for (int64_t d = 0; d < size_; ++d) {
-        std::memcpy(to + (d * count + i) * bytes_, from + (i * size_ + d) * bytes_, size_t(bytes_));
-      }
-    }
-  }
-
   void scatter(const float* from, void* to) const {
     for (int64_t i = 0; i < group_.keys; ++i) {
       const int64_t at = place(job_.key_heads, key_head_, group_.first_key + i);
       for (int64_t d = 0; d < size_; ++d) store(to, at + d, from[i * size_ + d]);
-    }
-  }
-
-  float load(const void* data, int64_t at) const {
-    switch (job_.dtype) {
-      case TUNESMITH_FLOAT16: return float16_to_float(static_cast<const uint16_t*>(data)[at]);
-      case TUNESMITH_BFLOAT16: return bfloat16_to_float(static_cast<const uint16_t*>(data)[at]);
-      default: return static_cast<const float*>(data)[at];
-    }
-  }
-
-  void store(void* data, int64_t at, float value) const {
-    switch (job_.dtype) {
-      case TUNESMITH_FLOAT16: static_cast<uint16_t*>(data)[at] = float_to_float16(value); break;
-      case TUNESMITH_BFLOAT16: static_cast<uint16_t*>(data)[at] = float_to_bfloat16(value); break;
-      default: static_cast<float*>(data)[at] = value;
     }
   }
 
@@ -210,17 +296,10 @@ class Task {
       into_queries.accumulate = true;
       multiply(into_queries);
     }
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t to = place(job_.heads, head, start + i);
-      for (int64_t d = 0; d < size_; ++d) {
-        store(grad_q, to + d, grad_queries_.as<float>()[d * count + i]);
-      }
-    }
+    write_turned(grad_queries_.as<float>(), count, head, start, grad_q);
   }
 
-  const tunesmith_attention& job_;
-  const AttentionGroup& group_;
-  int64_t key_head_, size_, bytes_;
+  int64_t key_head_;
   Scratch keys_, values_, turned_keys_, grad_keys_, grad_values_, queries_, grad_out_;
   Scratch scores_, grad_scores_, probabilities_, score_grads_, grad_queries_;
 };
@@ -230,16 +309,15 @@ class Task {
 
 using namespace tunesmith;
 
-bool tunesmith_attention_cpu(const tunesmith_attention* job, void* out, float* lse) {
+void tunesmith_attention_cpu(const tunesmith_attention* job, void* out, float* lse) {
   const std::vector<Group> groups = groups_of(*job);
-  std::atomic<bool> all_done = true;  // the answer is the same for all heads
   parallel_for(int64_t(groups.size()) * job->heads, 1, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const AttentionGroup runs = groups[size_t(i / job->heads)].view();
-      if (!attention_forward(*job, runs, i % job->heads, out, lse)) all_done = false;
+      if (attention_forward(*job, runs, i % job->heads, out, lse)) continue;
+      ForwardTask(*job, runs, i % job->heads).run(out, lse);
     }
   });
-  return all_done;
 }
 
 void tunesmith_attention_backward_cpu(const tunesmith_attention* job, void* grad_q, void* grad_k,
@@ -250,7 +328,7 @@ void tunesmith_attention_backward_cpu(const tunesmith_attention* job, void* grad
       const AttentionGroup runs = groups[size_t(i / job->key_heads)].view();
       const int64_t key_head = i % job->key_heads;
       if (attention_backward(*job, runs, key_head, grad_q, grad_k, grad_v)) continue;
-      Task(*job, runs, key_head).run(grad_q, grad_k, grad_v);
+      BackwardTask(*job, runs, key_head).run(grad_q, grad_k, grad_v);
     }
   });
 }

@@ -196,6 +196,6 @@ struct Avx2Blocks {
 }  // namespace
 
 const Isa avx2_isa = {"avx2",           quantize<Avx2Blocks>, dequantize<Avx2Blocks>, multiply_avx2,
-                      softmax_backward, norm,                 gated,                  rotary, decode, logps, nullptr, nullptr};
+                      softmax_forward, softmax_backward, norm,                 gated,                  rotary, decode, logps, nullptr, nullptr};
 
 }  // namespace tunesmith

@@ -143,14 +143,14 @@ struct Avx512Blocks {
 }  // namespace
 
 const Isa avx512_isa = {"avx512", quantize<Avx512Blocks>, dequantize<Avx512Blocks>,
-                        multiply_avx512, softmax_backward, norm, gated, rotary, decode, logps, nullptr,
+                        multiply_avx512, softmax_forward, softmax_backward, norm, gated, rotary, decode, logps, nullptr,
                         nullptr};
 // the multiplications are what it is for
 const Isa avx512_bf16_isa = {"avx512_bf16", quantize<Avx512Blocks>, dequantize<Avx512Blocks>,
-                             multiply_avx512_bf16, softmax_backward, norm, gated, rotary, decode, logps,
+                             multiply_avx512_bf16, softmax_forward, softmax_backward, norm, gated, rotary, decode, logps,
                              nullptr, nullptr};
 const Isa amx_bf16_isa = {"amx_bf16", quantize<Avx512Blocks>, dequantize<Avx512Blocks>,
-                          multiply_amx_bf16, softmax_backward, norm, gated, rotary, decode, logps,
+                          multiply_amx_bf16, softmax_forward, softmax_backward, norm, gated, rotary, decode, logps,
                           attention_forward_amx, attention_backward_amx};
 
 }  // namespace tunesmith

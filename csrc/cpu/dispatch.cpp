@@ -150,6 +150,8 @@ void multiply(Product product) {
   }
 }
 
+void softmax_forward(const SoftmaxForwardJob& job) { current().load()->softmax_forward(job); }
+
 void softmax_backward(const SoftmaxJob& job) { current().load()->softmax_backward(job); }
 
 bool attention_forward(const tunesmith_attention& job, const AttentionGroup& group, int64_t head, void* out,
@@ -208,16 +210,16 @@ void tunesmith_logps_cpu(void* logits, const int64_t* labels, int dtype, int64_t
 
 void tunesmith_rms_norm_cpu(const void* x, const void* weight, int dtype, int64_t rows,
                             int64_t columns, float eps, bool from_one, void* y, float* scale) {
-  const NormJob job = {x, weight, nullptr, columns, dtype, eps, from_one, scale, y};
+  const NormJob job = {x, weight, nullptr, columns, dtype, eps, from_one, scale, y, nullptr};
   share(&Isa::norm, job, rows, columns);
 }
 
 void tunesmith_rms_norm_backward_cpu(const void* grad_y, const void* x, const void* weight,
                                      const float* scale, int dtype, int64_t rows, int64_t columns,
-                                     bool from_one, void* grad_x) {
+                                     bool from_one, const void* plus, void* grad_x) {
   // the backward pass only reads the scale
   const NormJob job = {x,        weight, grad_y, columns, dtype, 0.0f,
-                       from_one, const_cast<float*>(scale), grad_x};
+                       from_one, const_cast<float*>(scale), grad_x, plus};
   share(&Isa::norm, job, rows, columns);
 }
 

@@ -10,6 +10,7 @@ namespace tunesmith {
 // Runs a product with the instruction set in use.
 void multiply(Product product);
 
+void softmax_forward(const SoftmaxForwardJob& job);
 void softmax_backward(const SoftmaxJob& job);
 
 // Does one head of a group if the instruction set in use has a way of its own for the job.

@@ -51,11 +51,18 @@ void norm_backward_as(const NormJob& job, int64_t row) {
     along += Weight::template back<As>(As::to(grad[i]), As::to(weight[i])) * As::to(x[i]);
   }
   along *= scale * scale / float(columns);
-#pragma omp simd
-  for (int64_t i = 0; i < columns; ++i) {
+  const auto grad_at = [&](int64_t i) {
     const float inflow = Weight::template back<As>(As::to(grad[i]), As::to(weight[i]));
-    out[i] = As::of(scale * (inflow - As::to(x[i]) * along));
+    return scale * (inflow - As::to(x[i]) * along);
+  };
+  if (job.plus == nullptr) {
+#pragma omp simd
+    for (int64_t i = 0; i < columns; ++i) out[i] = As::of(grad_at(i));
+    return;
   }
+  const auto* const plus = kept_at<As>(job.plus, row * columns);
+#pragma omp simd
+  for (int64_t i = 0; i < columns; ++i) out[i] = As::of(grad_at(i) + As::to(plus[i]));
 }
 
 template <typename As, typename Weight>

@@ -110,6 +110,19 @@ struct SoftmaxJob {
   void* score_grads;
 };
 
+// A block of attention, everything [keys, queries]: from scaled scores to shares of `dtype`, which still lack
+// a division by the sum of all. Key k is seen by queries from k + offset on. `most` and `sum` are those of
+// the keys before and become those of these, too; what those keys have added up is `smaller` times as much.
+struct SoftmaxForwardJob {
+  const float* scores;
+  int64_t keys, queries, offset;
+  int dtype;
+  float* most;     // [queries]
+  float* sum;      // [queries]
+  float* smaller;  // [queries]
+  void* shares;
+};
+
 // A norm of rows of `columns` elements, or its backward pass, where `grad_out` is not null.
 struct NormJob {
   const void* x;
@@ -121,6 +134,7 @@ struct NormJob {
   bool from_one;  // the weight is what is added to one
   float* scale;   // [rows], one over the root mean square
   void* out;      // y, or the gradient of x
+  const void* plus;  // what is added to the gradient, or null
 };
 
 // out = act(gate) up, or its backward pass, where `grad_out` is not null.
@@ -185,6 +199,7 @@ struct Isa {
   void (*quantize)(const QuantizeJob& job, int64_t first, int64_t last);
   void (*dequantize)(const DequantizeJob& job, int64_t first, int64_t last);
   void (*multiply)(const Product& product);
+  void (*softmax_forward)(const SoftmaxForwardJob& job);
   void (*softmax_backward)(const SoftmaxJob& job);
   void (*norm)(const NormJob& job, int64_t first, int64_t last);
   void (*gated)(const GatedJob& job, int64_t first, int64_t last);

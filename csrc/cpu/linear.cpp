@@ -144,11 +144,16 @@ Matrix transposed_b(const Parts& parts, float* to) {
 
 using namespace tunesmith;
 
+void tunesmith_linear_project_cpu(const tunesmith_linear* linear, const void* x, float* s) {
+  const Parts parts = {*linear};
+  if (parts.rank() > 0) parts.project(parts.dropped(x), parts.lora_a(), 1.0f, s);
+}
+
 void tunesmith_linear_cpu(const tunesmith_linear* linear, const void* x, float* s, void* y,
                           bool accumulate) {
   const Parts parts = {*linear};
   const int64_t tokens = parts.tokens(), rank = parts.rank();
-  if (rank > 0) parts.project(parts.dropped(x), parts.lora_a(), 1.0f, s);
+  tunesmith_linear_project_cpu(linear, x, s);
   Matrix input = plain(x, linear->dtype, parts.in());
   Matrix weight = parts.weight();
   if (linear->weight == nullptr) input.columns = weight.columns = 0;

@@ -110,6 +110,6 @@ void quantize_absmax(const AbsmaxJob& job, int64_t first, int64_t last) {
 }
 
 const Isa scalar_isa = {"scalar",         quantize, dequantize, multiply_scalar,
-                        softmax_backward, norm,     gated,      rotary, decode, logps, nullptr, nullptr};
+                        softmax_forward, softmax_backward, norm,     gated,      rotary, decode, logps, nullptr, nullptr};
 
 }  // namespace tunesmith

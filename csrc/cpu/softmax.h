@@ -10,6 +10,12 @@
 namespace tunesmith {
 namespace {
 
+// The first query that sees the k-th key of a block.
+inline int64_t first_to_see(int64_t k, int64_t offset, int64_t queries) {
+  const int64_t hidden = k + offset;
+  return hidden < 0 ? 0 : hidden < queries ? hidden : queries;
+}
+
 template <typename As>
 void softmax_backward_as(const SoftmaxJob& job) {
   using Storage = typename As::Storage;
@@ -19,8 +25,7 @@ void softmax_backward_as(const SoftmaxJob& job) {
     auto* const score_grads = static_cast<Storage*>(job.score_grads) + row;
     const float* const scores = job.scores + row;
     const float* const grads = job.grads + row;
-    const int64_t hidden = k + job.offset;  // queries before the first that sees this key
-    const int64_t first = hidden < 0 ? 0 : hidden < job.queries ? hidden : job.queries;
+    const int64_t first = first_to_see(k, job.offset, job.queries);
     for (int64_t i = 0; i < first; ++i) probabilities[i] = score_grads[i] = Storage(0);
     for (int64_t i = first; i < job.queries; ++i) {
       const float p = exp_of(scores[i] - job.lse[i]);
@@ -32,6 +37,42 @@ void softmax_backward_as(const SoftmaxJob& job) {
 
 void softmax_backward(const SoftmaxJob& job) {
   as_kept(job.dtype, [&](auto as) { softmax_backward_as<decltype(as)>(job); });
+}
+
+template <typename As>
+void softmax_forward_as(const SoftmaxForwardJob& job) {
+  using Storage = typename As::Storage;
+  const int64_t queries = job.queries;
+  float* const most = job.most;
+  float* const sum = job.sum;
+  for (int64_t i = 0; i < queries; ++i) job.smaller[i] = most[i];
+  for (int64_t k = 0; k < job.keys; ++k) {
+    const float* const scores = job.scores + k * queries;
+#pragma omp simd
+    for (int64_t i = first_to_see(k, job.offset, queries); i < queries; ++i) {
+      most[i] = scores[i] > most[i] ? scores[i] : most[i];
+    }
+  }
+  for (int64_t i = 0; i < queries; ++i) {
+    job.smaller[i] = exp_of(job.smaller[i] - most[i]);
+    sum[i] *= job.smaller[i];
+  }
+  for (int64_t k = 0; k < job.keys; ++k) {
+    const float* const scores = job.scores + k * queries;
+    auto* const shares = static_cast<Storage*>(job.shares) + k * queries;
+    const int64_t first = first_to_see(k, job.offset, queries);
+    for (int64_t i = 0; i < first; ++i) shares[i] = Storage(0);
+#pragma omp simd
+    for (int64_t i = first; i < queries; ++i) {
+      const float p = exp_of(scores[i] - most[i]);
+      sum[i] += p;
+      shares[i] = As::of(p);
+    }
+  }
+}
+
+void softmax_forward(const SoftmaxForwardJob& job) {
+  as_kept(job.dtype, [&](auto as) { softmax_forward_as<decltype(as)>(job); });
 }
 
 template <typename As>

@@ -101,8 +101,8 @@ def attention(
     run_count: int,
     out: int,
     lse: int,
-) -> bool:
-    """Write out and lse; False, and nothing written, where this CPU has no kernel for them.
+) -> None:
+    """Write out and lse, of the queries of all runs.
 
     `shape` and `runs` are those of `attention_backward`.
     """
@@ -244,6 +244,37 @@ def decode_layers(
     layers: list[DecodeLayer], x: int, cos: int, sin: int, first: int, at: int
 ) -> None:
     """Add to x what all layers add, one after the other. On the CPU."""
+
+class DecoderLayer:
+    """csrc/kernels.h's tunesmith_decoder_layer; norms and linears in its order."""
+
+    def __init__(
+        self,
+        dtype: int,
+        rows: int,
+        tokens: int,
+        norms: list[Norm],
+        linears: list[Linear],
+        size: int,
+        scale: float,
+        activation: int,
+        cos: int,
+        sin: int,
+        positions: int,
+        runs: int,
+        run_count: int,
+    ) -> None: ...
+    @property
+    def kept(self) -> int:
+        """How many bytes the forward pass fills for the backward pass."""
+
+def decoder_layer(layer: DecoderLayer, x: int, kept: int, out: int) -> None:
+    """Write kept, and out unless it is 0. On the CPU."""
+
+def decoder_layer_backward(
+    layer: DecoderLayer, x: int, kept: int, grad_out: int, grad_x: int, grads: list[int]
+) -> None:
+    """Write grad_x and the gradients of A and B of each linear layer, those that are not 0."""
 
 def linear_small(layer: Linear, x: int, s: int, y: int, stream: int | None) -> None:
     """Do what `linear` does on CUDA, for a 4-bit weight, no mask and few tokens."""

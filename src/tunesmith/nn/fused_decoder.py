@@ -12,11 +12,8 @@ layer runs as it is.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import attrs
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -26,7 +23,7 @@ from tunesmith.nn.lora_linear import LoraLinear
 from tunesmith.nn.nf4_linear import NF4Linear, frozen_arguments
 from tunesmith.nn.prompt import disagreement
 from tunesmith.ops import native, native_status
-from tunesmith.ops.dispatch import below_autograd, seen_by_torch_alone
+from tunesmith.ops.dispatch import seen_by_torch_alone
 from tunesmith.ops.native import FrozenLayer
 from tunesmith.ops.schema import DTYPES
 
@@ -135,7 +132,8 @@ class _DecoderLayer(fused_layers.Fused):
             return self.stock(hidden_states, *args, **kwargs)
         if not torch.is_grad_enabled():
             return given.forward(hidden_states)[0]
-        return _Node.apply(hidden_states, given, *given.adapters)  # type: ignore[no-untyped-call]
+        again = _checkpoints(self.module)
+        return _Node.apply(hidden_states, given, again, *given.adapters)  # type: ignore[no-untyped-call]
 
     def disagreement(self) -> str | None:
         """Return why the layer itself does something else; None if it does the same."""
@@ -174,7 +172,7 @@ class _DecoderLayer(fused_layers.Fused):
             return f"a {name} returns something else than its output"
         return disagreement(ours, own, x.dtype, f"outputs of a {name}")
 
-    def _given(self, x: Tensor, kwargs: dict[str, Any]) -> _Layer | str:
+    def _given(self, x: Tensor, kwargs: dict[str, Any]) -> native.DecoderLayer | str:
         """Return the layer as it is to be run on x, or why it cannot."""
         module = self.module
         attention, block = module.self_attn, module.mlp
@@ -223,177 +221,32 @@ class _DecoderLayer(fused_layers.Fused):
         runs = varlen_attention.runs_for(attention, len(x), x.shape[1], kwargs)
         if runs is None:
             return "its mask is not one of samples"
-        return _Layer(
-            taken, frozen, self._activation, attention.head_dim, attention.scaling, *rotary, runs,
-            _checkpoints(module),
-        )  # fmt: skip
-
-
-class _Kept(NamedTuple):
-    """What a layer's backward pass takes besides its input; heads are [rows, tokens, heads, size].
-
-    Of the norms of heads: what they were given and their scale, or None where there is none.
-    """
-
-    before: Tensor
-    scale_before: Tensor | None
-    raw_q: Tensor | None
-    scale_q: Tensor | None
-    raw_k: Tensor | None
-    scale_k: Tensor | None
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    seen: Tensor
-    lse: Tensor
-    middle: Tensor
-    after: Tensor
-    scale_after: Tensor | None
-    gate: Tensor
-    up: Tensor
-    inner: Tensor
-
-
-_INPUTS, _OUTPUT, _BLOCK, _DOWN = slice(0, 3), slice(3, 4), slice(4, 6), slice(6, 7)
-
-
-@attrs.frozen(eq=False)
-class _Layer:
-    """A decoder layer with all it works on but its input x [rows, tokens, features]."""
-
-    norms: Sequence[_Norm | None]
-    """Those before attention and before the block, of queries and of keys."""
-    linears: Sequence[FrozenLayer]
-    """Of query, key, value, output, gate, up and down."""
-    activation: str
-    head_size: int
-    scaling: float
-    cos: Tensor
-    sin: Tensor
-    runs: Tensor
-    checkpointing: bool
-    """Whether all is computed again in the backward pass, from x."""
-
-    @property
-    def adapters(self) -> list[Tensor]:
-        """A and B of each linear layer that has an adapter."""
-        return [matrix for *_, lora in self.linears if lora is not None for matrix in lora[:2]]
-
-    def forward(self, x: Tensor) -> tuple[Tensor, _Kept, list[Tensor]]:
-        """Return the output for x and what `backward` takes, s of all linear layers apart."""
-        kept, ss = self.up_to_down(x)
-        (out,), of_down = native.linears(kept.inner, self.linears[_DOWN], onto=kept.middle)
-        return out, kept, [*ss, *of_down]
-
-    def up_to_down(self, x: Tensor) -> tuple[_Kept, list[Tensor]]:
-        """Do all but the last product, which the backward pass has no use for but for its s."""
-        norm_before, norm_after, norm_q, norm_k = self.norms
-        before, scale_before = _rms_norm(x, norm_before)
-        projected, ss = native.linears(before, self.linears[_INPUTS])
-        raw_q, raw_k, v = (y.view(*y.shape[:2], -1, self.head_size) for y in projected)
-        (q, scale_q), (k, scale_k) = _rms_norm(raw_q, norm_q), _rms_norm(raw_k, norm_k)
-        q, k = (below_autograd("rotary", each, self.cos, self.sin, False) for each in (q, k))
-        seen, lse = below_autograd("attention", q, k, v, self.runs, self.scaling)
-        (middle,), of_output = native.linears(seen.flatten(2), self.linears[_OUTPUT], onto=x)
-        after, scale_after = _rms_norm(middle, norm_after)
-        (gate, up), of_block = native.linears(after, self.linears[_BLOCK])
-        inner = below_autograd("gated", gate, up, self.activation)
-        kept = _Kept(
-            before, scale_before, None if norm_q is None else raw_q, scale_q,
-            None if norm_k is None else raw_k, scale_k, q, k, v, seen, lse, middle, after,
-            scale_after, gate, up, inner,
-        )  # fmt: skip
-        return kept, [*ss, *of_output, *of_block]
-
-    def backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        kept: _Kept,
-        ss: Sequence[Tensor],
-        need_x: bool,
-        needs: Sequence[bool],
-    ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """Return the gradient of x, or None if it needs none, and those of `adapters`."""
-        norm_before, norm_after, norm_q, norm_k = self.norms
-        flags = iter(needs)
-        pairs = [
-            (False, False) if lora is None else (next(flags), next(flags))
-            for *_, lora in self.linears
-        ]
-
-        def through(part: slice, grads: Sequence[Tensor], y: Tensor, need: bool = True) -> Any:
-            return native.linears_backward(
-                grads, y, ss[part], self.linears[part], need, pairs[part]
-            )
-
-        grad_inner, of_down = through(_DOWN, [grad], kept.inner)
-        grads = below_autograd("gated_backward", grad_inner, kept.gate, kept.up, self.activation)
-        grad_after, of_block = through(_BLOCK, grads, kept.after)
-        grad_middle = _rms_norm_backward(grad_after, kept.middle, norm_after, kept.scale_after)
-        grad_middle += grad
-        grad_seen, of_output = through(_OUTPUT, [grad_middle], kept.seen.flatten(2))
-        grad_q, grad_k, grad_v = below_autograd(
-            "attention_backward", grad_seen.view_as(kept.seen), kept.q, kept.k, kept.v, kept.seen,
-            kept.lse, self.runs, self.scaling,
-        )  # fmt: skip
-        grad_q, grad_k = (
-            below_autograd("rotary", each, self.cos, self.sin, True) for each in (grad_q, grad_k)
+        return native.DecoderLayer(
+            taken, frozen, self._activation, attention.head_dim, attention.scaling, *rotary, runs
         )
-        grad_q = _rms_norm_backward(grad_q, kept.raw_q, norm_q, kept.scale_q)
-        grad_k = _rms_norm_backward(grad_k, kept.raw_k, norm_k, kept.scale_k)
-        grads = [each.flatten(2) for each in (grad_q, grad_k, grad_v)]
-        grad_before, of_inputs = through(_INPUTS, grads, kept.before, need_x)
-        grad_x = None
-        if need_x:
-            grad_x = _rms_norm_backward(grad_before, x, norm_before, kept.scale_before)
-            grad_x += grad_middle
-        of_all = (*of_inputs, *of_output, *of_block, *of_down)
-        adapted = [lora is not None for *_, lora in self.linears for _ in range(2)]
-        return grad_x, list(itertools.compress(of_all, adapted))
 
 
 class _Node(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: _Layer, *adapters: Tensor) -> Tensor:
-        out, kept, ss = layer.forward(x)
+    def forward(
+        ctx: Any, x: Tensor, layer: native.DecoderLayer, checkpointing: bool, *adapters: Tensor
+    ) -> Tensor:
+        out, kept = layer.forward(x)
         ctx.layer = layer
-        kept_of_it = [ss[-1]] if layer.checkpointing else [*kept, *ss]
         # the layer holds the adapters; saved they are watched for whether somebody writes into them
-        ctx.save_for_backward(x, *kept_of_it, *adapters)
+        ctx.save_for_backward(x, None if checkpointing else kept, *adapters)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        layer: _Layer = ctx.layer
-        x, *saved = ctx.saved_tensors
-        if layer.checkpointing:
-            kept, ss = layer.up_to_down(x)
-            ss.append(saved[0])
-        else:
-            count = len(_Kept._fields)
-            kept, ss = _Kept(*saved[:count]), saved[count : count + len(layer.linears)]
-        need_x, _, *needs = ctx.needs_input_grad
-        grad_x, of_adapters = layer.backward(grad, x, kept, ss, need_x, needs)
-        return grad_x, None, *of_adapters
-
-
-def _rms_norm(x: Tensor, norm: _Norm | None) -> tuple[Tensor, Tensor | None]:
-    if norm is None:
-        return x, None
-    y, scale = below_autograd("rms_norm", x, *norm)
-    return y, scale
-
-
-def _rms_norm_backward(
-    grad: Tensor, x: Tensor | None, norm: _Norm | None, scale: Tensor | None
-) -> Tensor:
-    if norm is None:
-        return grad
-    weight, _, from_one = norm
-    grad_x: Tensor = below_autograd("rms_norm_backward", grad, x, weight, scale, from_one)
-    return grad_x
+        layer: native.DecoderLayer = ctx.layer
+        x, kept, *_ = ctx.saved_tensors
+        if kept is None:
+            kept = layer.kept_again(x)
+        need_x, _, _, *needs = ctx.needs_input_grad
+        grad_x, of_adapters = layer.backward(grad, x, kept, need_x, needs)
+        return grad_x, None, None, *of_adapters
 
 
 def _norms_of(layer: Any) -> list[nn.Module | None]:

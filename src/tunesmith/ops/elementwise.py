@@ -89,6 +89,16 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return y
 
 
+def check_alike(op: str, x: Tensor, *others: Tensor) -> None:
+    """Refuse tensors of another dtype or device than the first."""
+    for tensor in others:
+        if tensor.dtype != x.dtype or tensor.device != x.device:
+            raise OpError(
+                f"{op}: got {word(tensor.dtype)} on {tensor.device} beside {word(x.dtype)} on "
+                f"{x.device}; all tensors are of one dtype on one device"
+            )
+
+
 def check_rms_norm(x: Tensor, weight: Tensor, *like_x: Tensor) -> None:
     """Refuse tensors of a norm that do not fit together."""
     _check_first("rms_norm", x)
@@ -97,7 +107,7 @@ def check_rms_norm(x: Tensor, weight: Tensor, *like_x: Tensor) -> None:
             f"rms_norm: got x {list(x.shape)} and weight {list(weight.shape)}; the weight has one "
             "value for each of x's last axis, and gradients have x's shape"
         )
-    _check_alike("rms_norm", x, weight, *like_x)
+    check_alike("rms_norm", x, weight, *like_x)
 
 
 def check_gated(gate: Tensor, up: Tensor, activation: str, *more: Tensor) -> None:
@@ -112,7 +122,7 @@ def check_gated(gate: Tensor, up: Tensor, activation: str, *more: Tensor) -> Non
         raise OpError(
             f"gated: got gate {list(gate.shape)} and up {list(up.shape)}; they have one shape"
         )
-    _check_alike("gated", gate, up, *more)
+    check_alike("gated", gate, up, *more)
 
 
 def check_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -129,7 +139,7 @@ def check_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> None:
             "allowed is [rows, tokens, heads, head size] with an even head size, and "
             "[rows or 1, tokens, head size]"
         )
-    _check_alike("rotary", x, cos, sin)
+    check_alike("rotary", x, cos, sin)
 
 
 def check_logps(logits: Tensor, labels: Tensor) -> None:
@@ -150,15 +160,6 @@ def _check_first(op: str, x: Tensor) -> None:
             f"{op}: got a {word(x.dtype)} {word(x.layout)} tensor; allowed are dense ones in "
             f"{', '.join(map(word, DTYPES))}; cast it"
         )
-
-
-def _check_alike(op: str, x: Tensor, *others: Tensor) -> None:
-    for tensor in others:
-        if tensor.dtype != x.dtype or tensor.device != x.device:
-            raise OpError(
-                f"{op}: got {word(tensor.dtype)} on {tensor.device} beside {word(x.dtype)} on "
-                f"{x.device}; all tensors are of one dtype on one device"
-            )
 
 
 def _sums(x: Tensor) -> Tensor:

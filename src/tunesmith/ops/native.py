@@ -29,13 +29,12 @@ from tunesmith.ops.reference import mean_absmax, no_autocast
 from tunesmith.ops.schema import NESTED_BLOCKSIZE, count_blocks
 
 __all__ = [
+    "DecoderLayer",
     "FrozenLayer",
     "NativeStatus",
     "PreparedLayers",
     "PreparedLinear",
     "PreparedNorm",
-    "linears",
-    "linears_backward",
     "multiplies_all",
     "native_status",
 ]
@@ -362,7 +361,7 @@ FrozenLayer = tuple[
 
 
 def multiplies_all(x: Tensor, layers: Sequence[FrozenLayer]) -> bool:
-    """Return whether `linears` takes layers for as many tokens as x has: each is one call of ours.
+    """Return whether each of some layers of as many tokens as x has is one call of ours.
 
     That is so on the CPU, for frozen biases, and where a library's product is no faster.
     """
@@ -377,102 +376,147 @@ def multiplies_all(x: Tensor, layers: Sequence[FrozenLayer]) -> bool:
     )
 
 
-def linears(
-    x: Tensor, layers: Sequence[FrozenLayer], onto: Tensor | None = None
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Do `linear` for several layers of one x that `multiplies_all`; return all y and all s.
+_NormArguments = tuple[Tensor, float, bool]
+"""What the op rms_norm takes after x."""
 
-    Each y is added to `onto` [..., out_features], which is left as it is. There is no derivative.
+
+@attrs.frozen(eq=False)
+class DecoderLayer:
+    """A decoder layer on the CPU with all that it works on but its input; held, and never written.
+
+    h = norm(x), then attention, added to x; and h = norm(x), then a gated block, added to x. There
+    is no derivative but `backward`. Raises OpError for parts that do not fit together.
     """
-    *leading, in_features = x.shape
-    tokens = math.prod(leading)
-    flat = x.reshape(tokens, in_features).contiguous()
-    held, calls, ys, ss = [], [], [], []
-    for parts, (out_features, _), blocksize, quant_type, bias, lora in layers:
-        lora_a, lora_b, scaling = lora or (None, None, 1.0)
-        if bias is not None:
-            bias = bias.to(x.dtype)
-        schema.check_linear(
-            x, *parts, out_features, blocksize, quant_type, bias, lora_a, lora_b, None
-        )
-        compact = (parts[0], _compact(parts[1]), _compact(parts[2]), parts[3])
-        adapter = (_compact(lora_a), _compact(lora_b), scaling, None, 1.0)
-        bias = _compact(bias)
-        shape = (tokens, in_features, out_features)
-        layer = _layer(shape, x.dtype, compact, blocksize, quant_type, bias, adapter)
-        y = (
-            x.new_empty((*leading, out_features))
-            if onto is None
-            else onto.clone(memory_format=torch.contiguous_format)
-        )
-        s = x.new_empty((tokens, 0 if lora_a is None else lora_a.shape[0]), dtype=torch.float32)
-        ys.append(y)
-        ss.append(s)
-        held.append((compact, bias, adapter))
-        calls.append((layer, flat.data_ptr(), s.data_ptr(), y.data_ptr(), onto is not None))
-    # after all that Python has to do, which goes slowly where a product has emptied the caches
-    for call in calls:
-        _native.linear(*call)
-    return ys, ss
 
+    norms: Sequence[_NormArguments | None]
+    """Those before attention and before the block, of queries and of keys; the last may be None."""
+    linears: Sequence[FrozenLayer]
+    """Of query, key, value, output, gate, up and down; `multiplies_all` takes them."""
+    activation: str
+    """A key of `elementwise.ACTIVATIONS`."""
+    head_size: int
+    scaling: float
+    cos: Tensor
+    """[rows or 1, tokens, head size]."""
+    sin: Tensor
+    runs: Tensor
+    """See `ops.attention`."""
 
-def linears_backward(
-    grads: Sequence[Tensor],
-    x: Tensor,
-    ss: Sequence[Tensor],
-    layers: Sequence[FrozenLayer],
-    need_x: bool,
-    needs: Sequence[tuple[bool, bool]],
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Do `linear_backward` for all layers of one x; return the sum of grad_x, and all of A and B.
+    @property
+    def adapters(self) -> list[Tensor]:
+        """A and B of each linear layer that has an adapter."""
+        return [matrix for *_, lora in self.linears if lora is not None for matrix in lora[:2]]
 
-    `needs` says for each layer whether A and B need theirs; what is not needed is None.
-    """
-    *leading, in_features = x.shape
-    tokens = math.prod(leading)
-    x = x.reshape(tokens, in_features).contiguous()
-    grad_x = x.new_empty((*leading, in_features)) if need_x else None
-    of_adapters: list[Tensor | None] = []
-    held: list[object] = []
-    calls: list[tuple[Any, ...]] = []
-    for grad_y, s, layer, (need_a, need_b) in zip(grads, ss, layers, needs, strict=True):
-        parts, (out_features, _), blocksize, quant_type, _, lora = layer
-        lora_a, lora_b, scaling = lora or (None, None, 1.0)
-        grad_y = grad_y.reshape(tokens, out_features).contiguous()
-        s = s.contiguous()
-        schema.check_linear_backward(
-            grad_y, x, s, *parts, in_features, blocksize, quant_type, lora_a, lora_b, None, need_a,
-            need_b,
-        )  # fmt: skip
-        grad_a = _empty_like(lora_a) if need_a and lora_a is not None else None
-        grad_b = _empty_like(lora_b) if need_b and lora_b is not None else None
-        of_adapters += (grad_a, grad_b)
-        compact = (parts[0], _compact(parts[1]), _compact(parts[2]), parts[3])
-        adapter = (_compact(lora_a), _compact(lora_b), scaling, None, 1.0)
-        shape = (tokens, in_features, out_features)
-        held.append((grad_y, s, compact, adapter))
-        calls.append(
-            (
-                _layer(shape, x.dtype, compact, blocksize, quant_type, None, adapter),
-                _pointer(x) if need_a else 0,
-                _pointer(s) if need_b else 0,
-                grad_y.data_ptr(),
-                _pointer(grad_x),
-                _pointer(grad_a),
-                _pointer(grad_b),
-                bool(calls),  # added to what the layers before have written
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the output for x [rows, tokens, features], and what `backward` takes besides x."""
+        x = x.contiguous()
+        layer, held = self._native(x)
+        out, kept = _empty_like(x), _empty((layer.kept,), torch.uint8, x.device)
+        _native.decoder_layer(layer, x.data_ptr(), kept.data_ptr(), out.data_ptr())
+        del held
+        return out, kept
+
+    def kept_again(self, x: Tensor) -> Tensor:
+        """Return what `forward` kept; its last product is left out."""
+        x = x.contiguous()
+        layer, held = self._native(x)
+        kept = _empty((layer.kept,), torch.uint8, x.device)
+        _native.decoder_layer(layer, x.data_ptr(), kept.data_ptr(), 0)
+        del held
+        return kept
+
+    def backward(
+        self, grad: Tensor, x: Tensor, kept: Tensor, need_x: bool, needs: Sequence[bool]
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """Return the gradient of x, or None if it needs none, and those of `adapters`."""
+        x, grad, kept = x.contiguous(), grad.contiguous(), kept.contiguous()
+        layer, held = self._native(x)
+        elementwise.check_alike("decoder_layer", x, grad)
+        if grad.shape != x.shape or kept.shape != (layer.kept,) or kept.dtype != torch.uint8:
+            raise OpError(
+                f"decoder_layer: got a gradient {list(grad.shape)} and {kept.numel()} bytes for x "
+                f"{list(x.shape)}; pass what came of the forward pass of the same x"
             )
+        grad_x = _empty_like(x) if need_x else None
+        wanted = iter(needs)
+        grads = [_empty_like(matrix) if next(wanted) else None for matrix in self.adapters]
+        given = iter(grads)
+        pointers = [
+            0 if lora is None else _pointer(next(given)) for *_, lora in self.linears for _ in "ab"
+        ]
+        _native.decoder_layer_backward(
+            layer, x.data_ptr(), kept.data_ptr(), grad.data_ptr(), _pointer(grad_x), pointers
         )
-    for call in calls:
-        _native.linear_backward(*call)
-    return grad_x, of_adapters
+        del held
+        return grad_x, grads
+
+    def _native(self, x: Tensor) -> tuple[_native.DecoderLayer, object]:
+        """Return the layer as the kernels take it, all of it checked, and what it points to."""
+        elementwise.check_alike("decoder_layer", x, self.cos, self.sin)
+        rows, tokens, hidden = x.shape
+        width, key_width = (self.linears[i][1][0] for i in (0, 1))
+        inner = self.linears[4][1][0]
+        heads, key_heads = width // self.head_size, key_width // self.head_size
+        outs = (width, key_width, key_width, hidden, inner, inner, hidden)
+        if (
+            width % self.head_size or key_width % self.head_size or not key_heads
+            or heads % key_heads or tuple(each[1][0] for each in self.linears) != outs
+        ):  # fmt: skip
+            raise OpError(
+                f"decoder_layer: got projections to {[each[1][0] for each in self.linears]} "
+                f"features for x of {hidden} and heads of {self.head_size}; queries and keys are "
+                "whole heads, values are as keys, up is as gate, and output and down are as x"
+            )
+        of = {features: x.new_empty((0, features)) for features in {hidden, width, inner}}
+        ins = (hidden, hidden, hidden, width, hidden, hidden, inner)
+        held: list[object] = []
+        linears = []
+        for features, (parts, shape, blocksize, quant_type, bias, lora) in zip(
+            ins, self.linears, strict=True
+        ):
+            lora_a, lora_b, scaling = lora or (None, None, 1.0)
+            if bias is not None:
+                bias = bias.to(x.dtype).contiguous()
+            schema.check_linear(
+                of[features], *parts, shape[0], blocksize, quant_type, bias, lora_a, lora_b, None
+            )
+            compact = (parts[0], _compact(parts[1]), _compact(parts[2]), parts[3])
+            adapter = (_compact(lora_a), _compact(lora_b), scaling, None, 1.0)
+            size = (rows * tokens, features, shape[0])
+            linears.append(_layer(size, x.dtype, compact, blocksize, quant_type, bias, adapter))
+            held.append((compact, bias, adapter))
+        norms = []
+        for norm, features in zip(
+            self.norms, (hidden, hidden, self.head_size, self.head_size), strict=True
+        ):
+            if norm is None:
+                norms.append(_native.Norm(0, 0.0, False))
+                continue
+            weight, eps, from_one = norm
+            elementwise.check_rms_norm(x.new_empty((0, features)), weight)
+            weight = weight.contiguous()
+            held.append(weight)
+            norms.append(_native.Norm(weight.data_ptr(), eps, from_one))
+        cos, sin, runs = self.cos.contiguous(), self.sin.contiguous(), self.runs.contiguous()
+        held.append((cos, sin, runs))
+        elementwise.check_rotary(x.new_empty((rows, tokens, 0, self.head_size)), cos, sin)
+        attention.check_runs(runs, rows, tokens)
+        return (
+            _native.DecoderLayer(
+                _CODES[x.dtype], rows, tokens, [norms[0], norms[2], norms[3], norms[1]], linears,
+                self.head_size, self.scaling, _CODES[self.activation], cos.data_ptr(),
+                sin.data_ptr(), len(cos) * tokens, runs.data_ptr(), len(runs),
+            ),
+            held,
+        )  # fmt: skip
 
 
 def _attention_cpu(
     q: Tensor, k: Tensor, v: Tensor, runs: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     found = attention.check(q, k, v, runs)
-    if q.dtype not in schema.DTYPES:
+    tiles = _native.isa() == "amx_bf16" and q.dtype == torch.bfloat16 and q.shape[3] % 32 == 0
+    if not tiles:  # torch's is as good elsewhere
         return attention.by_torch(q, k, v, runs, scale)
     q, k, v, runs = (tensor.contiguous() for tensor in (q, k, v, runs))
     shape = [*q.shape[:3], k.shape[2], q.shape[3]]
@@ -481,11 +525,11 @@ def _attention_cpu(
     lse = q.new_empty((shape[0], shape[2], shape[1]), dtype=torch.float32)
     if not whole:
         lse.fill_(-torch.inf)
-    done = _native.attention(
+    _native.attention(
         shape, _CODES[q.dtype], q.data_ptr(), k.data_ptr(), v.data_ptr(), scale, runs.data_ptr(),
         len(runs), out.data_ptr(), lse.data_ptr(),
     )  # fmt: skip
-    return (out, lse) if done else attention.by_torch(q, k, v, runs, scale)
+    return out, lse
 
 
 def _covers(runs: Sequence[tuple[int, ...]], q: Tensor) -> bool:

@@ -29,6 +29,7 @@ TARGETS = (
     "linear",
     "linear_backward",
     "attention",
+    "decoder_layer",
     "elementwise",
     "logps",
     "pool",
@@ -55,7 +56,7 @@ SMALLER = (
 )
 
 # the longest to compile first
-PORTABLE = ("product_scalar", "attention", "decode", "dispatch", "linear", "parallel", "scalar")
+PORTABLE = ("product_scalar", "attention", "decode", "decoder_layer", "dispatch", "linear", "parallel", "scalar")
 AVX2 = ("product_avx2", "avx2")
 AVX512 = (
     "attention_amx",

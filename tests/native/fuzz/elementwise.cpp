@@ -40,7 +40,8 @@ void norm(Input& input) {
   const float eps = input.pick<float>({1e-6f, 1e-5f, 1e-12f});
   const bool from_one = input.one_in(3);
   const Tensor x = drawn.tensor(input, rows * columns), weight = drawn.tensor(input, columns);
-  const Tensor grad_y = drawn.tensor(input, rows * columns);
+  const Tensor grad_y = drawn.tensor(input, rows * columns), plus = drawn.tensor(input, rows * columns);
+  const bool adds = input.one_in(2);
   const int64_t misaligned = input.up_to(3);
   const double sums = double(columns + 32) * kUnit;
 
@@ -50,8 +51,8 @@ void norm(Input& input) {
     tunesmith_rms_norm_cpu(x.data(), weight.data(), drawn.dtype, rows, columns, eps, from_one, y.data(),
                            scale.floats());
     tunesmith_rms_norm_backward_cpu(grad_y.data(), x.data(), weight.data(), scale.floats(), drawn.dtype,
-                                    rows, columns, from_one, grad_x.data());
-    if (!comparable(drawn, {&x, &weight, &grad_y})) return;
+                                    rows, columns, from_one, adds ? plus.data() : nullptr, grad_x.data());
+    if (!comparable(drawn, {&x, &weight, &grad_y, &plus})) return;
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t begin = row * columns;
       const auto factor = [&](int64_t i) { return weight[i] + (from_one ? 1 : 0); };
@@ -76,8 +77,10 @@ void norm(Input& input) {
         const double back = inflow - x[begin + i] * share * along;
         const double off = std::fabs(x[begin + i]) * share * (lost + 4 * sums * size) +
                            drawn.lost(inflow) + 4 * kUnit * std::fabs(grad_y[begin + i]) * factor_size;
-        check_close("grad_x", begin + i, grad_x[begin + i], exact * back,
-                    exact * off + 4 * sums * exact * std::fabs(back) + 0x1p-120, drawn.dtype);
+        const double more = adds ? plus[begin + i] : 0;
+        check_close("grad_x", begin + i, grad_x[begin + i], exact * back + more,
+                    exact * off + 4 * sums * exact * std::fabs(back) + 2 * kUnit * std::fabs(more) + 0x1p-120,
+                    drawn.dtype);
       }
     }
   });
