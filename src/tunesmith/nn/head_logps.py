@@ -21,7 +21,7 @@ from tunesmith.ops.elementwise import logps_
 
 __all__ = ["CHUNK_BYTES", "Headless", "head_logps", "shifted", "split_head"]
 
-CHUNK_BYTES = 32 << 20
+CHUNK_BYTES = 48 << 20
 """How much the logits of a chunk may take in fp32; a chunk has one token at least."""
 
 

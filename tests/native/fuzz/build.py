@@ -56,7 +56,16 @@ SMALLER = (
 )
 
 # the longest to compile first
-PORTABLE = ("product_scalar", "attention", "decode", "decoder_layer", "dispatch", "linear", "parallel", "scalar")
+PORTABLE = (
+    "product_scalar",
+    "attention",
+    "decode",
+    "decoder_layer",
+    "dispatch",
+    "linear",
+    "parallel",
+    "scalar",
+)
 AVX2 = ("product_avx2", "avx2")
 AVX512 = (
     "attention_amx",
