@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from tunesmith.data.render import IGNORE_INDEX
 from tunesmith.errors import OpError
 from tunesmith.ops.elementwise import logps_
+from tunesmith.ops.native import pooled_empty
 
 __all__ = ["CHUNK_BYTES", "Headless", "head_logps", "shifted", "split_head"]
 
@@ -53,10 +54,16 @@ class _HeadLogps(torch.autograd.Function):
         logps = hidden.new_empty(len(hidden), dtype=torch.float32)
         # what a logp of 1 would send back to each hidden state
         slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        size = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
-        for start in range(0, len(hidden), size):
+        most = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        size = -(-len(hidden) // max(1, -(-len(hidden) // most)))  # chunks of one size
+        buffer = pooled_empty((size, weight.shape[0]), hidden.dtype, hidden.device)
+        for start in range(0, len(hidden), max(1, size)):
             part = slice(start, start + size)
-            logits = nn.functional.linear(hidden[part], weight, bias)  # [chunk, vocabulary]
+            logits = buffer[: len(hidden[part])]  # [chunk, vocabulary]
+            if bias is None:
+                torch.mm(hidden[part], weight.mT, out=logits)
+            else:
+                torch.addmm(bias, hidden[part], weight.mT, out=logits)
             logps[part] = logps_(logits, labels[part], slopes is not None)
             if slopes is not None:
                 torch.mm(logits, weight, out=slopes[part])

@@ -37,6 +37,7 @@ __all__ = [
     "PreparedNorm",
     "multiplies_all",
     "native_status",
+    "pooled_empty",
 ]
 
 _Parts = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
@@ -209,7 +210,7 @@ def _dequantize_4bit(
     packed, absmax = packed.contiguous(), absmax.contiguous()
     if nested_absmax is not None:
         nested_absmax = nested_absmax.contiguous()
-    out = _empty(tuple(shape), dtype, packed.device)
+    out = pooled_empty(tuple(shape), dtype, packed.device)
     with _stream_of(packed) as stream:
         _native.dequantize_4bit(
             packed.data_ptr(),
@@ -411,7 +412,7 @@ class DecoderLayer:
         """Return the output for x [rows, tokens, features], and what `backward` takes besides x."""
         x = x.contiguous()
         layer, held = self._native(x)
-        out, kept = _empty_like(x), _empty((layer.kept,), torch.uint8, x.device)
+        out, kept = _empty_like(x), pooled_empty((layer.kept,), torch.uint8, x.device)
         _native.decoder_layer(layer, x.data_ptr(), kept.data_ptr(), out.data_ptr())
         del held
         return out, kept
@@ -420,7 +421,7 @@ class DecoderLayer:
         """Return what `forward` kept; its last product is left out."""
         x = x.contiguous()
         layer, held = self._native(x)
-        kept = _empty((layer.kept,), torch.uint8, x.device)
+        kept = pooled_empty((layer.kept,), torch.uint8, x.device)
         _native.decoder_layer(layer, x.data_ptr(), kept.data_ptr(), 0)
         del held
         return kept
@@ -964,10 +965,13 @@ def _layer(
     )
 
 
-def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a new tensor; if it is large and on the CPU, in memory that was used before."""
+def pooled_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a new tensor; if it is large and on the CPU, in memory that was used before.
+
+    Its pages are there then: to touch them for the first time takes longer than to write them.
+    """
     nbytes = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or nbytes < _POOLED_NBYTES:
+    if _why_not or device.type != "cpu" or nbytes < _POOLED_NBYTES:
         return torch.empty(shape, dtype=dtype, device=device)
     return from_dlpack(_native.empty(nbytes)).view(dtype).view(shape)
 
