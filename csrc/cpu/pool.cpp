@@ -4,7 +4,9 @@
 
 #include <pthread.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <mutex>
@@ -15,8 +17,14 @@ namespace {
 
 constexpr size_t kHugePage = size_t(1) << 21;
 constexpr size_t kPage = size_t(1) << 12;
-// what waits may be this large in all, beside each thread's arena; TUNESMITH_POOL_MB sets another limit
-constexpr size_t kDefaultLimit = size_t(256) << 20;
+// What waits may be this large in all, beside each thread's arena, unless TUNESMITH_POOL_MB sets another
+// limit: what a model of a size that fits the machine keeps of a short sample for its backward pass.
+size_t default_limit() {
+  constexpr size_t kLeast = size_t(256) << 20;
+  const long pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGE_SIZE);
+  if (pages <= 0 || page <= 0) return kLeast;
+  return std::max(kLeast, size_t(pages) / 16 * size_t(page));
+}
 
 // In front of every block.
 struct alignas(64) Header {
@@ -115,7 +123,7 @@ class Pool {
   std::mutex mutex_;
   Header* waiting_ = nullptr;
   size_t held_ = 0;
-  size_t limit_ = kDefaultLimit;
+  size_t limit_ = default_limit();
 };
 
 // Never destroyed: tensors may be freed after static destructors have run.

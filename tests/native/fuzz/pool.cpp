@@ -49,7 +49,9 @@ namespace {
 
 int64_t limit() {
   const char* megabytes = std::getenv("TUNESMITH_POOL_MB");
-  return (megabytes == nullptr ? int64_t(256) : std::atoll(megabytes)) << 20;
+  if (megabytes != nullptr) return int64_t(std::atoll(megabytes)) << 20;
+  const int64_t sixteenth = int64_t(sysconf(_SC_PHYS_PAGES)) / 16 * sysconf(_SC_PAGE_SIZE);
+  return sixteenth > int64_t(256) << 20 ? sixteenth : int64_t(256) << 20;
 }
 
 // A block with a mark of its owner at both ends and in every page between.
