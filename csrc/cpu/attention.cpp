@@ -157,12 +157,10 @@ class ForwardTask : HeadTask {
       gather(job_.v, job_.key_heads, key_head, group_.first_key + at, count, rows_.as<char>());
       turn(rows_.as<char>(), count, turned_values_.as<char>() + at * size_ * bytes_);
     }
-    for (int64_t r = 0; r < group_.run_count; ++r) {
-      const tunesmith_run& run = *group_.runs[r];
-      for (int64_t at = run.start; at < run.stop; at += kQueries) {
-        block_of_queries(run, at, std::min(kQueries, run.stop - at), out, lse);
-      }
-    }
+    for_each_block_of_head(group_, kQueries,
+                           [&](const tunesmith_run& run, int64_t start, int64_t count) {
+                             block_of_queries(run, start, count, out, lse);
+                           });
   }
 
  private:
@@ -182,9 +180,7 @@ class ForwardTask : HeadTask {
       const int64_t offset = run.causal ? group_.first_key + key - start : -keys;
       softmax_forward({scores_.as<float>(), keys, count, offset, job_.dtype, most, sum, smaller,
                        shares_.as<void>()});
-      for (int64_t d = 0; d < size_; ++d) {
-        for (int64_t i = 0; i < count; ++i) totals[d * count + i] *= smaller[i];
-      }
+      scale_totals(smaller, count);
       Product into_totals =
           product_of(plain(turned_values_.as<char>() + at, job_.dtype, keys),
                      plain(shares_.as<void>(), job_.dtype, count), size_, count, totals);
@@ -196,10 +192,15 @@ class ForwardTask : HeadTask {
       its_lse[i] = most[i] + std::log(sum[i]);
       smaller[i] = 1.0f / sum[i];
     }
-    for (int64_t d = 0; d < size_; ++d) {
-      for (int64_t i = 0; i < count; ++i) totals[d * count + i] *= smaller[i];
-    }
+    scale_totals(smaller, count);
     write_turned(totals, count, head_, start, out);
+  }
+
+  void scale_totals(const float* factors, int64_t count) const {
+    float* const totals = totals_.as<float>();
+    for (int64_t d = 0; d < size_; ++d) {
+      for (int64_t i = 0; i < count; ++i) totals[d * count + i] *= factors[i];
+    }
   }
 
   int64_t head_;

@@ -20,18 +20,26 @@ inline int64_t element_of(const tunesmith_attention& job, int64_t row, int64_t t
   return ((row * job.tokens + token) * heads + head) * job.head_size;
 }
 
+// Calls use(run, start, count) for all queries of a head, `most` at a time.
+template <typename Use>
+void for_each_block_of_head(const AttentionGroup& group, int64_t most, Use use) {
+  for (int64_t r = 0; r < group.run_count; ++r) {
+    const tunesmith_run& run = *group.runs[r];
+    for (int64_t at = run.start; at < run.stop; at += most) {
+      use(run, at, std::min(most, run.stop - at));
+    }
+  }
+}
+
 // Calls use(run, head, start, count) for all queries that see the keys of one head, `most` at a time.
 template <typename Use>
 void for_each_block(const tunesmith_attention& job, const AttentionGroup& group, int64_t key_head,
                     int64_t most, Use use) {
   const int64_t shared = job.heads / job.key_heads;
   for (int64_t head = key_head * shared; head < (key_head + 1) * shared; ++head) {
-    for (int64_t r = 0; r < group.run_count; ++r) {
-      const tunesmith_run& run = *group.runs[r];
-      for (int64_t at = run.start; at < run.stop; at += most) {
-        use(run, head, at, std::min(most, run.stop - at));
-      }
-    }
+    for_each_block_of_head(group, most, [&](const tunesmith_run& run, int64_t start, int64_t count) {
+      use(run, head, start, count);
+    });
   }
 }
 

@@ -33,12 +33,10 @@ class ForwardTask : HeadTask {
       gather(job_.v, job_.key_heads, key_head, group_.first_key + key, there, keys_at(key), rows());
       turn(rows(), keys_at(key), work, turned_values() + key * size_);
     }
-    for (int64_t r = 0; r < group_.run_count; ++r) {
-      const tunesmith_run& run = *group_.runs[r];
-      for (int64_t at = run.start; at < run.stop; at += kSquare) {
-        square_of_queries(run, at, std::min(kSquare, run.stop - at), out, lse);
-      }
-    }
+    for_each_block_of_head(group_, kSquare,
+                           [&](const tunesmith_run& run, int64_t start, int64_t count) {
+                             square_of_queries(run, start, count, out, lse);
+                           });
   }
 
  private:

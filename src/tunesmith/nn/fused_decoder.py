@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tunesmith.nn import fused_layers, varlen_attention
-from tunesmith.nn.lora_linear import LoraLinear
+from tunesmith.nn.lora_linear import LoraLinear, hooked
 from tunesmith.nn.nf4_linear import NF4Linear, frozen_arguments
 from tunesmith.nn.prompt import disagreement
 from tunesmith.ops import native, native_status
 from tunesmith.ops.dispatch import seen_by_torch_alone
-from tunesmith.ops.native import FrozenLayer
+from tunesmith.ops.native import FrozenLayer, NormArguments
 from tunesmith.ops.schema import DTYPES
 
 __all__ = ["described", "find", "use"]
@@ -45,39 +45,39 @@ _KNOWN = {
 _SOFTCAP = "attn_logit_softcapping"
 _TRIAL_TOKENS = 24
 
-_Norm = tuple[Tensor, float, bool]
-"""What the op rms_norm takes after x."""
-
 
 def use(model: nn.Module) -> int | str:
     """Let a model's decoder layers run as one node each; return how many do, or why none does."""
-    found = find(model, next(model.parameters()).device.type)
-    if isinstance(found, str):
-        return found
-    why = ""
-    count = 0
-    for module in model.modules():
-        layer = _DecoderLayer.recognise(module)
-        if isinstance(layer, _DecoderLayer):
-            reason = layer.disagreement()
-            if reason is None:
-                module.forward = layer
-                count += 1
-            why = why or reason or ""
-    return count or why
+    layers = _candidates(model, next(model.parameters()).device.type)
+    if isinstance(layers, str):
+        return layers
+    reasons = []
+    for layer in layers:
+        reason = layer.disagreement()
+        if reason is None:
+            layer.module.forward = layer
+        else:
+            reasons.append(reason)
+    return len(layers) - len(reasons) or reasons[0]
 
 
 def find(model: nn.Module, device: str) -> int | str:
     """Return how many layers of a model, or of its skeleton, look as if they could; or why none."""
+    layers = _candidates(model, device)
+    return layers if isinstance(layers, str) else len(layers)
+
+
+def _candidates(model: nn.Module, device: str) -> list[_DecoderLayer] | str:
+    """Return what could stand in for layers of a model, one at least, or why nothing does."""
     if device != "cpu":
         return "it is the CPU that gains by it"
     why = native_status().why_slow_on(device)
     if why is not None:
         return why
     seen = [_DecoderLayer.recognise(module) for module in model.modules()]
-    count = sum(isinstance(each, _DecoderLayer) for each in seen)
+    layers = [each for each in seen if isinstance(each, _DecoderLayer)]
     reasons = [each for each in seen if isinstance(each, str)]
-    return count or (reasons[0] if reasons else "none is a norm, attention, a norm and a block")
+    return layers or (reasons[0] if reasons else "none is a norm, attention, a norm and a block")
 
 
 def described(found: int | str) -> str:
@@ -201,7 +201,7 @@ class _DecoderLayer(fused_layers.Fused):
             or not seen_by_torch_alone((x,))
         ):
             return "of its input"
-        taken: list[_Norm | None] = []
+        taken: list[NormArguments | None] = []
         for norm, found in zip(norms, self._norms, strict=True):
             if norm is None or found is None:
                 taken.append(None)
@@ -290,10 +290,4 @@ def _checkpoints(layer: Any) -> bool:
 def _watched(module: nn.Module) -> bool:
     """Whether something relies on this module being called."""
     override = module.__dict__.get("forward")
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or (override is not None and not isinstance(override, fused_layers.Fused))
-    )
+    return hooked(module) or not isinstance(override, fused_layers.Fused | None)

@@ -27,7 +27,7 @@ from tunesmith.ops import frozen_linear, quantize_4bit
 from tunesmith.ops.native import FrozenLayer
 from tunesmith.ops.schema import DTYPES
 
-__all__ = ["LoraLinear", "load", "register"]
+__all__ = ["LoraLinear", "hooked", "load", "register"]
 
 _Adapter = tuple[tuple[Tensor, Tensor, float], float]
 """A, B and scaling, and the dropout of x."""
@@ -156,13 +156,17 @@ class LoraLinear(lora.Linear):  # type: ignore[misc]
         p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
         return (lora_a, lora_b, self.scaling[name]), p
 
+    def _only_adapter(self, x: Tensor, cast: Tensor) -> _Adapter | None:
+        """Return the single active adapter if the fused pass can do what PEFT would, else None."""
+        name = self._single_adapter()
+        return None if name is None else self._adapter(name, x, cast)
+
     def call_with(self, x: Tensor, cast: Tensor) -> FrozenLayer | None:
         """Return what `ops.frozen_linear` takes after `cast`, or None.
 
         None where it is not one plain adapter without dropout. `cast` is x as autocast leaves it.
         """
-        name = self._single_adapter()
-        adapter = None if name is None else self._adapter(name, x, cast)
+        adapter = self._only_adapter(x, cast)
         if adapter is None or adapter[1]:
             return None
         return (*frozen_arguments(self.base_layer), adapter[0])
@@ -177,10 +181,9 @@ class LoraLinear(lora.Linear):  # type: ignore[misc]
             return None
         if self.merged_adapters and not self.disable_adapters:
             return frozen_arguments(base)
-        name = self._single_adapter()
         dtype = base.compute_dtype if isinstance(base, NF4Linear) else base.weight.dtype
         x = torch.empty((0, base.in_features), dtype=dtype)
-        adapter = None if name is None else self._adapter(name, x, x)
+        adapter = self._only_adapter(x, x)
         return None if adapter is None else (*frozen_arguments(base), adapter[0])
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -245,15 +248,19 @@ def _build(target: nn.Module, adapter_name: str, **kwargs: Any) -> LoraLinear | 
     return LoraLinear(target, adapter_name, **kwargs)
 
 
-def _intercepted(module: nn.Module) -> bool:
-    """Whether something relies on this module being called."""
+def hooked(module: nn.Module) -> bool:
+    """Whether a hook listens to this module being called."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or "forward" in module.__dict__
     )
+
+
+def _intercepted(module: nn.Module) -> bool:
+    """Whether something relies on this module being called."""
+    return hooked(module) or "forward" in module.__dict__
 
 
 def _requantize(base: NF4Linear, dense: nn.Linear) -> None:

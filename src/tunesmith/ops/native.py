@@ -32,6 +32,7 @@ __all__ = [
     "DecoderLayer",
     "FrozenLayer",
     "NativeStatus",
+    "NormArguments",
     "PreparedLayers",
     "PreparedLinear",
     "PreparedNorm",
@@ -377,7 +378,7 @@ def multiplies_all(x: Tensor, layers: Sequence[FrozenLayer]) -> bool:
     )
 
 
-_NormArguments = tuple[Tensor, float, bool]
+NormArguments = tuple[Tensor, float, bool]
 """What the op rms_norm takes after x."""
 
 
@@ -389,7 +390,7 @@ class DecoderLayer:
     is no derivative but `backward`. Raises OpError for parts that do not fit together.
     """
 
-    norms: Sequence[_NormArguments | None]
+    norms: Sequence[NormArguments | None]
     """Those before attention and before the block, of queries and of keys; the last may be None."""
     linears: Sequence[FrozenLayer]
     """Of query, key, value, output, gate, up and down; `multiplies_all` takes them."""
@@ -410,20 +411,19 @@ class DecoderLayer:
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the output for x [rows, tokens, features], and what `backward` takes besides x."""
-        x = x.contiguous()
-        layer, held = self._native(x)
-        out, kept = _empty_like(x), pooled_empty((layer.kept,), torch.uint8, x.device)
-        _native.decoder_layer(layer, x.data_ptr(), kept.data_ptr(), out.data_ptr())
-        del held
-        return out, kept
+        out = _empty_like(x)
+        return out, self._run(x, out)
 
     def kept_again(self, x: Tensor) -> Tensor:
         """Return what `forward` kept; its last product is left out."""
+        return self._run(x, None)
+
+    def _run(self, x: Tensor, out: Tensor | None) -> Tensor:
         x = x.contiguous()
         layer, held = self._native(x)
         kept = pooled_empty((layer.kept,), torch.uint8, x.device)
-        _native.decoder_layer(layer, x.data_ptr(), kept.data_ptr(), 0)
-        del held
+        _native.decoder_layer(layer, x.data_ptr(), kept.data_ptr(), _pointer(out))
+        del held  # until here its pointers were in use
         return kept
 
     def backward(
