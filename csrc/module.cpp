@@ -225,16 +225,31 @@ void decode_layers(const std::vector<const tunesmith_decode_layer*>& layers, Poi
   }
 }
 
-tunesmith_decoder_layer make_decoder_layer(int dtype, int64_t rows, int64_t tokens,
-                                           const std::vector<tunesmith_norm>& norms,
+// One of no tokens yet.
+tunesmith_decoder_layer make_decoder_layer(int dtype, const std::vector<tunesmith_norm>& norms,
                                            const std::vector<tunesmith_linear>& linears, int64_t size,
-                                           float scale, int activation, Pointer cos, Pointer sin,
-                                           int64_t positions, Pointer runs, int64_t run_count) {
-  return {dtype,         rows,          tokens,        norms.at(0),   norms.at(1),
+                                           float scale, int activation) {
+  return {dtype,         0,             0,             norms.at(0),   norms.at(1),
           norms.at(2),   norms.at(3),   linears.at(0), linears.at(1), linears.at(2),
           linears.at(3), linears.at(4), linears.at(5), linears.at(6), size,
-          scale,         activation,    at<void>(cos), at<void>(sin), positions,
-          at<tunesmith_run>(runs), run_count};
+          scale,         activation,    nullptr,       nullptr,       0,
+          nullptr,       0};
+}
+
+tunesmith_decoder_layer on_tokens(tunesmith_decoder_layer layer, int64_t rows, int64_t tokens, Pointer cos,
+                                  Pointer sin, int64_t positions, Pointer runs, int64_t run_count) {
+  layer.rows = rows;
+  layer.tokens = tokens;
+  for (auto* linear : {&layer.query, &layer.key, &layer.value, &layer.output, &layer.gate, &layer.up,
+                       &layer.down}) {
+    linear->tokens = rows * tokens;
+  }
+  layer.cos = at<void>(cos);
+  layer.sin = at<void>(sin);
+  layer.positions = positions;
+  layer.runs = at<tunesmith_run>(runs);
+  layer.run_count = run_count;
+  return layer;
 }
 
 void decoder_layer(const tunesmith_decoder_layer& layer, Pointer x, Pointer kept, Pointer out) {
@@ -384,10 +399,10 @@ PYBIND11_MODULE(_native, m) {
   m.def("decode_layers", decode_layers, py::arg("layers"), py::arg("x"), py::arg("cos"),
         py::arg("sin"), py::arg("first"), py::arg("at"), Unlocked());
   py::class_<tunesmith_decoder_layer>(m, "DecoderLayer", py::module_local())
-      .def(py::init(&make_decoder_layer), py::arg("dtype"), py::arg("rows"), py::arg("tokens"),
-           py::arg("norms"), py::arg("linears"), py::arg("size"), py::arg("scale"),
-           py::arg("activation"), py::arg("cos"), py::arg("sin"), py::arg("positions"),
-           py::arg("runs"), py::arg("run_count"))
+      .def(py::init(&make_decoder_layer), py::arg("dtype"), py::arg("norms"), py::arg("linears"),
+           py::arg("size"), py::arg("scale"), py::arg("activation"))
+      .def("on", &on_tokens, py::arg("rows"), py::arg("tokens"), py::arg("cos"), py::arg("sin"),
+           py::arg("positions"), py::arg("runs"), py::arg("run_count"))
       .def_property_readonly("kept", &tunesmith_decoder_layer_kept);
   m.def("decoder_layer", decoder_layer, py::arg("layer"), py::arg("x"), py::arg("kept"), py::arg("out"),
         Unlocked());

@@ -251,19 +251,26 @@ class DecoderLayer:
     def __init__(
         self,
         dtype: int,
-        rows: int,
-        tokens: int,
         norms: list[Norm],
         linears: list[Linear],
         size: int,
         scale: float,
         activation: int,
+    ) -> None:
+        """Of no tokens."""
+
+    def on(
+        self,
+        rows: int,
+        tokens: int,
         cos: int,
         sin: int,
         positions: int,
         runs: int,
         run_count: int,
-    ) -> None: ...
+    ) -> DecoderLayer:
+        """Return it for some tokens."""
+
     @property
     def kept(self) -> int:
         """How many bytes the forward pass fills for the backward pass."""

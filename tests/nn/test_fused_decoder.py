@@ -29,6 +29,7 @@ from tunesmith.nn import varlen_attention
 from tunesmith.nn.fused_decoder import described, find, use
 from tunesmith.nn.nf4_linear import NF4Linear
 from tunesmith.ops import native, native_status
+from tunesmith.ops.layers import DecoderLayer
 
 peft = pytest.importorskip("peft")
 from tunesmith.nn import lora_linear  # noqa: E402
@@ -120,13 +121,13 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What ran in one pass: "forward" and "backward", once a layer."""
     seen: list[str] = []
     for name in ("forward", "backward"):
-        own = getattr(native.DecoderLayer, name)
+        own = getattr(DecoderLayer, name)
 
         def counted(*args: Any, name: str = name, own: Any = own) -> Any:
             seen.append(name)
             return own(*args)
 
-        monkeypatch.setattr(native.DecoderLayer, name, counted)
+        monkeypatch.setattr(DecoderLayer, name, counted)
     return seen
 
 
@@ -222,13 +223,13 @@ def test_layers_can_be_computed_again_in_the_backward_pass(
     held = saved_bytes(model)
     model.base_model.model.activation_checkpointing_enable({"use_reentrant": reentrant})
     seen: list[int] = []
-    own = native.DecoderLayer.kept_again
+    own = DecoderLayer.kept_again
 
-    def counted(layer: Any, x: Tensor) -> Any:
+    def counted(layer: Any, *args: Any) -> Any:
         seen.append(1)
-        return own(layer, x)
+        return own(layer, *args)
 
-    monkeypatch.setattr(native.DecoderLayer, "kept_again", counted)
+    monkeypatch.setattr(DecoderLayer, "kept_again", counted)
     passes.clear()
     ours, our_gradients = loss_and_gradients(model, BATCHES["packed"])
     assert sorted(passes) == ["backward"] * 2 + ["forward"] * 2

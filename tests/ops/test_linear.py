@@ -620,10 +620,10 @@ def test_the_way_over_cuda_gives_the_formula_too(
         *same, stream = args
         assert stream is None
         calls.append(same[0])
-        native._native.linear(*same, False)
+        native.kernels.linear(*same, False)
 
     monkeypatch.setattr(schema, "SMALL_TOKENS", small_tokens)
-    monkeypatch.setattr(native._native, "linear_small", linear_small)
+    monkeypatch.setattr(native.kernels, "linear_small", linear_small)
     tolerance = {torch.float64: 1e-6, torch.float32: 1e-5}.get(dtype, 2e-2)
     for tokens in (0, 1, 5, 16, 17):
         for weight in ("nf4 nested", "fp4", "plain"):
@@ -663,13 +663,13 @@ def test_few_tokens_and_dtypes_that_the_cpu_does_not_multiply_take_one_call(
     assert native._own_product(limit + 1, torch.bfloat16)
 
     packed, weight = torch.empty(0, dtype=torch.uint8), torch.empty(4, 4)
-    assert native._in_one_call(1, torch.float32, packed, "nf4")
-    assert not native._in_one_call(limit + 1, torch.float32, packed, "nf4")
+    assert native.in_one_call(1, torch.float32, packed, "nf4")
+    assert not native.in_one_call(limit + 1, torch.float32, packed, "nf4")
     # a plain weight that the library can take as it is
-    assert not native._in_one_call(1, torch.float32, weight, "")
-    assert native._in_one_call(1, torch.float32, weight.half(), "")
-    assert native._in_one_call(1, torch.bfloat16, weight.bfloat16(), "")
-    assert not native._in_one_call(1, torch.bfloat16, weight.bfloat16().t()[:2], "")
+    assert not native.in_one_call(1, torch.float32, weight, "")
+    assert native.in_one_call(1, torch.float32, weight.half(), "")
+    assert native.in_one_call(1, torch.bfloat16, weight.bfloat16(), "")
+    assert not native.in_one_call(1, torch.bfloat16, weight.bfloat16().t()[:2], "")
 
 
 def test_how_many_tokens_take_one_call_depends_on_what_multiplies_them(
@@ -683,7 +683,7 @@ def test_how_many_tokens_take_one_call_depends_on_what_multiplies_them(
         ("avx512", torch.bfloat16, native._OWN_TOKENS),
         ("avx2", torch.float32, native._OWN_TOKENS_FP32),
     ):
-        monkeypatch.setattr(native, "_native", SimpleNamespace(isa=lambda isa=isa: isa))
+        monkeypatch.setattr(native, "kernels", SimpleNamespace(isa=lambda isa=isa: isa))
         assert native._own_product(most, dtype)
         assert not native._own_product(most + 1, dtype)
 

@@ -24,7 +24,7 @@ from tunesmith.nn.prompt import disagreement, read_prompt
 from tunesmith.ops import native_status
 from tunesmith.ops.attention import attention_decode
 from tunesmith.ops.elementwise import gated, rotary
-from tunesmith.ops.native import PreparedLayers, PreparedLinear, PreparedNorm
+from tunesmith.ops.layers import PreparedLayers, PreparedLinear, PreparedNorm
 from tunesmith.ops.schema import DTYPES
 
 __all__ = ["Decoder", "generate"]

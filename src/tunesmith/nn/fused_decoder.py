@@ -22,9 +22,15 @@ from tunesmith.nn import fused_layers, varlen_attention
 from tunesmith.nn.lora_linear import LoraLinear, hooked
 from tunesmith.nn.nf4_linear import NF4Linear, frozen_arguments
 from tunesmith.nn.prompt import disagreement
-from tunesmith.ops import native, native_status
+from tunesmith.ops import native_status
 from tunesmith.ops.dispatch import seen_by_torch_alone
-from tunesmith.ops.native import FrozenLayer, NormArguments
+from tunesmith.ops.layers import (
+    DecoderLayer,
+    FrozenLayer,
+    NormArguments,
+    Places,
+    multiplies_all,
+)
 from tunesmith.ops.schema import DTYPES
 
 __all__ = ["described", "find", "use"]
@@ -95,6 +101,11 @@ class _DecoderLayer(fused_layers.Fused):
     ) -> None:
         super().__init__(module)
         self._norms, self._activation = norms, activation
+        self._last: DecoderLayer | None = None  # the layer as it was last run
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy is made of: that which points into memory is not."""
+        return {**self.__dict__, "_last": None}
 
     @classmethod
     def recognise(cls, module: nn.Module) -> _DecoderLayer | str | None:
@@ -129,11 +140,13 @@ class _DecoderLayer(fused_layers.Fused):
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         given = "an argument by position" if args else self._given(hidden_states, kwargs)
         if isinstance(given, str):
+            self._last = None  # it would hold what the layer has perhaps let go
             return self.stock(hidden_states, *args, **kwargs)
+        layer, places = given
         if not torch.is_grad_enabled():
-            return given.forward(hidden_states)[0]
+            return layer.forward(hidden_states, places)[0]
         again = _checkpoints(self.module)
-        return _Node.apply(hidden_states, given, again, *given.adapters)  # type: ignore[no-untyped-call]
+        return _Node.apply(hidden_states, layer, places, again, *layer.adapters)  # type: ignore[no-untyped-call]
 
     def disagreement(self) -> str | None:
         """Return why the layer itself does something else; None if it does the same."""
@@ -165,15 +178,16 @@ class _DecoderLayer(fused_layers.Fused):
         if isinstance(given, str):
             return given
         try:
-            own, ours = self.stock(x, **kwargs), given.forward(x)[0]
+            layer, places = given
+            own, ours = self.stock(x, **kwargs), layer.forward(x, places)[0]
         except Exception as error:  # whatever a stranger's code raises at made-up input
             return f"a {name} does not take made-up input: {error}"
         if not isinstance(own, Tensor) or own.shape != ours.shape or own.dtype != ours.dtype:
             return f"a {name} returns something else than its output"
         return disagreement(ours, own, x.dtype, f"outputs of a {name}")
 
-    def _given(self, x: Tensor, kwargs: dict[str, Any]) -> native.DecoderLayer | str:
-        """Return the layer as it is to be run on x, or why it cannot."""
+    def _given(self, x: Tensor, kwargs: dict[str, Any]) -> tuple[DecoderLayer, Places] | str:
+        """Return the layer that is to be run on x, and where x's tokens stand; or why it cannot."""
         module = self.module
         attention, block = module.self_attn, module.mlp
         for name, value in kwargs.items():
@@ -213,7 +227,7 @@ class _DecoderLayer(fused_layers.Fused):
         frozen = [each for linear in linears if (each := _frozen(linear, x)) is not None]
         if len(frozen) < len(linears):
             return "a projection is neither in 4 bits nor has one plain adapter without dropout"
-        if not native.multiplies_all(x, frozen):
+        if not multiplies_all(x, frozen):
             return "there are too many tokens, or a projection is trained or not in 4 bits"
         rotary = _rotary_of(kwargs, x, attention.head_dim)
         if rotary is None:
@@ -221,18 +235,26 @@ class _DecoderLayer(fused_layers.Fused):
         runs = varlen_attention.runs_for(attention, len(x), x.shape[1], kwargs)
         if runs is None:
             return "its mask is not one of samples"
-        return native.DecoderLayer(
-            taken, frozen, self._activation, attention.head_dim, attention.scaling, *rotary, runs
-        )
+        last = self._last
+        if last is None or not last.is_made_of(x.dtype, taken, frozen):
+            last = self._last = DecoderLayer(
+                x.dtype, taken, frozen, self._activation, attention.head_dim, attention.scaling
+            )
+        return last, (*rotary, runs)
 
 
 class _Node(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, layer: native.DecoderLayer, checkpointing: bool, *adapters: Tensor
+        ctx: Any,
+        x: Tensor,
+        layer: DecoderLayer,
+        places: Places,
+        checkpointing: bool,
+        *adapters: Tensor,
     ) -> Tensor:
-        out, kept = layer.forward(x)
-        ctx.layer = layer
+        out, kept = layer.forward(x, places)
+        ctx.layer, ctx.places = layer, places
         # the layer holds the adapters; saved they are watched for whether somebody writes into them
         ctx.save_for_backward(x, None if checkpointing else kept, *adapters)
         return out
@@ -240,13 +262,13 @@ class _Node(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        layer: native.DecoderLayer = ctx.layer
+        layer: DecoderLayer = ctx.layer
         x, kept, *_ = ctx.saved_tensors
         if kept is None:
-            kept = layer.kept_again(x)
-        need_x, _, _, *needs = ctx.needs_input_grad
-        grad_x, of_adapters = layer.backward(grad, x, kept, need_x, needs)
-        return grad_x, None, None, *of_adapters
+            kept = layer.kept_again(x, ctx.places)
+        need_x, _, _, _, *needs = ctx.needs_input_grad
+        grad_x, of_adapters = layer.backward(grad, x, kept, ctx.places, need_x, needs)
+        return grad_x, None, None, None, *of_adapters
 
 
 def _norms_of(layer: Any) -> list[nn.Module | None]:
@@ -290,4 +312,4 @@ def _checkpoints(layer: Any) -> bool:
 def _watched(module: nn.Module) -> bool:
     """Whether something relies on this module being called."""
     override = module.__dict__.get("forward")
-    return hooked(module) or not isinstance(override, fused_layers.Fused | None)
+    return hooked(module) or not (override is None or isinstance(override, fused_layers.Fused))

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tunesmith.errors import ModelError, OpError
 from tunesmith.nn.nf4_linear import NF4Linear, autocast, frozen_arguments
 from tunesmith.ops import frozen_linear, quantize_4bit
-from tunesmith.ops.native import FrozenLayer
+from tunesmith.ops.layers import FrozenLayer
 from tunesmith.ops.schema import DTYPES
 
 __all__ = ["LoraLinear", "hooked", "load", "register"]

@@ -1,0 +1,422 @@
+"""Layers whose parts are looked at once and then run many times, on the CPU by our own kernels.
+
+An op checks what it is given at every call. That takes longer than multiplying a few tokens, and in
+a step of training as long as many of the kernels. What is here is checked when it is made, and
+holds its tensors: `DecoderLayer` for training, `PreparedLayers` and its parts for decoding.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Iterator, Sequence
+
+import attrs
+import torch
+from torch import Tensor
+
+from tunesmith.errors import OpError
+from tunesmith.ops import attention, elementwise, native, schema
+from tunesmith.ops.native import (
+    CODES,
+    MOST_HEAD_SIZE,
+    Parts,
+    compact,
+    dense_weight,
+    empty_like,
+    in_one_call,
+    native_linear,
+    pointer,
+    pooled_empty,
+    rms_norm,
+)
+
+__all__ = [
+    "DecoderLayer",
+    "FrozenLayer",
+    "NormArguments",
+    "Places",
+    "PreparedLayers",
+    "PreparedLinear",
+    "PreparedNorm",
+    "multiplies_all",
+]
+
+FrozenLayer = tuple[
+    Parts, Sequence[int], int, str, Tensor | None, tuple[Tensor, Tensor, float] | None
+]
+"""What `frozen_linear` takes after x: parts, shape, blocksize, quant_type, bias and adapter."""
+
+
+def multiplies_all(x: Tensor, layers: Sequence[FrozenLayer]) -> bool:
+    """Return whether each of some layers of as many tokens as x has is one call of ours.
+
+    That is so on the CPU, for frozen biases, and where a library's product is no faster.
+    """
+    if not CODES or x.device.type != "cpu" or x.dtype not in schema.DTYPES or not x.numel():
+        return False
+    tokens = x.numel() // x.shape[-1]
+    return all(
+        out_features * in_features > 0
+        and in_one_call(tokens, x.dtype, parts[0], quant_type)
+        and not (bias is not None and bias.requires_grad)
+        for parts, (out_features, in_features), _, quant_type, bias, _ in layers
+    )
+
+
+NormArguments = tuple[Tensor, float, bool]
+"""What the op rms_norm takes after x."""
+
+
+Places = tuple[Tensor, Tensor, Tensor]
+"""Where tokens stand: cos and sin, [rows or 1, tokens, head size], and runs (`ops.attention`)."""
+
+
+class DecoderLayer:
+    """A decoder layer on the CPU; its tensors are held, and never written.
+
+    h = norm(x), then attention, added to x; and h = norm(x), then a gated block, added to x. There
+    is no derivative but `backward`. What is written into a tensor shows in the next call. Raises
+    OpError for parts that do not fit together.
+    """
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        norms: Sequence[NormArguments | None],
+        linears: Sequence[FrozenLayer],
+        activation: str,
+        head_size: int,
+        scaling: float,
+    ) -> None:
+        """Take x's dtype and the layer's parts.
+
+        `norms` are those before attention and before the block, of queries and of keys; the last
+        two may be None. `linears` are of query, key, value, output, gate, up and down;
+        `multiplies_all` takes them. `activation` is a key of `elementwise.ACTIVATIONS`.
+        """
+        self.dtype, self.head_size = dtype, head_size
+        self._activation, self._scaling = activation, scaling
+        self._norms, self._linears = tuple(norms), tuple(linears)
+        self._made_of = list(_all_of(dtype, self._norms, self._linears))
+        self.adapters = [matrix for *_, lora in linears if lora is not None for matrix in lora[:2]]
+        """A and B of each linear layer that has an adapter."""
+        self._prepare()
+
+    def is_made_of(
+        self,
+        dtype: torch.dtype,
+        norms: Sequence[NormArguments | None],
+        linears: Sequence[FrozenLayer],
+    ) -> bool:
+        """Whether it was made of these very tensors and numbers."""
+        others = list(_all_of(dtype, norms, linears))
+        mine = self._made_of
+        return len(mine) == len(others) and all(map(operator.is_, mine, others))
+
+    def forward(self, x: Tensor, places: Places) -> tuple[Tensor, Tensor]:
+        """Return the output for x [rows, tokens, features], and what `backward` takes besides x."""
+        out = empty_like(x)
+        return out, self._run(x, places, out)
+
+    def kept_again(self, x: Tensor, places: Places) -> Tensor:
+        """Return what `forward` kept; its last product is left out."""
+        return self._run(x, places, None)
+
+    def _run(self, x: Tensor, places: Places, out: Tensor | None) -> Tensor:
+        x, places = x.contiguous(), _compact_places(places)
+        layer = self._on(x, places)
+        kept = pooled_empty((layer.kept,), torch.uint8, x.device)
+        native.kernels.decoder_layer(layer, x.data_ptr(), kept.data_ptr(), pointer(out))
+        return kept
+
+    def backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        kept: Tensor,
+        places: Places,
+        need_x: bool,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """Return the gradient of x, or None if it needs none, and those of `adapters`."""
+        x, grad, kept = x.contiguous(), grad.contiguous(), kept.contiguous()
+        places = _compact_places(places)
+        layer = self._on(x, places)
+        elementwise.check_alike("decoder_layer", x, grad)
+        if grad.shape != x.shape or kept.shape != (layer.kept,) or kept.dtype != torch.uint8:
+            raise OpError(
+                f"decoder_layer: got a gradient {list(grad.shape)} and {kept.numel()} bytes for x "
+                f"{list(x.shape)}; pass what came of the forward pass of the same x"
+            )
+        grad_x = empty_like(x) if need_x else None
+        grads = [
+            empty_like(matrix) if need else None
+            for matrix, need in zip(self.adapters, needs, strict=True)
+        ]
+        given = iter(grads)
+        pointers = [
+            0 if lora is None else pointer(next(given)) for *_, lora in self._linears for _ in "ab"
+        ]
+        native.kernels.decoder_layer_backward(
+            layer, x.data_ptr(), kept.data_ptr(), grad.data_ptr(), pointer(grad_x), pointers
+        )
+        return grad_x, grads
+
+    def _on(self, x: Tensor, places: Places) -> native.kernels.DecoderLayer:
+        """Check x and its places, and return the layer as the kernels take it for them."""
+        if self._copies or self._memory() != self._prepared_for:
+            self._prepare()
+        cos, sin, runs = places
+        if x.dtype != self.dtype or x.dim() != 3 or x.shape[2] != self._hidden:
+            raise OpError(
+                f"decoder_layer: got {schema.word(x.dtype)} {list(x.shape)}; this layer takes "
+                f"{schema.word(self.dtype)} [rows, tokens, {self._hidden}]"
+            )
+        elementwise.check_alike("decoder_layer", x, cos, sin)
+        rows, tokens, _ = x.shape
+        size = self.head_size
+        fits = cos.shape == sin.shape and cos.shape in ((rows, tokens, size), (1, tokens, size))
+        if not fits or size % 2:  # it says what does not
+            elementwise.check_rotary(x.new_empty((rows, tokens, 0, size)), cos, sin)
+        attention.check_runs(runs, rows, tokens)
+        return self._layer.on(
+            rows, tokens, cos.data_ptr(), sin.data_ptr(), len(cos) * tokens, runs.data_ptr(),
+            len(runs),
+        )  # fmt: skip
+
+    def _memory(self) -> list[object]:
+        """Return where its tensors lie, and how: that changes where their .data is assigned."""
+        return [
+            *map(Tensor.data_ptr, self._tensors),
+            *((each.dtype, each.shape, each.is_contiguous()) for each in self.adapters),
+        ]
+
+    def _prepare(self) -> None:
+        """Check all parts, and make of them what the kernels take."""
+        dtype, size, linears = self.dtype, self.head_size, self._linears
+        hidden = self._hidden = linears[0][1][1]
+        width, key_width = (linears[i][1][0] for i in (0, 1))
+        inner = linears[4][1][0]
+        heads, key_heads = width // size, key_width // size
+        outs = (width, key_width, key_width, hidden, inner, inner, hidden)
+        if (
+            width % size or key_width % size or not key_heads or heads % key_heads
+            or tuple(each[1][0] for each in linears) != outs
+        ):  # fmt: skip
+            raise OpError(
+                f"decoder_layer: got projections to {[each[1][0] for each in linears]} features "
+                f"for x of {hidden} and heads of {size}; queries and keys are whole heads, values "
+                "are as keys, up is as gate, and output and down are as x"
+            )
+        ins = (hidden, hidden, hidden, width, hidden, hidden, inner)
+        held: list[Tensor | None] = []
+        made = []
+        for features, (parts, shape, blocksize, quant_type, bias, lora) in zip(
+            ins, linears, strict=True
+        ):
+            lora_a, lora_b, scaling = lora or (None, None, 1.0)
+            cast = None if bias is None else bias.to(dtype)
+            schema.check_linear(
+                torch.empty((0, features), dtype=dtype), *parts, shape[0], blocksize, quant_type,
+                cast, lora_a, lora_b, None,
+            )  # fmt: skip
+            taken = [compact(each) for each in (*parts, cast, lora_a, lora_b)]
+            held += taken
+            weight, absmax, nested_absmax, nested_offset, cast, lora_a, lora_b = taken
+            assert weight is not None
+            made.append(
+                native_linear(
+                    (0, features, shape[0]),  # of no tokens yet
+                    dtype,
+                    (weight, absmax, nested_absmax, nested_offset),
+                    blocksize,
+                    quant_type,
+                    cast,
+                    (lora_a, lora_b, scaling, None, 1.0),
+                )
+            )
+        norms = []
+        for norm, features in zip(self._norms, (hidden, hidden, size, size), strict=True):
+            if norm is None:
+                norms.append(native.kernels.Norm(0, 0.0, False))
+                continue
+            elementwise.check_rms_norm(torch.empty((0, features), dtype=dtype), norm[0])
+            weight = norm[0].contiguous()
+            held.append(weight)
+            norms.append(native.kernels.Norm(weight.data_ptr(), *norm[1:]))
+        before, after, of_query, of_key = norms
+        self._layer = native.kernels.DecoderLayer(
+            CODES[dtype], [before, of_query, of_key, after], made, size, self._scaling,
+            CODES[self._activation],
+        )  # fmt: skip
+        self._tensors = [each for each in self._made_of if isinstance(each, Tensor)]
+        own = set(map(id, self._tensors))
+        # of a copy nobody says when the original is written
+        self._copies = [each for each in held if each is not None and id(each) not in own]
+        self._prepared_for = self._memory()
+
+
+def _all_of(
+    dtype: torch.dtype, norms: Sequence[NormArguments | None], linears: Sequence[FrozenLayer]
+) -> Iterator[object]:
+    yield dtype
+    for norm in norms:
+        yield from norm or (None,)
+    for parts, shape, blocksize, quant_type, bias, lora in linears:
+        yield from parts
+        yield from shape
+        yield blocksize
+        yield quant_type
+        yield bias
+        yield from lora or (None,)
+
+
+def _compact_places(places: Places) -> Places:
+    cos, sin, runs = places
+    return cos.contiguous(), sin.contiguous(), runs.contiguous()
+
+
+class PreparedLinear:
+    """A frozen linear layer on the CPU for calls of one size, everything checked beforehand.
+
+    For decoding, where checking takes longer than multiplying. Arguments are those of `linear`, and
+    are held; what is written into them shows in the next call. Has no derivative.
+    """
+
+    def __init__(
+        self,
+        tokens: int,
+        dtype: torch.dtype,
+        parts: Parts,
+        shape: Sequence[int],
+        blocksize: int,
+        quant_type: str,
+        bias: Tensor | None = None,
+        lora: tuple[Tensor, Tensor, float] | None = None,
+    ) -> None:
+        out_features, in_features = shape
+        lora_a, lora_b, scaling = lora or (None, None, 1.0)
+        schema.check_linear(
+            torch.empty((tokens, in_features), dtype=dtype), *parts, out_features, blocksize,
+            quant_type, bias, lora_a, lora_b, None,
+        )  # fmt: skip
+        bias, lora_a, lora_b = (compact(t) for t in (bias, lora_a, lora_b))
+        self.out_features = out_features
+        self._s = torch.empty((tokens, 0 if lora_a is None else lora_a.shape[0]))
+        size = (tokens, in_features, out_features)
+        adapter = (lora_a, lora_b, scaling, None, 1.0)
+        # as `linear` decides it: a plain weight is the library's to multiply with
+        own = in_one_call(tokens, dtype, parts[0], quant_type)
+        self._dense, self._layer = None, None
+        if own:
+            parts = (parts[0], compact(parts[1]), compact(parts[2]), parts[3])
+            self._layer = native_linear(size, dtype, parts, blocksize, quant_type, bias, adapter)
+        else:
+            self._dense = functools.partial(
+                dense_weight, *parts, shape, blocksize, quant_type, dtype
+            )
+            if lora_a is not None:
+                self._layer = native_linear(size, dtype, None, 0, "", None, adapter)
+        self._held = (parts, bias, lora_a, lora_b)
+        self._bias = bias
+
+    @property
+    def in_one_call(self) -> native.kernels.Linear | None:
+        """The layer as the kernels take it, or None where a library has a part in it."""
+        return self._layer if self._dense is None else None
+
+    def __call__(self, x: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
+        """Write x Wᵀ + b [tokens, out_features] to `out`, or add it; both without gaps."""
+        if self._dense is not None:
+            dense = self._dense()
+            # few tokens are columns to the library: it reads the weight once, at twice the pace
+            y = torch.mv(dense, x[0])[None] if len(x) == 1 else (dense @ x.mT).mT
+            if self._bias is not None:
+                y += self._bias
+            if accumulate:
+                out += y
+            else:
+                out.copy_(y)
+            accumulate = True
+        if self._layer is not None:
+            native.kernels.linear(
+                self._layer, x.data_ptr(), self._s.data_ptr(), out.data_ptr(), accumulate
+            )
+        return out
+
+
+@attrs.frozen(eq=False)
+class PreparedNorm:
+    """An RMSNorm on the CPU with a frozen weight; arguments are those of `elementwise.rms_norm`."""
+
+    weight: Tensor
+    eps: float
+    from_one: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the norm of x [..., features]; no gradient flows."""
+        return rms_norm(x, self.weight, self.eps, self.from_one)[0]
+
+
+class PreparedLayers:
+    """The layers of a model that is decoded, for one native call a token.
+
+    Tensors are held, and written where a layer's cache is. No gradient flows.
+    """
+
+    def __init__(self) -> None:
+        self._layers: list[native.kernels.DecodeLayer] = []
+        self._held: list[object] = []
+
+    def add(
+        self,
+        norms: Sequence[PreparedNorm | None],
+        linears: Sequence[PreparedLinear],
+        keys: Tensor,
+        values: Tensor,
+        scale: float,
+        activation: str,
+    ) -> bool:
+        """Add a layer: x += attention(norm(x)), then x += gated block(norm(x)).
+
+        `norms` are that before attention, those of each head of the queries and keys, None for
+        none, and that before the block; `linears` those of query, key, value, output, gate, up and
+        down; `keys` and `values` the cache, [rows, key heads, capacity, head size]. Returns False,
+        and adds nothing, where a part of it is not for one native call.
+        """
+        layers = [linear.in_one_call for linear in linears]
+        rows, _, capacity, size = keys.shape
+        if None in layers or size > MOST_HEAD_SIZE or size % 2:
+            return False
+        self._layers.append(
+            native.kernels.DecodeLayer(
+                CODES[keys.dtype],
+                rows,
+                [
+                    native.kernels.Norm(0, 0.0, False)
+                    if norm is None
+                    else native.kernels.Norm(norm.weight.data_ptr(), norm.eps, norm.from_one)
+                    for norm in norms
+                ],
+                [layer for layer in layers if layer is not None],
+                size,
+                scale,
+                CODES[activation],
+                keys.data_ptr(),
+                values.data_ptr(),
+                capacity,
+            )
+        )
+        self._held.append((norms, linears, keys, values))
+        return True
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, first: Tensor, at: int) -> None:
+        """Add to x [rows, hidden] what all layers add; the tokens are the `at`-th of their rows.
+
+        `cos` and `sin` are [rows, head size], `first` int64 [rows], the first token of each row
+        that is none of padding; all without gaps, and `at` below the caches' capacity.
+        """
+        native.kernels.decode_layers(
+            self._layers, x.data_ptr(), cos.data_ptr(), sin.data_ptr(), first.data_ptr(), at
+        )
