@@ -191,6 +191,11 @@ void tunesmith_decoder_layer_backward_cpu(const struct tunesmith_decoder_layer* 
                                           const void* kept, const void* grad_out, void* grad_x,
                                           void* const* grad_adapters);
 
+// Returns the 2-norm of all elements of `count` tensors of `numels` elements. If it is more than `most`, all
+// are multiplied by most / (norm + 1e-6), and so are those of which one is no number.
+float tunesmith_clip_norm_cpu(void* const* tensors, const int64_t* numels, int64_t count, int dtype,
+                              float most);
+
 // Memory that is used again: what is given back is kept, up to a limit, and handed out next time, so
 // that its pages need not be touched anew. Aligned to 64 bytes; null when there is none left.
 void* tunesmith_take(size_t nbytes);

@@ -264,6 +264,13 @@ void decoder_layer_backward(const tunesmith_decoder_layer& layer, Pointer x, Poi
                                        at<void>(grad_x), grad_adapters);
 }
 
+float clip_norm(const std::vector<Pointer>& tensors, const std::vector<int64_t>& numels, int dtype, float most) {
+  std::vector<void*> data(tensors.size());
+  for (size_t i = 0; i < data.size(); ++i) data[i] = at<void>(tensors[i]);
+  if (data.size() != numels.size()) throw std::runtime_error("clip_norm: as many tensors as numels");
+  return tunesmith_clip_norm_cpu(data.data(), numels.data(), int64_t(data.size()), dtype, most);
+}
+
 void linear_small([[maybe_unused]] const tunesmith_linear& layer, [[maybe_unused]] Pointer x,
                   [[maybe_unused]] Pointer s, [[maybe_unused]] Pointer y, Stream stream) {
   if (!stream) throw std::runtime_error("linear_small is for CUDA; call linear");
@@ -408,6 +415,8 @@ PYBIND11_MODULE(_native, m) {
         Unlocked());
   m.def("decoder_layer_backward", decoder_layer_backward, py::arg("layer"), py::arg("x"),
         py::arg("kept"), py::arg("grad_out"), py::arg("grad_x"), py::arg("grads"), Unlocked());
+  m.def("clip_norm", clip_norm, py::arg("tensors"), py::arg("numels"), py::arg("dtype"), py::arg("most"),
+        Unlocked());
   m.def("linear_small", linear_small, py::arg("layer"), py::arg("x"), py::arg("s"), py::arg("y"),
         py::arg("stream"), Unlocked());
   m.def("empty", empty, py::arg("nbytes"));

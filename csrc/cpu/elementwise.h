@@ -2,6 +2,7 @@
 // into the vectors of the file that includes this.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "isa.h"
@@ -83,14 +84,27 @@ inline void norm(const NormJob& job, int64_t first, int64_t last) {
   });
 }
 
+// Large tensors are gone from the caches when they are asked for again.
+constexpr int64_t kChunk = 128, kAhead = 1024;
+
+template <typename Storage>
+void ask_for(const Storage* data, int64_t begin, int64_t last) {
+  const Storage* const end = data + std::min(last, begin + kAhead + kChunk);
+  for (const Storage* at = data + begin + kAhead; at < end; at += 64 / sizeof(Storage)) __builtin_prefetch(at);
+}
+
 template <typename As, typename Activation>
 void gated_as(const GatedJob& job, int64_t first, int64_t last) {
   const auto* const gate = kept_at<As>(job.gate, 0);
   const auto* const up = kept_at<As>(job.up, 0);
   auto* const out = kept_at<As>(job.out, 0);
+  for (int64_t begin = first; begin < last; begin += kChunk) {
+    ask_for(gate, begin, last), ask_for(up, begin, last);
+    const int64_t end = begin + kChunk < last ? begin + kChunk : last;
 #pragma omp simd
-  for (int64_t i = first; i < last; ++i) {
-    out[i] = As::of(gated_of<As, Activation>(As::to(gate[i]), As::to(up[i])));
+    for (int64_t i = begin; i < end; ++i) {
+      out[i] = As::of(gated_of<As, Activation>(As::to(gate[i]), As::to(up[i])));
+    }
   }
 }
 
@@ -101,11 +115,15 @@ void gated_backward_as(const GatedJob& job, int64_t first, int64_t last) {
   const auto* const grad = kept_at<As>(job.grad_out, 0);
   auto* const grad_gate = kept_at<As>(job.grad_gate, 0);
   auto* const grad_up = kept_at<As>(job.grad_up, 0);
+  for (int64_t begin = first; begin < last; begin += kChunk) {
+    ask_for(gate, begin, last), ask_for(up, begin, last), ask_for(grad, begin, last);
+    const int64_t end = begin + kChunk < last ? begin + kChunk : last;
 #pragma omp simd
-  for (int64_t i = first; i < last; ++i) {
-    const float inflow = As::to(grad[i]), of_gate = As::to(gate[i]);
-    grad_gate[i] = As::of(gated_back<As, Activation>(inflow, of_gate, As::to(up[i])));
-    grad_up[i] = As::of(gated_back_up<As, Activation>(inflow, of_gate));
+    for (int64_t i = begin; i < end; ++i) {
+      const float inflow = As::to(grad[i]), of_gate = As::to(gate[i]);
+      grad_gate[i] = As::of(gated_back<As, Activation>(inflow, of_gate, As::to(up[i])));
+      grad_up[i] = As::of(gated_back_up<As, Activation>(inflow, of_gate));
+    }
   }
 }
 

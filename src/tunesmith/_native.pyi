@@ -283,6 +283,9 @@ def decoder_layer_backward(
 ) -> None:
     """Write grad_x and the gradients of A and B of each linear layer, those that are not 0."""
 
+def clip_norm(tensors: list[int], numels: list[int], dtype: int, most: float) -> float:
+    """Return the norm of all tensors; scale them if it is more than `most`. On the CPU."""
+
 def linear_small(layer: Linear, x: int, s: int, y: int, stream: int | None) -> None:
     """Do what `linear` does on CUDA, for a 4-bit weight, no mask and few tokens."""
 

@@ -89,6 +89,17 @@ def linear(native: ModuleType) -> None:
             ends.clear()
 
 
+def clip_norm(native: ModuleType) -> None:
+    ends = PageEnds()
+    for numel in SIZES:
+        dtype = DTYPES[numel % 3]
+        sizes = [numel, 0, 1, 514 - numel]
+        most = 0.1 if numel // 3 % 2 else torch.inf
+        tensors = [ends.copy(torch.randn(size).to(dtype)) for size in sizes]
+        native.clip_norm(tensors, sizes, CODES[dtype], most)
+        ends.clear()
+
+
 def too_far(native: ModuleType) -> None:
     """Ask for one element more than there are, which has to end this process."""
     dequantize(native, too_far=1)
@@ -97,6 +108,6 @@ def too_far(native: ModuleType) -> None:
 if __name__ == "__main__":
     kernel, isa = sys.argv[1:]
     _native.set_isa(isa)
-    kernels = {f.__name__: f for f in (quantize, dequantize, linear, too_far)}
+    kernels = {f.__name__: f for f in (quantize, dequantize, linear, clip_norm, too_far)}
     kernels[kernel](_native)
     print("done")

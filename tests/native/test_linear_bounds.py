@@ -94,7 +94,7 @@ def test_every_size_writes_inside_its_buffers_and_what_the_formula_says(
         assert all(guarded.intact() for guarded in (y, s, *grads))
 
 
-@pytest.mark.parametrize("kernel", ["quantize", "dequantize", "linear"])
+@pytest.mark.parametrize("kernel", ["quantize", "dequantize", "linear", "clip_norm"])
 def test_nothing_behind_the_end_of_a_tensor_is_touched(
     native: ModuleType, isa: str, kernel: str
 ) -> None:

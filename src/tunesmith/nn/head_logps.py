@@ -12,6 +12,7 @@ from typing import Any
 
 import attrs
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -23,7 +24,7 @@ from tunesmith.ops.native import pooled_empty
 __all__ = ["CHUNK_BYTES", "Headless", "head_logps", "shifted", "split_head"]
 
 CHUNK_BYTES = 48 << 20
-"""How much the logits of a chunk may take in fp32; a chunk has one token at least."""
+"""How much the logits of a chunk may take in fp32; a chunk has room for 16 tokens at least."""
 
 
 def head_logps(
@@ -51,24 +52,27 @@ class _HeadLogps(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None
     ) -> Tensor:
-        logps = hidden.new_empty(len(hidden), dtype=torch.float32)
+        tokens = len(hidden)
+        logps = hidden.new_empty(tokens, dtype=torch.float32)
+        most = max(1, CHUNK_BYTES // (4 * weight.shape[0]) // _TILE_ROWS) * _TILE_ROWS
+        chunks = -(-tokens // most)
+        size = _whole_tiles(-(-tokens // max(1, chunks)))  # all chunks are of one size
+        padded = F.pad(hidden, (0, 0, 0, chunks * size - tokens))
         # what a logp of 1 would send back to each hidden state
-        slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        most = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
-        size = -(-len(hidden) // max(1, -(-len(hidden) // most)))  # chunks of one size
-        buffer = pooled_empty((size, weight.shape[0]), hidden.dtype, hidden.device)
-        for start in range(0, len(hidden), max(1, size)):
+        slopes = torch.empty_like(padded) if ctx.needs_input_grad[0] else None
+        logits = pooled_empty((size, weight.shape[0]), hidden.dtype, hidden.device)
+        for start in range(0, tokens, max(1, size)):
             part = slice(start, start + size)
-            logits = buffer[: len(hidden[part])]  # [chunk, vocabulary]
             if bias is None:
-                torch.mm(hidden[part], weight.mT, out=logits)
+                torch.mm(padded[part], weight.mT, out=logits)
             else:
-                torch.addmm(bias, hidden[part], weight.mT, out=logits)
-            logps[part] = logps_(logits, labels[part], slopes is not None)
+                torch.addmm(bias, padded[part], weight.mT, out=logits)
+            wanted = labels[part]
+            logps[part] = logps_(logits[: len(wanted)], wanted, slopes is not None)
             if slopes is not None:
                 torch.mm(logits, weight, out=slopes[part])
         if slopes is not None:
-            ctx.save_for_backward(slopes)
+            ctx.save_for_backward(slopes[:tokens])
         return logps
 
     @staticmethod
@@ -76,6 +80,15 @@ class _HeadLogps(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (slopes,) = ctx.saved_tensors
         return (grad[:, None] * slopes).to(slopes.dtype), None, None, None
+
+
+# A library compiles its product for each number of rows that it has not had lately, which takes
+# longer than some rows more: so there are whole tiles of rows, and few numbers.
+_TILE_ROWS = 16
+
+
+def _whole_tiles(rows: int) -> int:
+    return -(-rows // _TILE_ROWS) * _TILE_ROWS
 
 
 @attrs.frozen(eq=False)

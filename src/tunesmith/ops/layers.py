@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import attrs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tunesmith.errors import OpError
 from tunesmith.ops import attention, elementwise, native, schema
@@ -165,7 +165,7 @@ class DecoderLayer:
 
     def _on(self, x: Tensor, places: Places) -> native.kernels.DecoderLayer:
         """Check x and its places, and return the layer as the kernels take it for them."""
-        if self._copies or self._memory() != self._prepared_for:
+        if self._copied or self._memory() != self._prepared_for:
             self._prepare()
         cos, sin, runs = places
         if x.dtype != self.dtype or x.dim() != 3 or x.shape[2] != self._hidden:
@@ -186,10 +186,10 @@ class DecoderLayer:
         )  # fmt: skip
 
     def _memory(self) -> list[object]:
-        """Return where its tensors lie, and how: that changes where their .data is assigned."""
+        """Return where its parameters lie, and how: that changes where .data is assigned."""
         return [
-            *map(Tensor.data_ptr, self._tensors),
-            *((each.dtype, each.shape, each.is_contiguous()) for each in self.adapters),
+            (each.data_ptr(), each.dtype, each.shape, each.is_contiguous())
+            for each in self._parameters
         ]
 
     def _prepare(self) -> None:
@@ -250,10 +250,12 @@ class DecoderLayer:
             CODES[dtype], [before, of_query, of_key, after], made, size, self._scaling,
             CODES[self._activation],
         )  # fmt: skip
-        self._tensors = [each for each in self._made_of if isinstance(each, Tensor)]
-        own = set(map(id, self._tensors))
+        own = set(map(id, self._made_of))
         # of a copy nobody says when the original is written
-        self._copies = [each for each in held if each is not None and id(each) not in own]
+        self._copied = any(id(each) not in own for each in held)
+        # these keep the memory that the kernels were told of, whatever becomes of the tensors
+        self._aliases = [each.detach() for each in held if each is not None]
+        self._parameters = [each for each in self._made_of if isinstance(each, nn.Parameter)]
         self._prepared_for = self._memory()
 
 

@@ -31,6 +31,7 @@ TARGETS = (
     "attention",
     "decoder_layer",
     "elementwise",
+    "gradients",
     "logps",
     "pool",
 )
@@ -62,6 +63,7 @@ PORTABLE = (
     "decode",
     "decoder_layer",
     "dispatch",
+    "gradients",
     "linear",
     "parallel",
     "scalar",

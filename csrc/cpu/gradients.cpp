@@ -1,0 +1,88 @@
+// The norm of all gradients of a model, and its limit. Memory is what this waits for, so there is nothing to
+// gain by an instruction set.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "../kernels.h"
+#include "parallel.h"
+#include "values.h"
+
+namespace tunesmith {
+namespace {
+
+// Some elements of one tensor; a model has small tensors and large ones.
+struct Piece {
+  void* tensor;
+  int64_t first, last;
+};
+
+constexpr int64_t kPiece = int64_t(1) << 14;
+
+std::vector<Piece> pieces_of(void* const* tensors, const int64_t* numels, int64_t count) {
+  std::vector<Piece> pieces;
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t first = 0; first < numels[i]; first += kPiece) {
+      pieces.push_back({tensors[i], first, std::min(numels[i], first + kPiece)});
+    }
+  }
+  return pieces;
+}
+
+template <typename As>
+double squares_of(const Piece& piece) {
+  constexpr int64_t kBlock = 1024;  // so many sum up in fp32 without losing what is small
+  const auto* const values = static_cast<const typename As::Storage*>(piece.tensor);
+  double sum = 0.0;
+  for (int64_t begin = piece.first; begin < piece.last; begin += kBlock) {
+    const int64_t end = std::min(piece.last, begin + kBlock);
+    float part = 0.0f;
+#pragma omp simd reduction(+ : part)
+    for (int64_t i = begin; i < end; ++i) part += As::to(values[i]) * As::to(values[i]);
+    if (!(part > 1e-30f && part < 1e30f)) {  // a square may have gone past what fp32 can hold
+      double exact = 0.0;
+      for (int64_t i = begin; i < end; ++i) exact += double(As::to(values[i])) * double(As::to(values[i]));
+      sum += exact;
+    } else {
+      sum += part;
+    }
+  }
+  return sum;
+}
+
+template <typename As>
+void scale(const Piece& piece, float factor) {
+  auto* const values = static_cast<typename As::Storage*>(piece.tensor);
+#pragma omp simd
+  for (int64_t i = piece.first; i < piece.last; ++i) values[i] = As::of(As::to(values[i]) * factor);
+}
+
+}  // namespace
+}  // namespace tunesmith
+
+using namespace tunesmith;
+
+float tunesmith_clip_norm_cpu(void* const* tensors, const int64_t* numels, int64_t count, int dtype,
+                              float most) {
+  const std::vector<Piece> pieces = pieces_of(tensors, numels, count);
+  std::vector<double> squares(pieces.size());
+  constexpr int64_t kGrain = 4;
+  const auto each_piece = [&](auto work) {
+    parallel_for(int64_t(pieces.size()), kGrain, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) work(i);
+    });
+  };
+  as_kept(dtype, [&](auto as) {
+    each_piece([&](int64_t i) { squares[size_t(i)] = squares_of<decltype(as)>(pieces[size_t(i)]); });
+  });
+  double sum = 0.0;  // in one order, however many threads there were
+  for (const double each : squares) sum += each;
+  const float norm = float(std::sqrt(sum));
+  const float factor = most / (norm + 1e-6f);
+  if (!(factor >= 1.0f)) {  // also where it is no number: what is then left says so
+    as_kept(dtype, [&](auto as) {
+      each_piece([&](int64_t i) { scale<decltype(as)>(pieces[size_t(i)], factor); });
+    });
+  }
+  return norm;
+}
