@@ -59,7 +59,7 @@ def ops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     def in_one_call(tokens: int, dtype: torch.dtype, weight: Tensor, quant_type: str) -> bool:
         return own and weight.is_contiguous()
 
-    monkeypatch.setattr(native, "_in_one_call", in_one_call)
+    monkeypatch.setattr(native, "in_one_call", in_one_call)
     yield torch.ops.tunesmith
 
 

@@ -189,7 +189,8 @@ class _DecoderLayer(fused_layers.Fused):
     def _given(self, x: Tensor, kwargs: dict[str, Any]) -> tuple[DecoderLayer, Places] | str:
         """Return the layer that is to be run on x, and where x's tokens stand; or why it cannot."""
         module = self.module
-        attention, block = module.self_attn, module.mlp
+        # past nn.Module's look-up here and below: it takes longer than all that is asked
+        attention, block = module._modules["self_attn"], module._modules["mlp"]
         for name, value in kwargs.items():
             if value is not None and value is not False and name not in _KNOWN:
                 return f"it is called with {name}"
@@ -220,8 +221,13 @@ class _DecoderLayer(fused_layers.Fused):
             if norm is None or found is None:
                 taken.append(None)
                 continue
-            weight: Any = norm.weight
-            if weight.requires_grad or weight.dtype != x.dtype or weight.device != x.device:
+            weight: Any = norm._parameters.get("weight")
+            if (
+                weight is None
+                or weight.requires_grad
+                or weight.dtype != x.dtype
+                or weight.device != x.device
+            ):
                 return f"a {type(norm).__name__} is trained, or not in the dtype of its input"
             taken.append((weight, *found))
         frozen = [each for linear in linears if (each := _frozen(linear, x)) is not None]
@@ -272,7 +278,7 @@ class _Node(torch.autograd.Function):
 
 
 def _norms_of(layer: Any) -> list[nn.Module | None]:
-    parts, in_attention = layer._modules, layer.self_attn._modules
+    parts, in_attention = layer._modules, layer._modules["self_attn"]._modules
     return [
         *(parts[name] for name in _NORMS),
         *(in_attention.get(name) for name in _HEAD_NORMS),

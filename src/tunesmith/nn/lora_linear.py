@@ -104,7 +104,8 @@ class LoraLinear(lora.Linear):  # type: ignore[misc]
         """Return the name of the active adapter, if it is only one and a plain LoRA."""
         if self.disable_adapters or self.merged_adapters or self.fan_in_fan_out:
             return None
-        names = [name for name in self.active_adapters if name in self.lora_A]
+        held = self._modules["lora_A"]._modules
+        names = [name for name in self.active_adapters if name in held]
         if len(names) != 1:
             return None
         name: str = names[0]
@@ -148,8 +149,7 @@ class LoraLinear(lora.Linear):  # type: ignore[misc]
             and lora_a.dtype in DTYPES
             and x.device == weight.device == lora_a.device == lora_b.device
             and getattr(self, "cast_input_dtype_enabled", True)
-            and not (_intercepted(base) or _intercepted(a) or _intercepted(b))
-            and not _intercepted(dropout)
+            and not any(map(_intercepted, (base, a, b, dropout)))
         )
         if not fits:
             return None
@@ -260,7 +260,7 @@ def hooked(module: nn.Module) -> bool:
 
 def _intercepted(module: nn.Module) -> bool:
     """Whether something relies on this module being called."""
-    return hooked(module) or "forward" in module.__dict__
+    return "forward" in module.__dict__ or hooked(module)
 
 
 def _requantize(base: NF4Linear, dense: nn.Linear) -> None:

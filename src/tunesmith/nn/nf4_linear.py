@@ -251,11 +251,13 @@ class NF4Linear(nn.Linear):
 def frozen_arguments(linear: nn.Linear) -> tuple[Any, ...]:
     """Return what `ops.frozen_linear` takes after x, for a frozen layer in 4 bits or plain."""
     shape = (linear.out_features, linear.in_features)
+    # past nn.Module's look-up, which takes its time
+    bias = linear._parameters["bias"] if type(linear) is NF4Linear else linear.bias
     if isinstance(linear, NF4Linear):
-        held = linear._buffers  # past nn.Module's look-up, which takes its time
+        held = linear._buffers
         parts = (held["packed"], held["absmax"], held["nested_absmax"], held["nested_offset"])
-        return parts, shape, linear.blocksize, linear.quant_type, linear.bias
-    return (linear.weight, None, None, None), shape, 0, "", linear.bias
+        return parts, shape, linear.blocksize, linear.quant_type, bias
+    return (linear.weight, None, None, None), shape, 0, "", bias
 
 
 def autocast(x: Tensor) -> Tensor:
