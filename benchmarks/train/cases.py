@@ -158,7 +158,7 @@ GROWTH_BASE = 512
 """What the other lengths are compared with."""
 
 
-def _grown(name: str, length: int, *, company: str = "") -> Case:
+def _grown(name: str, length: int, *, company: str = "", rounds: int = 1) -> Case:
     memory = not company
     return Case(
         name,
@@ -168,8 +168,8 @@ def _grown(name: str, length: int, *, company: str = "") -> Case:
         "growth",
         checkpointing=memory,
         batch=1,
-        steps=max(1, 2048 // length),  # a turn of some seconds
-        rounds=1 if memory else 7,
+        steps=max(1, 1024 // length),  # a turn of some seconds
+        rounds=rounds,
         max_length=length,
         filled=True,
         company=company,
@@ -184,7 +184,12 @@ def _growth_of_speed(length: int) -> tuple[Case, Case]:
     """
     name = f"growth, {length} tokens"
     beside = f"growth, {GROWTH_BASE} beside {length} tokens"
-    return _grown(name, length, company=name), _grown(beside, GROWTH_BASE, company=name)
+    # short turns, and many of them where they are short
+    rounds = 15 if length <= 2 * GROWTH_BASE else 7
+    return (
+        _grown(name, length, company=name, rounds=rounds),
+        _grown(beside, GROWTH_BASE, company=name, rounds=rounds),
+    )
 
 
 CASES: tuple[Case, ...] = (
