@@ -496,8 +496,10 @@ def cast_and_back(model: Any) -> None:
 
 def adapters_in_bf16(model: Any) -> None:
     for each in parameters_called(model, "lora_"):
-        each.data = each.data.float()
-        each.data = each.data.bfloat16()
+        # in the memory that the wider one has, as it may happen after a cast or two
+        narrow = each.data.bfloat16()
+        same_memory = each.data.contiguous().view(torch.bfloat16).flatten()[: narrow.numel()]
+        each.data = same_memory.view(narrow.shape).copy_(narrow)
 
 
 def turned_in_memory(model: Any) -> None:
