@@ -93,19 +93,27 @@ void ask_for(const Storage* data, int64_t begin, int64_t last) {
   for (const Storage* at = data + begin + kAhead; at < end; at += 64 / sizeof(Storage)) __builtin_prefetch(at);
 }
 
+// Calls use(begin, end) for some elements after another, and asks for those of the tensors that come next.
+template <typename Use, typename... Storage>
+void each_chunk(int64_t first, int64_t last, Use use, const Storage*... tensors) {
+  for (int64_t begin = first; begin < last; begin += kChunk) {
+    (ask_for(tensors, begin, last), ...);
+    use(begin, begin + kChunk < last ? begin + kChunk : last);
+  }
+}
+
 template <typename As, typename Activation>
 void gated_as(const GatedJob& job, int64_t first, int64_t last) {
   const auto* const gate = kept_at<As>(job.gate, 0);
   const auto* const up = kept_at<As>(job.up, 0);
   auto* const out = kept_at<As>(job.out, 0);
-  for (int64_t begin = first; begin < last; begin += kChunk) {
-    ask_for(gate, begin, last), ask_for(up, begin, last);
-    const int64_t end = begin + kChunk < last ? begin + kChunk : last;
+  const auto some = [&](int64_t begin, int64_t end) {
 #pragma omp simd
     for (int64_t i = begin; i < end; ++i) {
       out[i] = As::of(gated_of<As, Activation>(As::to(gate[i]), As::to(up[i])));
     }
-  }
+  };
+  each_chunk(first, last, some, gate, up);
 }
 
 template <typename As, typename Activation>
@@ -115,16 +123,15 @@ void gated_backward_as(const GatedJob& job, int64_t first, int64_t last) {
   const auto* const grad = kept_at<As>(job.grad_out, 0);
   auto* const grad_gate = kept_at<As>(job.grad_gate, 0);
   auto* const grad_up = kept_at<As>(job.grad_up, 0);
-  for (int64_t begin = first; begin < last; begin += kChunk) {
-    ask_for(gate, begin, last), ask_for(up, begin, last), ask_for(grad, begin, last);
-    const int64_t end = begin + kChunk < last ? begin + kChunk : last;
+  const auto some = [&](int64_t begin, int64_t end) {
 #pragma omp simd
     for (int64_t i = begin; i < end; ++i) {
       const float inflow = As::to(grad[i]), of_gate = As::to(gate[i]);
       grad_gate[i] = As::of(gated_back<As, Activation>(inflow, of_gate, As::to(up[i])));
       grad_up[i] = As::of(gated_back_up<As, Activation>(inflow, of_gate));
     }
-  }
+  };
+  each_chunk(first, last, some, gate, up, grad);
 }
 
 inline void gated(const GatedJob& job, int64_t first, int64_t last) {

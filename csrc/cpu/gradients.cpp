@@ -31,11 +31,10 @@ std::vector<Piece> pieces_of(void* const* tensors, const int64_t* numels, int64_
 
 template <typename As>
 double squares_of(const Piece& piece) {
-  constexpr int64_t kBlock = 1024;  // so many sum up in fp32 without losing what is small
   const auto* const values = static_cast<const typename As::Storage*>(piece.tensor);
   double sum = 0.0;
-  for (int64_t begin = piece.first; begin < piece.last; begin += kBlock) {
-    const int64_t end = std::min(piece.last, begin + kBlock);
+  for (int64_t begin = piece.first; begin < piece.last; begin += kSummedAtOnce) {
+    const int64_t end = std::min(piece.last, begin + kSummedAtOnce);
     float part = 0.0f;
 #pragma omp simd reduction(+ : part)
     for (int64_t i = begin; i < end; ++i) part += As::to(values[i]) * As::to(values[i]);
@@ -57,6 +56,26 @@ void scale(const Piece& piece, float factor) {
   for (int64_t i = piece.first; i < piece.last; ++i) values[i] = As::of(As::to(values[i]) * factor);
 }
 
+template <typename As>
+float clip_norm(const std::vector<Piece>& pieces, float most) {
+  std::vector<double> squares(pieces.size());
+  constexpr int64_t kGrain = 4;
+  const auto each_piece = [&](auto work) {
+    parallel_for(int64_t(pieces.size()), kGrain, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) work(size_t(i));
+    });
+  };
+  each_piece([&](size_t i) { squares[i] = squares_of<As>(pieces[i]); });
+  double sum = 0.0;  // in one order, however many threads there were
+  for (const double each : squares) sum += each;
+  const float norm = float(std::sqrt(sum));
+  const float factor = most / (norm + 1e-6f);
+  if (!(factor >= 1.0f)) {  // also where it is no number: what is then left says so
+    each_piece([&](size_t i) { scale<As>(pieces[i], factor); });
+  }
+  return norm;
+}
+
 }  // namespace
 }  // namespace tunesmith
 
@@ -64,25 +83,9 @@ using namespace tunesmith;
 
 float tunesmith_clip_norm_cpu(void* const* tensors, const int64_t* numels, int64_t count, int dtype,
                               float most) {
-  const std::vector<Piece> pieces = pieces_of(tensors, numels, count);
-  std::vector<double> squares(pieces.size());
-  constexpr int64_t kGrain = 4;
-  const auto each_piece = [&](auto work) {
-    parallel_for(int64_t(pieces.size()), kGrain, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) work(i);
-    });
-  };
+  float norm = 0.0f;
   as_kept(dtype, [&](auto as) {
-    each_piece([&](int64_t i) { squares[size_t(i)] = squares_of<decltype(as)>(pieces[size_t(i)]); });
+    norm = clip_norm<decltype(as)>(pieces_of(tensors, numels, count), most);
   });
-  double sum = 0.0;  // in one order, however many threads there were
-  for (const double each : squares) sum += each;
-  const float norm = float(std::sqrt(sum));
-  const float factor = most / (norm + 1e-6f);
-  if (!(factor >= 1.0f)) {  // also where it is no number: what is then left says so
-    as_kept(dtype, [&](auto as) {
-      each_piece([&](int64_t i) { scale<decltype(as)>(pieces[size_t(i)], factor); });
-    });
-  }
   return norm;
 }

@@ -77,7 +77,6 @@ void softmax_forward(const SoftmaxForwardJob& job) {
 
 template <typename As>
 void logps_of_row(const LogpsJob& job, int64_t row) {
-  constexpr int64_t kBlock = 1024;  // so many sum up in fp32 without losing what is small
   const int64_t columns = job.columns;
   auto* const logits = static_cast<typename As::Storage*>(job.logits) + row * columns;
   float most = As::to(logits[0]);
@@ -87,8 +86,8 @@ void logps_of_row(const LogpsJob& job, int64_t row) {
     most = value > most ? value : most;
   }
   double sum = 0.0;
-  for (int64_t begin = 0; begin < columns; begin += kBlock) {
-    const int64_t end = begin + kBlock < columns ? begin + kBlock : columns;
+  for (int64_t begin = 0; begin < columns; begin += kSummedAtOnce) {
+    const int64_t end = begin + kSummedAtOnce < columns ? begin + kSummedAtOnce : columns;
     float part = 0.0f;
 #pragma omp simd reduction(+ : part)
     for (int64_t i = begin; i < end; ++i) part += exp_of(As::to(logits[i]) - most);

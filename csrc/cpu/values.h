@@ -38,6 +38,9 @@ struct AsFloat16 {
   static float to(uint16_t kept) { return float16_to_float(kept); }
 };
 
+// So many sum up in fp32 without losing what is small.
+constexpr int64_t kSummedAtOnce = 1024;
+
 // Calls use(As()) for the type.
 template <typename Use>
 inline void as_kept(int type, Use use) {

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunesmith.ops import native, native_status
+from tunesmith.ops import native
 from tunesmith.ops.schema import DTYPES
 
 __all__ = ["clip_grad_norm_", "clipped_by_kernels"]
@@ -40,7 +40,7 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
 
 
 def _suits(grads: Sequence[Tensor]) -> bool:
-    if not grads or not native_status().loaded:
+    if not grads or not native.CODES:
         return False
     dtype = grads[0].dtype
     return dtype in DTYPES and all(

@@ -327,10 +327,10 @@ def _linear_backward_cpu(
     grad_x = grad_a = grad_b = None
     if need_a and lora_a is not None and x is not None:
         x = x.reshape(tokens, in_features).contiguous()
-        grad_a = torch.empty_like(lora_a, memory_format=torch.contiguous_format)
+        grad_a = empty_like(lora_a)
     if need_b and lora_b is not None and s is not None:
         s = s.contiguous()
-        grad_b = torch.empty_like(lora_b, memory_format=torch.contiguous_format)
+        grad_b = empty_like(lora_b)
     own = need_x and in_one_call(tokens, dtype, weight, quant_type)
     if own:
         parts = (weight, compact(absmax), compact(nested_absmax), nested_offset)
