@@ -15,12 +15,13 @@ from benchmarks.train.turns import CaseResult
 __all__ = ["compare_growth"]
 
 _LEAST = 0.9
+_NOT_RUN = "not run: nothing to compare at {} tokens"
 
 
 def compare_growth(results: Sequence[CaseResult]) -> list[Comparison]:
-    """Return what becomes of both promises; nothing if no case of the growth was run.
+    """Return what becomes of the promises; nothing if no case of the growth was run.
 
-    Where a length is missing the note says so, and the promise counts as not run.
+    What is missing for one is said in its note, and it counts as not run.
     """
     grown = [result for result in results if result.case.max_length is not None]
     timed: dict[str, dict[int, Sequence[float]]] = {}
@@ -33,48 +34,31 @@ def compare_growth(results: Sequence[CaseResult]) -> list[Comparison]:
             timed.setdefault(result.case.company, {})[length] = ratios
         elif result.case.unit == "MiB" and ours:
             weighed[length] = Spread.of(ours).median
-    return [_speed(timed.values()), _memory(weighed)] if grown else []
+    if not grown:
+        return []
+    lengths = [length for length in GROWTH if length != GROWTH_BASE]
+    return [*(_speed(length, timed.values()) for length in lengths), _memory(weighed)]
 
 
-@attrs.frozen
-class _Held:
-    """How much of the lead over theirs at the base a length keeps."""
+def _speed(length: int, companies: Iterable[Mapping[int, Sequence[float]]]) -> Comparison:
+    """Return how much of the lead over theirs at 512 tokens a length keeps.
 
-    lead: float
-    base: float
-    kept: Spread
-    """Round by round: both are measured in each."""
-
-    @classmethod
-    def of(cls, lead: Sequence[float], base: Sequence[float]) -> _Held:
-        return cls(Spread.of(lead).median, Spread.of(base).median, ratio(lead, base))
-
-
-def _speed(companies: Iterable[Mapping[int, Sequence[float]]]) -> Comparison:
-    """Return whether the lead over theirs at 512 tokens a sample holds at each length."""
-    row = Comparison("growth, tokens/s", "least ratio", TRL_BNB, limit=_LEAST)
-    held = {
-        length: _Held.of(ratios, company[GROWTH_BASE])
-        for company in companies
-        for length, ratios in company.items()
-        if length != GROWTH_BASE and GROWTH_BASE in company
-    }
-    missing = _missing({GROWTH_BASE: None, **held})
-    if missing:
-        return attrs.evolve(row, note=missing)
-    worst = min(held.values(), key=lambda each: each.kept.median)
-    return attrs.evolve(
-        row,
-        ours=worst.lead,
-        theirs=worst.base,
-        measured=worst.kept.median,
-        spread=worst.kept,
-        passed=worst.kept.median >= _LEAST,
-        note=", ".join(
-            f"{length} tokens: {each.lead:.2f}x, {GROWTH_BASE} beside it: {each.base:.2f}x"
-            for length, each in held.items()
-        ),
-    )
+    It is told round by round, for both lengths are measured in each.
+    """
+    row = Comparison(f"growth, {length} tokens, kept", "kept", TRL_BNB, limit=_LEAST)
+    for company in companies:
+        if {length, GROWTH_BASE} <= company.keys():
+            lead, base = company[length], company[GROWTH_BASE]
+            kept = ratio(lead, base)
+            return attrs.evolve(
+                row,
+                ours=Spread.of(lead).median,
+                theirs=Spread.of(base).median,
+                measured=kept.median,
+                spread=kept,
+                passed=kept.median >= _LEAST,
+            )
+    return attrs.evolve(row, note=_NOT_RUN.format(length))
 
 
 def _memory(peaks: Mapping[int, float]) -> Comparison:
@@ -102,4 +86,4 @@ def _memory(peaks: Mapping[int, float]) -> Comparison:
 
 def _missing(found: Mapping[int, object]) -> str:
     left = [str(length) for length in GROWTH if length not in found]
-    return f"not run: nothing to compare at {', '.join(left)} tokens" if left else ""
+    return _NOT_RUN.format(", ".join(left)) if left else ""
