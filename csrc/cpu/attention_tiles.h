@@ -91,7 +91,7 @@ class HeadTask {
  protected:
   HeadTask(const tunesmith_attention& job, const AttentionGroup& group)
       : job_(job), group_(group), size_(job.head_size), padded_(up_to_square(group.keys)) {
-    set_up_tiles(kTile);
+    set_up_tiles(kTile, kTile);
   }
   ~HeadTask() { _tile_release(); }
 

@@ -316,6 +316,24 @@ void turn_lanes(const float* sums, int64_t rows, int64_t width, float* to) {
   }
 }
 
+// Whether so few tokens are multiplied by a function of their own, which some arithmetics have.
+template <typename A>
+bool adds_few_tokens(int64_t tokens, [[maybe_unused]] const typename A::From& right) {
+  if constexpr (A::kFew > 0) {
+    return tokens <= A::kFew && right.grouped();
+  } else {
+    return false;
+  }
+}
+
+// How wide their panel is: it is read anew for each block of rows, so zeros are left out.
+template <typename A>
+int64_t lanes_of_few(int64_t tokens) {
+  int64_t lanes = 4;
+  while (lanes < tokens) lanes *= 2;
+  return lanes;
+}
+
 // right is [N, P]: it gives the rows, left the panels.
 template <typename A>
 void multiply_transposed(const Product& product) {
@@ -332,11 +350,12 @@ void multiply_transposed(const Product& product) {
   const int64_t padded_depth = round_up(depth, A::kUnit), padded_rank = round_up(rank, A::kUnit);
   Scratch left(sizeof(Element) * tokens.panels() * kWidth * padded_depth);
   Scratch left2(sizeof(Element) * tokens.panels() * kWidth * padded_rank);
+  const bool few = adds_few_tokens<A>(product.rows, from_right);
   parallel_for(tokens.panels(), divide_up(kGrain / 4, kWidth * std::max<int64_t>(depth, 1)),
                [&](int64_t first, int64_t last) {
                  for (int64_t i = first; i < last; ++i) {
                    const int64_t m = i * kWidth, used = tokens.used(i), width = tokens.width(i);
-                   A::panel_of_rows(from_left, m, used, width,
+                   A::panel_of_rows(from_left, m, used, few ? lanes_of_few<A>(used) : width,
                                     left.as<Element>() + m * padded_depth);
                    if (rank > 0) {
                      A::panel_of_rows(from_left2, m, used, width,
@@ -347,7 +366,6 @@ void multiply_transposed(const Product& product) {
 
   const int64_t most_rows = product.rows > kTokensOfFewRows ? kBlockRows : kFewBlockRows;
   const int64_t rows_of_block = round_up(most_rows, A::kTileRows);
-  const bool few = product.rows <= A::kFew;
   // add_few_tokens takes as long for part of a block as for a whole one
   const int64_t unit = few ? rows_of_block : A::kTileRows;
   const int64_t block_depth = depth_of_blocks<A>(depth, kRowsUnit);
@@ -359,8 +377,13 @@ void multiply_transposed(const Product& product) {
     Scratch sums_of_block(sizeof(float) * rows_of_block * round_up(grid.tokens, kWidth));
     Scratch scales(sizeof(float) * Scales<Simd>::count(product.right, rows_of_block));
     typename A::From rows_from = from_right;
+    bool begun = false;
     grid.each(first, last, [&](int64_t token_block, int64_t n, int64_t columns) {
       const int64_t rows = std::min(columns, product.columns - n);
+      if (few && !begun) {  // each block asks for the next one, and nobody for the first
+        for (int64_t r = 0; r < rows; ++r) rows_from.prefetch(n + r, 0, depth);
+      }
+      begun = true;
       if (depth > 0) rows_from.hold_scales(n, rows, scales.as<float>());
       const int64_t token = token_block * grid.tokens;
       const int64_t first_panel = token / kWidth;
@@ -388,12 +411,13 @@ void multiply_transposed(const Product& product) {
       }
       bool fresh = rank == 0 && depth > 0 && !few;
       if (rank == 0 && !fresh) std::fill(sums_at(first_panel), sums_at(last_panel), 0.0f);
-      bool done = false;
       if constexpr (A::kFew > 0) {
-        done = few && A::add_few_tokens(rows_from, n, rows, left.as<Element>(), block.as<Element>(),
-                                        sums_at(first_panel));
+        if (few) {
+          A::add_few_tokens(rows_from, n, rows, lanes_of_few<A>(product.rows), left.as<Element>(),
+                            block.as<Element>(), sums_at(first_panel));
+        }
       }
-      for (int64_t p = 0; p < depth && !done; p += block_depth) {
+      for (int64_t p = 0; p < depth && !few; p += block_depth) {
         const int64_t count = std::min<int64_t>(block_depth, depth - p);
         A::rows(rows_from, n, rows, p, count, block.as<Element>());
         add_block(fresh, p, count, left.as<Element>(), padded_depth);

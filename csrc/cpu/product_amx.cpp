@@ -9,14 +9,15 @@
 namespace tunesmith {
 namespace {
 
-// The rows that this thread's tiles 0 to 5 have; 0 while they are not set up.
-thread_local int configured_rows = 0;
+// How this thread's tiles are set up; 0 while they are not.
+thread_local int configured_rows = 0, configured_lanes = 0;
 
 // 0 to 3 are sums and 4 and 5 rows of the left factor; 6 and 7 are panels.
-void configure(int rows) {
-  if (configured_rows == rows) return;
-  set_up_tiles(rows);
+void configure(int rows, int lanes) {
+  if (configured_rows == rows && configured_lanes == lanes) return;
+  set_up_tiles(rows, lanes);
   configured_rows = rows;
+  configured_lanes = lanes;
 }
 
 // A macro, for tiles are named by literals.
@@ -86,11 +87,11 @@ constexpr int kFewRows = 4 * kTile;
 constexpr int64_t kTileSize = kTile * 2 * kTilePairs;
 constexpr int64_t kVectorStride = 4 * kTileSize + 2 * kTilePairs;
 
-// Adds `vectors` vectors of codes of those rows times one panel to the tiles of sums.
-inline void add_vectors(const uint16_t* decoded, int64_t vectors, const uint16_t* panel) {
+// Adds `vectors` vectors of codes of those rows times one panel of so many lanes to the tiles of sums.
+inline void add_vectors(const uint16_t* decoded, int64_t vectors, const uint16_t* panel, int64_t lanes) {
   for (int64_t v = 0; v < vectors; ++v) {
     const uint16_t* const rows = decoded + v * kVectorStride;
-    _tile_loadd(6, panel + v * kTileSize, kRowBytes);
+    _tile_loadd(6, panel + v * 2 * kTilePairs * lanes, 4 * lanes);
     _tile_loadd(4, rows, kRowBytes);
     _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(5, rows + kTileSize, kRowBytes);
@@ -116,15 +117,16 @@ struct AmxArithmetic : Base {
     }
   };
 
-  // Tiles cannot be loaded from what has only just been stored, and decoding is most of the work for
-  // one panel. So one line of codes is decoded while that before it is multiplied.
-  static bool add_few_tokens(const From& from, int64_t row, int64_t rows, const uint16_t* panel,
-                             uint16_t* block, float* sums) {
-    constexpr int64_t kHalf = kLineGroups * kGroupVectors * kVectorStride;
-    static_assert(2 * kHalf <= kFewBlockRows * kRowStride);
-    if (rows > kFewRows || !from.grouped()) return false;
-    configure(kTile);
-    for (int64_t i = 0; i < 2 * kHalf && rows < kFewRows; ++i) block[i] = 0;
+  // Adds rows [row, row + rows) times one panel to sums [rows][kTile]; `block` is room.
+  //
+  // Decoding is most of the work. One line of codes of all rows is decoded and then multiplied, from
+  // the first row on: tiles cannot be loaded from what has only just been stored.
+  static void add_few_tokens(const From& from, int64_t row, int64_t rows, int64_t lanes,
+                             const uint16_t* panel, uint16_t* block, float* sums) {
+    constexpr int64_t kDecoded = kLineGroups * kGroupVectors * kVectorStride;
+    static_assert(kDecoded <= kFewBlockRows * kRowStride && kFewBlockRows <= kFewRows);
+    configure(kTile, int(lanes));
+    for (int64_t i = 0; i < kDecoded && rows < kFewRows; ++i) block[i] = 0;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -132,41 +134,30 @@ struct AmxArithmetic : Base {
     // the rows that come next are asked for line by line, as they lie
     const uint8_t* next = from.codes_at(row + rows, 0);
     const int64_t lines = divide_up(from.columns(), kLine);
-    const auto groups_of = [&](int64_t line) {
-      return std::min<int64_t>(kLineGroups, from.columns() / kGroup - line * kLineGroups);
-    };
-    for (int64_t line = 0; line <= lines; ++line) {
-      if (line < lines) {
-        uint16_t* const decoded = block + line % 2 * kHalf;
-        const auto place = [=](int64_t r, int v) {
-          return decoded + v * kVectorStride + r * 2 * kTilePairs;
-        };
-        if (groups_of(line) == kLineGroups) {
-          from.fetch_groups<kLineGroups>(row, rows, line * kLine, next, kLine / 2, place);
-        } else {
-          from.fetch_groups<1>(row, rows, line * kLine, next, kGroup / 2, place);
-        }
-        next += rows * kLine / 2;
+    const auto place = [=](int64_t r, int v) { return block + v * kVectorStride + r * 2 * kTilePairs; };
+    for (int64_t line = 0; line < lines; ++line) {
+      const int64_t groups = std::min<int64_t>(kLineGroups, from.columns() / kGroup - line * kLineGroups);
+      if (groups == kLineGroups) {
+        from.fetch_groups<kLineGroups>(row, rows, line * kLine, next, kLine / 2, place);
+      } else {
+        from.fetch_groups<1>(row, rows, line * kLine, next, kGroup / 2, place);
       }
-      if (line > 0) {
-        add_vectors(block + (line - 1) % 2 * kHalf, groups_of(line - 1) * kGroupVectors,
-                    panel + (line - 1) * kLine * kTile);
-      }
+      next += rows * kLine / 2;
+      add_vectors(block, groups * kGroupVectors, panel + line * kLine * lanes, lanes);
     }
-    alignas(64) float found[kFewRows * kTile];
+    alignas(64) float found[kFewRows * kTile] = {};
     _tile_stored(0, found, kRowBytes);
     _tile_stored(1, found + kTile * kTile, kRowBytes);
     _tile_stored(2, found + 2 * kTile * kTile, kRowBytes);
     _tile_stored(3, found + 3 * kTile * kTile, kRowBytes);
     for (int64_t i = 0; i < rows * kTile; ++i) sums[i] += found[i];
-    return true;
   }
 
   // R is what add_panel takes at once, or what is left of that: 64 and 32 for one panel and two, then
   // a power of two or three.
   template <bool kFresh, int R, int Count>
   static void tile(int64_t pairs, const uint16_t* rows, const uint16_t* panel, float* sums) {
-    configure(R < kTile ? R : kTile);
+    configure(R < kTile ? R : kTile, kTile);
     add_products<(R < kTile ? 1 : R / kTile), Count, kFresh>(pairs / kTilePairs, rows, panel, sums);
   }
 };

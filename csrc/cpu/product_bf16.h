@@ -356,7 +356,9 @@ struct BFloat16Arithmetic {
                             uint16_t* out) {
     constexpr int64_t kVector = 2 * kLanes;
     alignas(64) uint16_t values[2 * kLanes][kGroup];
-    for (int64_t r = rows; r < width; ++r) std::fill(values[r], values[r] + kGroup, uint16_t(0));
+    for (int64_t r = rows; r < round_up(width, kLanes); ++r) {
+      std::fill(values[r], values[r] + kGroup, uint16_t(0));
+    }
     for (int64_t p = 0; p < from.columns(); p += kGroup) {
       const int64_t count = std::min(kGroup, from.columns() - p), padded = round_up(count, kUnit);
       for (int64_t r = 0; r < rows; ++r) {
@@ -365,9 +367,11 @@ struct BFloat16Arithmetic {
         if (from.grouped()) regroup(values[r]);
       }
       for (int64_t r = 0; r < width; r += kLanes) {
+        const auto used = __mmask16((1u << std::min<int64_t>(width - r, kLanes)) - 1);
         for (int64_t i = 0; i < padded; i += kVector) {
           transpose(&values[r][i], kGroup / 2, [&](int64_t pair, __m512i lanes) {
-            if (i + 2 * pair < padded) store_bits(out + (p + i + 2 * pair) * width + 2 * r, lanes);
+            if (i + 2 * pair >= padded) return;
+            _mm512_mask_storeu_epi32(out + (p + i + 2 * pair) * width + 2 * r, used, lanes);
           });
         }
       }

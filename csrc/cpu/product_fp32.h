@@ -17,8 +17,7 @@ struct Fp32Arithmetic {
   using From = Source<Simd>;
   static constexpr int kPair = 1;
   static constexpr int kUnit = 1;
-  // up to so many tokens are offered to add_few_tokens, which only an arithmetic has where that is any:
-  // it adds all of rows [row, row + rows) times them in a way of its own, or returns false
+  // up to so many tokens go to add_few_tokens, which only an arithmetic has where that is any
   static constexpr int kFew = 0;
   static constexpr int kLanes = Simd::kLanes;
   static constexpr int kTileRows = Simd::kTileRows;

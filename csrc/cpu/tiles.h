@@ -20,11 +20,12 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {};
 };
 
-// Tiles 0 to 5 get so many rows, 6 and 7, which hold right factors, all.
-inline void set_up_tiles(int rows) {
+// Tiles 0 to 3, of sums, get so many rows and lanes; 4 and 5, left factors, the rows; 6 and 7, right
+// factors, the lanes.
+inline void set_up_tiles(int rows, int lanes) {
   TileConfig config;
   for (int tile = 0; tile < 8; ++tile) {
-    config.row_bytes[tile] = kRowBytes;
+    config.row_bytes[tile] = uint16_t(tile == 4 || tile == 5 ? kRowBytes : 4 * lanes);
     config.rows[tile] = uint8_t(tile < 6 ? rows : kTile);
   }
   _tile_loadconfig(&config);
