@@ -311,6 +311,12 @@ inline __m128i maskz_loadu_epi8(uint16_t mask, const uint8_t* from) {
   }
   return _mm_load_si128(reinterpret_cast<const __m128i*>(out));
 }
+inline void mask_storeu_epi32(void* to, uint16_t mask, __m512i a) {
+  const auto x = lanes<uint32_t>(a);
+  for (int i = 0; i < 16; ++i) {
+    if (mask >> i & 1) memcpy(static_cast<uint8_t*>(to) + 4 * i, &x.at[i], 4);
+  }
+}
 inline void mask_storeu_ps(float* to, uint16_t mask, __m512 a) {
   const auto x = lanes<float>(a);
   for (int i = 0; i < 16; ++i) {
@@ -404,6 +410,10 @@ inline void tile_stored(int tile, void* to, int64_t stride) {
 }
 inline void tile_dpbf16ps(int sums, int left, int right) {
   require_tiles();
+  if (tiles.rows[sums] != tiles.rows[left] || tiles.row_bytes[sums] != tiles.row_bytes[right] ||
+      tiles.row_bytes[left] != 4 * tiles.rows[right]) {
+    __builtin_trap();  // #UD as well
+  }
   for (int r = 0; r < tiles.rows[sums]; ++r) {
     __m512 total = loadu_ps(tiles.data[sums][r]);
     for (int k = 0; k < tiles.row_bytes[left] / 4; ++k) {
@@ -470,6 +480,7 @@ inline void tile_dpbf16ps(int sums, int left, int right) {
 #define _mm512_set1_epi32 ::emulated::set1_epi32
 #define _mm512_set1_ps ::emulated::set1_ps
 #define _mm_maskz_loadu_epi8 ::emulated::maskz_loadu_epi8
+#define _mm512_mask_storeu_epi32 ::emulated::mask_storeu_epi32
 #define _mm512_mask_storeu_ps ::emulated::mask_storeu_ps
 #define _mm512_i32gather_ps ::emulated::i32gather_ps
 #define _mm512_setzero_ps() ::emulated::set1_ps(0.0f)

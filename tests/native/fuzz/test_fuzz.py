@@ -142,7 +142,7 @@ def test_a_million_executions_are_clean(targets: Path) -> None:
         ),
         ("elementwise", "../formulas.h", "+ 3.0f * kCubic", "+ 2.0f * kCubic", "WRONG"),
         ("gradients", "gradients.cpp", "norm + 1e-6f", "norm + 1e-1f", "WRONG"),
-        ("logps", "softmax.h", "begin += kBlock", "begin += kBlock + 1", "WRONG"),
+        ("logps", "softmax.h", "begin += kSummedAtOnce", "begin += kSummedAtOnce + 1", "WRONG"),
         ("pool", "pool.cpp", "if (size < total ||", "if (", "AddressSanitizer"),
     ],
 )
