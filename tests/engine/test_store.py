@@ -102,3 +102,65 @@ def test_stage_json_is_plain_to_read(tmp_path):
     assert row["name"] == "01-sft"
     assert row["metrics"] == {"loss": 1.0}
     assert row["finished"].startswith("20")
+
+
+@pytest.mark.parametrize(
+    ("name", "fingerprint"),
+    [
+        ("../../../kept", "project"),
+        ("../../../kept", "ab" * 32),
+        ("01-sft", "../../../../kept"),
+        ("01-sft", "/kept"),
+        ("/kept", "ab"),
+        ("", "ab"),
+        ("01-sft/../../../../kept", "ab"),
+    ],
+)
+def test_a_run_directory_from_elsewhere_removes_nothing_of_yours(tmp_path, name, fingerprint):
+    for precious in ("kept-project", "kept", "kept-abababab"):
+        (tmp_path / precious).mkdir()
+        (tmp_path / precious / "thesis.txt").write_text("years of work")
+    received = tmp_path / "deep" / "run"
+    with RunStore(received) as store:
+        stage = made(store, "01-sft", "aa")
+        store.write_recipe("tunesmith: 1")
+    row = json.loads((stage.path / "stage.json").read_text())
+    row |= {"name": name, "fingerprint": fingerprint}
+    (stage.path / "stage.json").write_text(json.dumps(row))
+    with pytest.raises(RunError, match=r"stage\.json"), RunStore(received) as store:
+        store.supersede({})
+    for precious in ("kept-project", "kept", "kept-abababab"):
+        assert (tmp_path / precious / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("part", ["stages", "superseded", "stages/01-sft"])
+def test_a_link_out_of_the_run_directory_is_refused(tmp_path, part):
+    with RunStore(tmp_path / "run") as store:
+        made(store, "01-sft", "aa")
+        store.write_recipe("tunesmith: 1")
+    outside = tmp_path / "outside"
+    place = tmp_path / "run" / part
+    if place.exists():
+        place.rename(outside)
+    else:
+        outside.mkdir()
+    place.symlink_to(outside)
+    before = sorted(outside.rglob("*"))
+    with pytest.raises(RunError, match="is a link"), RunStore(tmp_path / "run") as store:
+        store.supersede({})
+    assert sorted(outside.rglob("*")) == before
+
+
+def test_a_stage_that_was_put_aside_twice_is_kept_twice(tmp_path):
+    with RunStore(tmp_path / "run") as store:
+        for _ in range(3):
+            made(store, "01-sft", "aa")
+            store.supersede({})
+    aside = sorted(entry.name for entry in (tmp_path / "run" / "superseded").iterdir())
+    assert aside == ["01-sft-aa", "01-sft-aa-2", "01-sft-aa-3"]
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "01-", "sft", "01-../x", "", "01-a/b"])
+def test_a_stage_name_that_is_no_number_and_label_is_refused(tmp_path, name):
+    with RunStore(tmp_path / "run") as store, pytest.raises(RunError, match="stage name"):
+        store.begin(name, "aa")

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -34,6 +35,8 @@ __all__ = ["RunStore", "Stage", "problem_with", "read_stages"]
 
 MARKER = "recipe.yaml"
 PARTIAL_MARK = "fingerprint"
+STAGE_NAME = re.compile(r"\d{2,}-[A-Za-z0-9][A-Za-z0-9._-]*")
+FINGERPRINT = re.compile(r"[0-9a-f]{2,64}")
 
 
 @attrs.frozen
@@ -180,20 +183,49 @@ class RunStore:
         for stage in read_stages(self.path):
             if keep.get(stage.name) == stage.fingerprint:
                 continue
-            shelf = self.path / "superseded"
-            shelf.mkdir(exist_ok=True)
-            target = shelf / f"{stage.name}-{stage.fingerprint[:8]}"
-            if target.exists():
-                shutil.rmtree(target)  # the very same stage, moved here before
-            stage.path.rename(target)
-            moved.append((stage.name, target))
+            moved.append((stage.name, self._put_aside(stage)))
         return moved
 
+    def _put_aside(self, stage: Stage) -> Path:
+        shelf = self.path / "superseded"
+        _refuse_link(shelf)
+        shelf.mkdir(exist_ok=True)
+        first = f"{stage.name}-{stage.fingerprint[:8]}"
+        target = shelf / first
+        number = 1
+        while os.path.lexists(target):  # the very same stage, moved here before: both are kept
+            number += 1
+            target = shelf / f"{first}-{number}"
+        stage.path.rename(target)
+        return target
+
     def _final(self, name: str) -> Path:
-        return self.path / "stages" / name
+        return self._stages() / _checked(name)
 
     def _partial(self, name: str) -> Path:
-        return self.path / "stages" / f".{name}.partial"
+        return self._stages() / f".{_checked(name)}.partial"
+
+    def _stages(self) -> Path:
+        stages = self.path / "stages"
+        _refuse_link(stages)
+        return stages
+
+
+def _checked(name: str) -> str:
+    if not STAGE_NAME.fullmatch(name):
+        raise RunError(
+            f"stage name {name!r}: expected a number and a label of letters, digits, '.', '_' and "
+            "'-', such as 03-sft; a plugin's name becomes the label"
+        )
+    return name
+
+
+def _refuse_link(path: Path) -> None:
+    if path.is_symlink():
+        raise RunError(
+            f"{path}: is a link to {os.readlink(path)}, and nothing outside of the run directory "
+            "is touched; remove the link, or choose another directory"
+        )
 
 
 def read_stages(path: Path) -> list[Stage]:
@@ -201,21 +233,33 @@ def read_stages(path: Path) -> list[Stage]:
     directory = path / "stages"
     if not directory.is_dir():
         return []
-    found = (_read_stage(entry) for entry in sorted(directory.iterdir()) if entry.name[0] != ".")
+    _refuse_link(directory)
+    found = (
+        _read_stage(entry)
+        for entry in sorted(directory.iterdir())
+        if STAGE_NAME.fullmatch(entry.name)
+    )
     return [stage for stage in found if stage is not None]
 
 
 def _read_stage(directory: Path) -> Stage | None:
+    """Return the stage in a directory; its name and fingerprint are never taken on trust."""
+    _refuse_link(directory)
     file = directory / "stage.json"
     if not file.is_file():
         return None
     try:
         row = json.loads(file.read_text(encoding="utf-8"))
-        return Stage(path=directory, **row)
-    except (json.JSONDecodeError, TypeError) as error:
+        stage = Stage(path=directory, **row)
+        if stage.name != directory.name:
+            raise ValueError(f"it names the stage {stage.name!r}")
+        if not FINGERPRINT.fullmatch(stage.fingerprint):
+            raise ValueError(f"its fingerprint is {stage.fingerprint!r}")
+    except (ValueError, TypeError) as error:
         raise RunError(
             f"{file}: is damaged ({error}); delete the directory {directory} to run that stage anew"
         ) from error
+    return stage
 
 
 def _write_atomically(path: Path, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,6 +19,9 @@ API_VERSION = 1
 
 KINDS = ("formats", "quantizers", "methods", "trainers", "metrics", "exporters")
 
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+"""What a plugin may be called: its name becomes part of a directory's."""
+
 
 def _names(names: str | Iterable[str]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)  # one text is one name
@@ -32,7 +36,7 @@ class Spec:
     """
 
     name: str
-    """Name users write, in lower case: "lora", "nf4", "alpaca"."""
+    """Name users write, of `a-z0-9._-`: "lora", "nf4", "alpaca"."""
     config: type
     """attrs class of the options; each field's docstring is its help text."""
     impl: str
@@ -49,9 +53,10 @@ class Spec:
     """One line for `tunesmith plugins`."""
 
     def __attrs_post_init__(self) -> None:
-        if not self.name or self.name != self.name.lower() or ":" in self.name:
+        if not NAME.fullmatch(self.name):
             raise PluginError(
-                f"plugin name {self.name!r}: expected lower case without ':', such as 'lora'"
+                f"plugin name {self.name!r}: expected lower case without ':' or '/', such as "
+                "'lora': letters, digits, '.', '_' and '-', the first a letter or a digit"
             )
         if not attrs.has(self.config):
             raise PluginError(
