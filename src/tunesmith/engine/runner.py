@@ -209,8 +209,10 @@ class _Runner:
         if session.method is not None:
             session.method.save(model, directory / "adapter")
         else:
-            model.save_pretrained(directory / "model")
-            session.tokenizer.save_pretrained(directory / "model")
+            from tunesmith.nn.saving import save_model
+
+            (directory / "model").mkdir(exist_ok=True)
+            save_model(model, session.tokenizer, directory / "model", base=session.base)
         session.trains = False
         logs = checkpoints / "runs"
         if logs.is_dir():  # where transformers' tensorboard callback writes

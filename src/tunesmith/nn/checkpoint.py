@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from tunesmith.errors import ModelError
 from tunesmith.nn.interchange import Format, format_key, read_format
 
 __all__ = ["ShardWriter", "stored_formats", "stored_quantization", "weight_files", "within"]
@@ -23,23 +24,33 @@ SHARD_BYTES = 2 * 1024**3
 
 
 class ShardWriter:
-    """Collects tensors and writes `model-0000k.safetensors` whenever a shard is full.
+    """Collects tensors and writes a shard whenever one is full.
 
     `close()` writes the last one and names the files as transformers expects: one file
-    `model.safetensors`, or numbered shards with `model.safetensors.index.json`.
+    `model.safetensors`, or numbered shards with `model.safetensors.index.json`. Until then they
+    have names that nothing opens, so a directory that was left half written holds no model.
     """
 
     def __init__(self, directory: Path, shard_bytes: int = SHARD_BYTES) -> None:
         self.directory = directory
         self.shard_bytes = shard_bytes
         self.total_bytes = 0
+        self._names: set[str] = set()
         self._pending: dict[str, torch.Tensor] = {}
         self._pending_bytes = 0
         self._shards: list[tuple[Path, list[str]]] = []
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Add one tensor under its checkpoint name; it is copied to the CPU."""
+        """Add one tensor under its checkpoint name; it is copied to the CPU.
+
+        Errors: `ModelError` for a name that was added before.
+        """
+        if name in self._names:
+            raise ModelError(f"{name}: is written twice; each weight of a model has its own name")
+        self._names.add(name)
         kept = tensor.detach().to("cpu").contiguous()
+        if any(_same_memory(kept, other) for other in self._pending.values()):
+            kept = kept.clone()  # safetensors takes no two tensors that share memory
         size = kept.numel() * kept.element_size()
         if self._pending and self._pending_bytes + size > self.shard_bytes:
             self._flush()
@@ -49,7 +60,8 @@ class ShardWriter:
 
     def close(self) -> None:
         """Write what is left, and the index if there is more than one shard."""
-        self._flush()
+        if self._pending or not self._shards:
+            self._flush()
         if len(self._shards) == 1:
             self._shards[0][0].replace(self.directory / "model.safetensors")
             return
@@ -60,16 +72,27 @@ class ShardWriter:
             path.replace(self.directory / final)
             weight_map.update(dict.fromkeys(names, final))
         index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-        (self.directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        # last, and whole or not at all: transformers goes by it
+        partial = self.directory / ".model.safetensors.index.json.partial"
+        partial.write_text(json.dumps(index, indent=2), encoding="utf-8")
+        partial.replace(self.directory / "model.safetensors.index.json")
+
+    def discard(self) -> None:
+        """Remove what was written before `close()`."""
+        for path, _ in self._shards:
+            path.unlink(missing_ok=True)
+        self._shards, self._pending, self._pending_bytes = [], {}, 0
 
     def _flush(self) -> None:
-        if not self._pending:
-            return
-        path = self.directory / f"shard-{len(self._shards) + 1:05d}.safetensors"
+        path = self.directory / f".model-{len(self._shards) + 1:05d}.safetensors.partial"
         save_file(self._pending, path, metadata={"format": "pt"})
         self._shards.append((path, list(self._pending)))
         self._pending = {}
         self._pending_bytes = 0
+
+
+def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.numel() > 0 and a.data_ptr() == b.data_ptr()
 
 
 def stored_quantization(directory: Path) -> dict[str, Any] | None:

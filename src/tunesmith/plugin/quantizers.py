@@ -56,6 +56,36 @@ class Quantizer(Generic[C]):
         weight: torch.Tensor = module.weight  # type: ignore[assignment]
         return weight.detach().to(torch.float32)
 
+    def dense_names(self, module: torch.nn.Module) -> tuple[str, ...]:
+        """Return the names that a module's own weights have where the model is not quantized.
+
+        Unless overridden these are its parameters and the buffers that are saved. A quantizer that
+        holds weights in another form (codes and scales, stacked experts in 4 bits) names the
+        weights they stand for, each of which `dense_parameter` then returns. A linear layer's is
+        "weight", and its "bias" if it has one.
+        """
+        from torch import nn
+
+        if isinstance(module, nn.Linear):
+            return ("weight",) if module.bias is None else ("weight", "bias")
+        parameters = [name for name, _ in module.named_parameters(recurse=False)]
+        buffers = [name for name, _ in module.named_buffers(recurse=False)]
+        return (*parameters, *(b for b in buffers if b not in module._non_persistent_buffers_set))
+
+    def dense_parameter(self, module: torch.nn.Module, name: str) -> torch.Tensor:
+        """Return one of `dense_names`, dequantized: fp32 if it is of floating point.
+
+        A linear layer's weight comes from `dense_weight`. Another module's has the shape it has
+        in the unquantized model, such as [experts, out_features, in_features].
+        """
+        import torch
+        from torch import nn
+
+        if name == "weight" and isinstance(module, nn.Linear):
+            return self.dense_weight(module)
+        tensor: torch.Tensor = getattr(module, name).detach()
+        return tensor.to(torch.float32) if tensor.is_floating_point() else tensor
+
     def nbytes(self, shape: tuple[int, ...], itemsize: int) -> int:
         """Return the bytes that a linear weight of this shape takes once loaded.
 
