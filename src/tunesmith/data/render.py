@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import attrs
 
+from tunesmith.data.chat_template import CHATML, needs_template, set_chat_template
 from tunesmith.data.examples import Conversation, Message, Preference, Text
 from tunesmith.errors import DataError
 
@@ -26,33 +26,6 @@ __all__ = ["CHATML", "IGNORE_INDEX", "Rendered", "Renderer", "set_chat_template"
 IGNORE_INDEX = -100
 """Label of a token that is not trained; the value that torch's cross entropy leaves out."""
 
-CHATML = """\
-{%- set first = messages[0] if messages else {'role': ''} -%}
-{%- if tools -%}
-{{- '<|im_start|>system\\n' -}}
-{%- if first.role == 'system' -%}{{- first.content + '\\n\\n' -}}{%- endif -%}
-{{- 'You may call these tools, each given as a JSON schema:\\n<tools>\\n' -}}
-{%- for tool in tools -%}{{- tool | tojson + '\\n' -}}{%- endfor -%}
-{{- '</tools>\\nTo call one, write its name and arguments as JSON:\\n' -}}
-{{- '<tool_call>\\n{"name": "...", "arguments": {...}}\\n</tool_call><|im_end|>\\n' -}}
-{%- endif -%}
-{%- for message in messages -%}
-{%- if not (tools and loop.first and message.role == 'system') -%}
-{{- '<|im_start|>' + message.role + '\\n' + (message.content or '') -}}
-{%- for call in message.tool_calls or [] -%}
-{%- set function = call.function or call -%}
-{%- if message.content or not loop.first -%}{{- '\\n' -}}{%- endif -%}
-{{- '<tool_call>\\n{"name": ' + function.name | tojson -}}
-{{- ', "arguments": ' + function.arguments | tojson + '}\\n</tool_call>' -}}
-{%- endfor -%}
-{{- '<|im_end|>\\n' -}}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
-"""
-"""The built-in template "chatml", which also writes tools and tool calls (as Hermes does)."""
-
-_END = "<|im_end|>"
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _OTHER_TEMPLATE = 'drop these rows, or pass chat_template="chatml" or the path of a .jinja template'
@@ -230,7 +203,7 @@ class Renderer:
         answer: bool = False,
     ) -> str:
         """Return what the chat template writes, with the header of an answer if `answer`."""
-        _needs_template(self.tokenizer)
+        needs_template(self.tokenizer)
         with _TemplateErrors():
             text: str = self.tokenizer.apply_chat_template(
                 [message.to_dict() for message in messages],
@@ -250,7 +223,7 @@ class Renderer:
         first: int,
     ) -> list[Span]:
         """Return the spans to train, in order; the last one ends with the last turn."""
-        _needs_template(self.tokenizer)
+        needs_template(self.tokenizer)
         template = self.tokenizer.get_chat_template(None, [dict(tool) for tool in tools] or None)
         if not _GENERATION_BLOCK.search(template):
             return self._turn_spans(messages, tools, text, first)
@@ -451,74 +424,6 @@ class Renderer:
                     'template does not write tool calls; pass chat_template="chatml", which does, '
                     "or another template with tool_calls"
                 )
-
-
-def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
-    """Give a tokenizer the chat template that a recipe asks for.
-
-    None keeps the tokenizer's own; "chatml" takes the built-in one, which ends turns with
-    <|im_end|>, or with the tokenizer's eos token where <|im_end|> is no token of its vocabulary;
-    else the path of a .jinja file, or Jinja source. Errors: `DataError` if there is none, the file
-    cannot be read, or the source is not valid Jinja.
-    """
-    if template is None:
-        _needs_template(tokenizer)
-        return
-    if template == "chatml":
-        source = CHATML if _is_token(tokenizer, _END) else _chatml_ending_with_eos(tokenizer)
-    elif "{%" in template or "{{" in template:
-        source = template
-    else:
-        source = _template_file(template)
-    import jinja2
-
-    tokenizer.chat_template = source
-    try:
-        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
-    except jinja2.TemplateSyntaxError as error:
-        raise DataError(
-            f"chat_template, line {error.lineno}: not valid Jinja: {error.message}"
-        ) from error
-    except Exception:
-        return  # valid Jinja that refuses this probe may well take the data
-
-
-def _template_file(template: str) -> str:
-    path = Path(template)
-    if path.suffix != ".jinja":
-        raise DataError(
-            f'chat_template: got {template!r}; expected "chatml", the path of a .jinja file, or '
-            "Jinja source"
-        )
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DataError(f"chat_template: no such file: {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"chat_template: {path} cannot be read: {error}") from error
-
-
-def _chatml_ending_with_eos(tokenizer: PreTrainedTokenizerBase) -> str:
-    # text such as "<|im_end|>" spelled in pieces would end nothing: generation stops at one token
-    if tokenizer.eos_token is None:
-        raise DataError(
-            'chat_template="chatml" ends a turn with <|im_end|> or the eos token, and this '
-            "tokenizer has neither; set tokenizer.eos_token"
-        )
-    return CHATML.replace(f"{_END}\\n'", "' + eos_token + '\\n'")
-
-
-def _is_token(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return len(ids) == 1 and ids[0] != tokenizer.unk_token_id
-
-
-def _needs_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    if not tokenizer.chat_template:
-        raise DataError(
-            "the tokenizer has no chat template, as is usual for base models; pass "
-            'chat_template="chatml" or the path of a .jinja template'
-        )
 
 
 class _TemplateErrors:
