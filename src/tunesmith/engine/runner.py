@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
-import math
 import platform
 import shutil
 import sys
@@ -17,19 +15,15 @@ from typing import Any
 
 import attrs
 
-from tunesmith.data.clean import DropLog, deduplicate, drop_empty, split
-from tunesmith.data.examples import Sourced
 from tunesmith.engine.models import content_hash, local_directory
 from tunesmith.engine.plan import Plan, PlannedStep, make_plan
-from tunesmith.engine.progress import ProgressCallback, peak_memory_bytes
 from tunesmith.engine.quiet import quiet_libraries
 from tunesmith.engine.result import RunResult
 from tunesmith.engine.session import open_session
 from tunesmith.engine.store import RunStore, Stage
-from tunesmith.errors import DataError, RunError
+from tunesmith.engine.training import StageTraining
 from tunesmith.plugin.events import (
     Event,
-    RowsDropped,
     RunFinished,
     RunStarted,
     StageFinished,
@@ -39,7 +33,6 @@ from tunesmith.plugin.events import (
 )
 from tunesmith.plugin.registry import Registry
 from tunesmith.plugin.session import Session
-from tunesmith.plugin.trainers import TrainingData
 from tunesmith.recipe import Recipe, plain
 
 __all__ = ["Listener", "run"]
@@ -173,64 +166,7 @@ class _Runner:
         session.use_method(self.registry.build(step.step))
 
     def train(self, step: PlannedStep, session: Session, directory: Path) -> Mapping[str, float]:
-        import torch
-        from transformers import PrinterCallback, set_seed
-        from transformers.trainer_utils import get_last_checkpoint
-
-        assert step.data is not None
-        config = step.config
-        drops = DropLog()
-        seed = session.seed if config.seed is None else config.seed
-        train, evaluation = self._rows(step, drops, seed)
-        checkpoints = directory / "checkpoints"
-        checkpoints.mkdir(exist_ok=True)
-        set_seed(seed)
-        session.trains = True
-        trainer = self.registry.build(step.step).build(
-            session, TrainingData(train, evaluation, drops.add), checkpoints
-        )
-        self._tell_drops(step, drops, directory, len(step.data.examples))
-        callback = ProgressCallback(step.name, self.emit, directory / "log.jsonl")
-        # transformers' own printer writes each log to stdout, with its numbers turned into text
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(callback)
-        if config.early_stopping is not None:
-            from transformers import EarlyStoppingCallback
-
-            trainer.add_callback(EarlyStoppingCallback(config.early_stopping))
-        resume = get_last_checkpoint(str(checkpoints))
-        if resume is not None:
-            self.emit(Warned(f"{step.name} goes on from {Path(resume).name}"))
-        trainer.train(resume_from_checkpoint=resume)
-        metrics = callback.metrics()
-        metrics["memory_bytes"] = float(peak_memory_bytes())
-        model = session.model
-        model.eval()
-        if session.method is not None:
-            session.method.save(model, directory / "adapter")
-        else:
-            from tunesmith.nn.saving import save_model
-
-            (directory / "model").mkdir(exist_ok=True)
-            save_model(model, session.tokenizer, directory / "model", base=session.base)
-        session.trains = False
-        logs = checkpoints / "runs"
-        if logs.is_dir():  # where transformers' tensorboard callback writes
-            logs.rename(directory / "tensorboard")
-        if not config.save_steps:
-            shutil.rmtree(checkpoints)
-        # let go of optimizer states and graph before the next stage
-        del trainer
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        loss = metrics.get("loss")
-        if loss is None or not math.isfinite(loss):
-            raise RunError(
-                f"{step.name}: the training loss is {loss}; nothing is kept of it; lower "
-                f"learning_rate (now {trainer_rate(step, session):g}), or look at the data"
-            )
-        return metrics
+        return StageTraining(step, session, directory, self.registry, self.emit, self.path).run()
 
     def evaluate(self, step: PlannedStep, session: Session, directory: Path) -> Mapping[str, float]:
         import torch
@@ -251,33 +187,6 @@ class _Runner:
         self.registry.build(step.step).export(session, target)
         size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
         return {"bytes": float(size)}
-
-    # data
-
-    def _rows(
-        self, step: PlannedStep, drops: DropLog, seed: int
-    ) -> tuple[Sequence[Sourced], Sequence[Sourced]]:
-        """Return the cleaned rows to train on and to evaluate on."""
-        assert step.data is not None
-        rows = drop_empty(step.data.examples, drops.add)
-        if step.config.deduplicate:
-            rows = deduplicate(rows, drops.add)
-        if not rows:
-            raise DataError(
-                f"{step.name}: every one of {len(step.data.examples)} rows of "
-                f"{step.data.description} was dropped: {drops.reasons}"
-            )
-        if step.eval_data is not None:
-            return rows, drop_empty(step.eval_data.examples, drops.add)
-        if step.config.eval_split:
-            return split(rows, step.config.eval_split, seed)
-        return rows, []
-
-    def _tell_drops(self, step: PlannedStep, drops: DropLog, directory: Path, total: int) -> None:
-        if len(drops):
-            drops.write(directory / "dropped.jsonl")
-            path = self.path / "stages" / step.name / "dropped.jsonl"
-            self.emit(RowsDropped(step.name, len(drops), total, drops.reasons, path))
 
     # what the run is resolved to
 
@@ -348,13 +257,6 @@ class _Runner:
 
 _STAGES = frozenset({"train", "evaluate", "export"})
 """Verbs whose work is kept; the others only say how the model is loaded."""
-
-
-def trainer_rate(step: PlannedStep, session: Session) -> float:
-    """Return the learning rate a training step ran with."""
-    assert step.plugin is not None
-    rate: float = step.plugin.load()(step.config).learning_rate(peft=session.method is not None)
-    return rate
 
 
 def _adapter_label(step: PlannedStep, session: Session) -> str:

@@ -1,0 +1,168 @@
+"""Trains one stage: rows, trainer, callbacks, where it goes on from, what is kept."""
+
+from __future__ import annotations
+
+import gc
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from tunesmith.data.clean import DropLog, deduplicate, drop_empty, split
+from tunesmith.data.examples import Sourced
+from tunesmith.engine.plan import PlannedStep
+from tunesmith.engine.progress import ProgressCallback, peak_memory_bytes
+from tunesmith.errors import DataError, RunError
+from tunesmith.plugin.events import Event, RowsDropped, Warned
+from tunesmith.plugin.registry import Registry
+from tunesmith.plugin.session import Session
+from tunesmith.plugin.trainers import TrainingData
+
+__all__ = ["StageTraining"]
+
+
+@attrs.define
+class StageTraining:
+    """One training stage at work in its directory."""
+
+    step: PlannedStep
+    session: Session
+    directory: Path
+    registry: Registry
+    emit: Callable[[Event], None]
+    run_path: Path
+    """The run directory."""
+
+    @property
+    def seed(self) -> int:
+        """Seed of the step: its option, or the recipe's."""
+        own: int | None = self.step.config.seed
+        return self.session.seed if own is None else own
+
+    @property
+    def checkpoints(self) -> Path:
+        """Directory that the trainer writes into."""
+        return self.directory / "checkpoints"
+
+    def run(self) -> Mapping[str, float]:
+        """Train, keep the weights in the stage's directory, and return the metrics."""
+        self.session.trains = True
+        trainer = self._trainer()
+        progress = self._listen(trainer)
+        trainer.train(resume_from_checkpoint=self._resume_point())
+        metrics = progress.metrics()
+        metrics["memory_bytes"] = float(peak_memory_bytes())
+        self._keep_weights()
+        self.session.trains = False
+        self._tidy()
+        del trainer
+        _release()
+        self._check_loss(metrics)
+        return metrics
+
+    def _trainer(self) -> Any:
+        """Return the plugin's trainer, with every row that it cannot use told."""
+        from transformers import set_seed
+
+        assert self.step.data is not None
+        drops = DropLog()
+        train, evaluation = self._rows(drops)
+        self.checkpoints.mkdir(exist_ok=True)
+        set_seed(self.seed)
+        trainer = self.registry.build(self.step.step).build(
+            self.session, TrainingData(train, evaluation, drops.add), self.checkpoints
+        )
+        self._tell_drops(drops, len(self.step.data.examples))
+        return trainer
+
+    def _listen(self, trainer: Any) -> ProgressCallback:
+        """Add the callbacks; return the one that gathers the metrics."""
+        from transformers import EarlyStoppingCallback, PrinterCallback
+
+        progress = ProgressCallback(self.step.name, self.emit, self.directory / "log.jsonl")
+        # transformers' own printer writes each log to stdout, with its numbers turned into text
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(progress)
+        if self.step.config.early_stopping is not None:
+            trainer.add_callback(EarlyStoppingCallback(self.step.config.early_stopping))
+        return progress
+
+    def _resume_point(self) -> str | None:
+        """Return the checkpoint to go on from, and say so."""
+        from transformers.trainer_utils import get_last_checkpoint
+
+        found: str | None = get_last_checkpoint(str(self.checkpoints))
+        if found is not None:
+            self.emit(Warned(f"{self.step.name} goes on from {Path(found).name}"))
+        return found
+
+    def _keep_weights(self) -> None:
+        """Save the adapter, or the whole model where all of it was trained."""
+        session = self.session
+        model = session.model
+        model.eval()
+        if session.method is not None:
+            session.method.save(model, self.directory / "adapter")
+        else:
+            from tunesmith.nn.saving import save_model
+
+            (self.directory / "model").mkdir(exist_ok=True)
+            save_model(model, session.tokenizer, self.directory / "model", base=session.base)
+
+    def _tidy(self) -> None:
+        logs = self.checkpoints / "runs"
+        if logs.is_dir():  # where transformers' tensorboard callback writes
+            logs.rename(self.directory / "tensorboard")
+        if not self.step.config.save_steps:
+            shutil.rmtree(self.checkpoints)
+
+    def _check_loss(self, metrics: Mapping[str, float]) -> None:
+        loss = metrics.get("loss")
+        if loss is None or not math.isfinite(loss):
+            raise RunError(
+                f"{self.step.name}: the training loss is {loss}; nothing is kept of it; lower "
+                f"learning_rate (now {self._rate():g}), or look at the data"
+            )
+
+    def _rate(self) -> float:
+        """Return the learning rate the step runs with."""
+        assert self.step.plugin is not None
+        trainer = self.step.plugin.load()(self.step.config)
+        rate: float = trainer.learning_rate(peft=self.session.method is not None)
+        return rate
+
+    def _rows(self, drops: DropLog) -> tuple[Sequence[Sourced], Sequence[Sourced]]:
+        """Return the cleaned rows to train on and to evaluate on."""
+        step = self.step
+        assert step.data is not None
+        rows = drop_empty(step.data.examples, drops.add)
+        if step.config.deduplicate:
+            rows = deduplicate(rows, drops.add)
+        if not rows:
+            raise DataError(
+                f"{step.name}: every one of {len(step.data.examples)} rows of "
+                f"{step.data.description} was dropped: {drops.reasons}"
+            )
+        if step.eval_data is not None:
+            return rows, drop_empty(step.eval_data.examples, drops.add)
+        if step.config.eval_split:
+            return split(rows, step.config.eval_split, self.seed)
+        return rows, []
+
+    def _tell_drops(self, drops: DropLog, total: int) -> None:
+        if len(drops):
+            drops.write(self.directory / "dropped.jsonl")
+            path = self.run_path / "stages" / self.step.name / "dropped.jsonl"
+            self.emit(RowsDropped(self.step.name, len(drops), total, drops.reasons, path))
+
+
+def _release() -> None:
+    """Let go of optimizer states and graph before the next stage."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
