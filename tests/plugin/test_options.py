@@ -151,6 +151,10 @@ def test_a_rate_that_yaml_reads_as_text_is_a_number():
         ("scale", "much", "a number"),
         ("scale", float("nan"), "a number"),
         ("scale", "nan", "a number"),
+        ("scale", float("inf"), "a number that is finite"),
+        ("scale", "-inf", "a number that is finite"),
+        ("scale", "1e999", "a number that is finite"),
+        ("learning_rate", float("inf"), "a number that is finite or nothing"),
         ("fast", 1, "true or false"),
         ("fast", "true", "true or false"),
         ("bias", 3, "text"),
@@ -197,6 +201,31 @@ def test_nan_passes_no_range(build):
     with pytest.raises(ValueError, match="got nan; expected"):
         build(None, attribute, float("nan"))
     build(None, attribute, None)
+
+
+@pytest.mark.parametrize("build", [at_least(0), more_than(0)])
+def test_infinity_passes_no_range(build):
+    with pytest.raises(ValueError, match="got inf; expected a number that is finite"):
+        build(None, attrs.fields(Base).rank, float("inf"))
+
+
+def test_no_float_of_any_plugin_takes_infinity_or_nan():
+    from tunesmith.plugin.registry import registry
+
+    tried = 0
+    for item in registry():
+        for field in attrs.fields(attrs.resolve_types(item.spec.config)):
+            if "float" not in str(field.type):
+                continue
+            for value in (float("inf"), float("-inf"), float("nan")):
+                tried += 1
+                with pytest.raises(OptionError, match=rf"option '{field.name}'.*got {value}"):
+                    structure(item.spec.config, {field.name: value}, name=item.spec.name)
+                # and where the class is built by hand
+                if field.validator is not None:
+                    with pytest.raises(ValueError, match=f"got {value}"):
+                        item.spec.config(**{field.name: value})
+    assert tried >= 24
 
 
 def test_a_config_built_in_python_is_checked_by_the_same_validators():
@@ -326,7 +355,7 @@ configs = st.builds(
     Config,
     rank=st.integers(1, 10**6),
     learning_rate=st.none() | st.floats(1e-9, 1.0),
-    scale=st.floats(allow_nan=False),
+    scale=st.floats(allow_nan=False, allow_infinity=False),
     dropout=st.floats(0, 0.99),
     bias=st.sampled_from(["none", "all", "lora_only"]),
     fast=st.booleans(),
@@ -334,7 +363,7 @@ configs = st.builds(
     skip=st.lists(names).map(tuple),
     layers=st.none() | st.lists(st.integers()).map(tuple),
     sizes=st.lists(st.integers()).map(tuple),
-    extra=st.dictionaries(names, st.floats(allow_nan=False)),
+    extra=st.dictionaries(names, st.floats(allow_nan=False, allow_infinity=False)),
     kind=st.sampled_from(["a", "b"]),
 )
 

@@ -74,8 +74,12 @@ def one_of(*allowed: Any) -> Validator:
 
 def _check(holds: Callable[[Any], bool], allowed: str) -> Validator:
     def validate(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+        if value is None:
+            return
         # `not holds` rather than its inverse: NaN compares false and must not pass
-        if value is not None and not holds(value):
+        if not isinstance(value, int) and not math.isfinite(value):
+            raise ValueError(f"got {value!r}; expected a number that is finite, {allowed}")
+        if not holds(value):
             raise ValueError(f"got {value!r}; expected {allowed}")
 
     return validate
@@ -109,9 +113,10 @@ def structure(config: type[C], options: Mapping[str, Any], *, name: str) -> C:
         try:
             structured = _converter.structure(value, field.type or Any)
         except Exception:
-            problems.append(
-                f"option '{key}' for {name}: got {value!r}; expected {_type_name(field.type)}"
-            )
+            expected = _type_name(field.type)
+            if _infinite(value):
+                expected = expected.replace("a number", "a number that is finite")
+            problems.append(f"option '{key}' for {name}: got {value!r}; expected {expected}")
             continue
         try:
             # a field with a converter is validated as converted, when the instance is built
@@ -194,13 +199,25 @@ def _type_name(hint: Any) -> str:
     return str(hint)
 
 
+def _infinite(value: Any) -> bool:
+    """Whether a value, or one in it, is infinite, written as a number or as text."""
+    if isinstance(value, (list, tuple)):
+        return any(map(_infinite, value))
+    if isinstance(value, Mapping):
+        return any(map(_infinite, value.values()))
+    try:
+        return isinstance(value, (float, str)) and math.isinf(float(value))
+    except ValueError:
+        return False
+
+
 def _integer(value: Any, _: Any) -> int:
     if isinstance(value, bool):
         raise TypeError("a boolean is not a number")
     if isinstance(value, str):
         value = float(value)
     if isinstance(value, float):
-        if not value.is_integer():
+        if not math.isfinite(value) or not value.is_integer():
             raise TypeError("not a whole number")
         return int(value)
     if not isinstance(value, int):
@@ -213,8 +230,8 @@ def _number(value: Any, _: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise TypeError("not a number")
     number = float(value)
-    if math.isnan(number):
-        raise ValueError("not a number")
+    if not math.isfinite(number):  # no option means anything by infinity
+        raise ValueError("not a finite number")
     return number
 
 
