@@ -52,8 +52,7 @@ class BitsAndBytes(Quantizer[BitsAndBytesConfig]):
         if stored is not None:
             self.check_stored(stored, directory)
             model = self.from_pretrained(directory, dtype=dtype, device=device)
-            model.requires_grad_(False)
-            return model
+            return _frozen(model)
         four = self.config.bits == 4
         config = transformers.BitsAndBytesConfig(
             load_in_4bit=four,
@@ -65,8 +64,7 @@ class BitsAndBytes(Quantizer[BitsAndBytesConfig]):
         model = self.from_pretrained(
             directory, dtype=dtype, device=device, quantization_config=config
         )
-        model.requires_grad_(False)
-        return model
+        return _frozen(model)
 
     def check_stored(self, stored: Mapping[str, Any], directory: Path | None) -> str:
         """Leave to the library what it has stored, if it is what the options ask for."""
@@ -117,3 +115,19 @@ class BitsAndBytes(Quantizer[BitsAndBytesConfig]):
             return count + 4 * shape[0]
         blocks = -(-count // 64)
         return -(-count // 2) + (blocks + 4 * -(-blocks // 256) if self.nested else 4 * blocks)
+
+
+def _frozen(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a model none of whose weights is trained, and which keeps them in one layout.
+
+    On a CPU with AVX512-BF16 the library packs a 4-bit weight another way at its first forward pass
+    in eval mode. Nothing unpacks it for training, and no gradient passes through the product with
+    it: after an evaluation, layers below would learn nothing, with a warning at most.
+    """
+    import bitsandbytes
+
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            vars(module)["support_avx512bf16_for_cpu"] = False
+    return model

@@ -170,11 +170,13 @@ class _Runner:
 
     def evaluate(self, step: PlannedStep, session: Session, directory: Path) -> Mapping[str, float]:
         import torch
+        from transformers import set_seed
 
         assert step.data is not None
         metric = self.registry.build(step.step)
         model = session.model
         model.eval()
+        set_seed(session.seed)
         with torch.no_grad():
             measured = metric.measure(session, [row.example for row in step.data.examples])
         return {name: float(value) for name, value in measured.items()}
@@ -184,7 +186,9 @@ class _Runner:
         if target.exists():
             shutil.rmtree(target)
         target.mkdir()
+        session.unload()
         self.registry.build(step.step).export(session, target)
+        session.unload()
         size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
         return {"bytes": float(size)}
 

@@ -27,7 +27,9 @@ class Session:
 
     The model is loaded when `model` is first read and not before, so a run whose stages are all
     finished loads nothing. What it is loaded from is `base` (a Hugging Face directory), how is the
-    quantizer's affair, and the adapter on top is the last one in `adapters`.
+    quantizer's affair, and the adapter on top is the last one in `adapters`. What is handed out
+    depends on these, and on whether it is to be trained, and not on what was loaded before: see
+    docs/adr/0014-stopping-and-what-a-stage-depends-on.md.
     """
 
     def __init__(
@@ -51,14 +53,26 @@ class Session:
         self.metrics: dict[str, Mapping[str, float]] = {}
         """Metrics of each finished stage by its name."""
         self.trains = False
-        """True while a trainer is about to train: decides what a model without method loads as."""
+        """Whether the step at work trains: `model` is then `model_for(trains=True)`."""
         self._model: Any = None
+        self._in_full = False
 
     @property
     def model(self) -> Any:
         """The model as it stands: base, with the method's adapter on it if there is a method."""
+        return self.model_for(trains=self.trains)
+
+    def model_for(self, *, trains: bool) -> Any:
+        """Return the model to train, or to measure and export; loaded anew if it was for the other.
+
+        A model without method is trained in fp32 whatever the run's dtype is, and all of it; for
+        anything else, and under a method, the base is in the run's dtype.
+        """
+        full = trains and self.method is None
+        if self._model is not None and self._in_full != full:
+            self.unload()
         if self._model is None:
-            self._model = self._load()
+            self._model, self._in_full = self._load(full), full
         return self._model
 
     @property
@@ -93,20 +107,20 @@ class Session:
             self._model = None
             gc.collect()
 
-    def _load(self) -> Any:
+    def _load(self, full: bool) -> Any:
         import torch
         from transformers import set_seed
 
+        # seeded here, so that what is made anew is the same whether or not earlier stages ran
+        set_seed(self.seed)
         # full fine-tuning keeps its weights in fp32: an update of 1e-5 is lost in 16 bits
-        full = self.method is None and self.trains
         dtype = torch.float32 if full else self.dtype
         model = self.quantizer.load(self.base, dtype=dtype, device=self.device)
         if self.method is None:
             if full:
                 model.requires_grad_(True)
             return model
-        # seeded here, so that a fresh adapter is the same whether or not earlier stages ran
-        set_seed(self.seed)
+        set_seed(self.seed)  # however many numbers the loading has drawn
         if self.adapters:
             latest = list(self.adapters.values())[-1]
             return self.method.load(model, latest)
