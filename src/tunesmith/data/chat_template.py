@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tunesmith.data import templates
 from tunesmith.errors import DataError
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) 
     """
     if template is None:
         needs_template(tokenizer)
+        templates.probe(tokenizer)
         return
     if template == "chatml":
         source = CHATML if _is_token(tokenizer, _END) else _chatml_ending_with_eos(tokenizer)
@@ -58,17 +60,8 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) 
         source = template
     else:
         source = _template_file(template)
-    import jinja2
-
     tokenizer.chat_template = source
-    try:
-        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
-    except jinja2.TemplateSyntaxError as error:
-        raise DataError(
-            f"chat_template, line {error.lineno}: not valid Jinja: {error.message}"
-        ) from error
-    except Exception:
-        return  # valid Jinja that refuses this probe may well take the data
+    templates.probe(tokenizer)
 
 
 def _template_file(template: str) -> str:

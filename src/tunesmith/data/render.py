@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import attrs
 
+from tunesmith.data import templates
 from tunesmith.data.chat_template import CHATML, needs_template, set_chat_template
 from tunesmith.data.examples import Conversation, Message, Preference, Text
 from tunesmith.errors import DataError
@@ -204,14 +205,8 @@ class Renderer:
     ) -> str:
         """Return what the chat template writes, with the header of an answer if `answer`."""
         needs_template(self.tokenizer)
-        with _TemplateErrors():
-            text: str = self.tokenizer.apply_chat_template(
-                [message.to_dict() for message in messages],
-                tools=[dict(tool) for tool in tools] or None,
-                add_generation_prompt=answer,
-                tokenize=False,
-            )
-        return text
+        written = [message.to_dict() for message in messages]
+        return templates.render(self.tokenizer, written, tools, answer=answer)
 
     # --- which characters are trained -------------------------------------------------------------
 
@@ -340,18 +335,8 @@ class Renderer:
         Taken as characters: transformers' own mask of tokens trains all that follows where a marked
         span ends in whitespace and the tokenizer trims its offsets.
         """
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        with _TemplateErrors():
-            _, spans = render_jinja_template(
-                conversations=[[message.to_dict() for message in messages]],
-                tools=[dict(tool) for tool in tools] or None,
-                chat_template=template,
-                return_assistant_tokens_mask=True,
-                add_generation_prompt=False,
-                **self.tokenizer.special_tokens_map,
-            )
-        return [(start, end) for start, end in spans[0]]
+        written = [message.to_dict() for message in messages]
+        return templates.render_marked(self.tokenizer, written, tools, template)
 
     def _within(self, marked: Iterable[Span], turn: Span, text: str) -> list[Span]:
         """Return the marked spans cut to one turn, with the token that ends the turn."""
@@ -424,20 +409,6 @@ class Renderer:
                     'template does not write tool calls; pass chat_template="chatml", which does, '
                     "or another template with tool_calls"
                 )
-
-
-class _TemplateErrors:
-    """Turns what a template raises into a `DataError`; Jinja code can raise almost anything."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: Any, trace: Any) -> None:
-        if isinstance(error, Exception):
-            raise DataError(
-                f"the chat template refuses this conversation: {error}; change the roles or "
-                "fields of these rows to what the template takes, or pass another chat_template"
-            ) from error
 
 
 def _token_starts(offsets: Sequence[Span]) -> list[int]:
