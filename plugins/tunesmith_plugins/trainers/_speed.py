@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import transformers
 
     from tunesmith.nn.head_logps import Headless
+    from tunesmith.nn.own_loss import OwnLoss
     from tunesmith.plugin.session import Session
     from tunesmith.plugin.trainers import TrainerConfig
 
-__all__ = ["headless_model", "prepare", "trainer_class"]
+__all__ = ["loss_of_model", "prepare", "trainer_class"]
 
 
 def trainer_class() -> Any:
@@ -31,8 +33,16 @@ def trainer_class() -> Any:
             self._operations_of_token: float | None = None
 
         def train(self, *args: Any, **kwargs: Any) -> Any:
-            with remembered(self.model), clipped_by_kernels(self.accelerator):
+            with (
+                remembered(self.model),
+                clipped_by_kernels(self.accelerator),
+                self.in_training_mode(),
+            ):
                 return super().train(*args, **kwargs)
+
+        def in_training_mode(self) -> AbstractContextManager[None]:
+            """Return what holds while it trains; nothing more than usual, here."""
+            return nullcontext()
 
         def floating_point_ops(self, inputs: dict[str, Any]) -> float:
             tokens = inputs["input_ids"].numel() if "input_ids" in inputs else 0
@@ -45,16 +55,18 @@ def trainer_class() -> Any:
     return FastTrainer
 
 
-def headless_model(
+def loss_of_model(
     session: Session, config: TrainerConfig, arguments: transformers.TrainingArguments
-) -> Headless | None:
-    """Return the model in two parts, or None where the loss is taken from the logits as ever.
+) -> tuple[Headless | None, OwnLoss]:
+    """Return the model in two parts, or None where the loss is not taken so, and its own loss.
 
     Which it is, and why, is logged.
     """
     from tunesmith.nn.head_logps import split_head
+    from tunesmith.nn.own_loss import own_loss
 
     log = logging.getLogger("tunesmith")
+    own = own_loss(session.model)
     if not config.chunked_loss:
         found: Headless | str = "chunked_loss is off"
     elif arguments.bf16 or arguments.fp16:
@@ -62,12 +74,16 @@ def headless_model(
     elif arguments.world_size > 1:
         found = "with several processes the model is wrapped as a whole"
     else:
-        found = split_head(session.model)
+        found = split_head(session.model, own)
     if isinstance(found, str):
         log.info("loss: from the logits of all tokens at once (%s)", found)
-        return None
-    log.info("loss: from hidden states, without holding the logits")
-    return found
+        headless = None
+    else:
+        log.info("loss: from hidden states, without holding the logits")
+        headless = found
+    if own.text and own.text != found:
+        log.info("loss: %s", own.text)
+    return headless, own
 
 
 def prepare(session: Session, config: TrainerConfig) -> None:

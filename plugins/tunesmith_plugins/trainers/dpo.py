@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import attrs
 
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, RunError
 from tunesmith.plugin.options import between, more_than
 from tunesmith.plugin.trainers import (
     Trainer,
@@ -20,17 +18,25 @@ from tunesmith.plugin.trainers import (
     reading,
     training_arguments,
 )
-from tunesmith_plugins.trainers._speed import headless_model, prepare, trainer_class
+from tunesmith_plugins.trainers._counted import Measured, RowNames, counted_trainer_class
+from tunesmith_plugins.trainers._speed import loss_of_model, prepare
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from contextlib import AbstractContextManager
+
     import torch
     import transformers
 
     from tunesmith.data.examples import Preference, Sourced
     from tunesmith.nn.head_logps import Headless
+    from tunesmith.nn.own_loss import OwnLoss
     from tunesmith.plugin.session import Session
 
 __all__ = ["DPO", "DPOConfig"]
+
+Pair: TypeAlias = tuple[dict[str, Any], str]
+"""A rendered pair, {"chosen", "rejected"}, and where it stands."""
 
 
 @attrs.frozen(kw_only=True)
@@ -60,8 +66,9 @@ class DPO(Trainer[DPOConfig]):
         from tunesmith.data.pack import PreferenceCollator, padding_id
 
         collator = PreferenceCollator(padding_id(session.tokenizer))
-        train = self._seen(self._render(session, data.train, data), session.seed)
-        evaluation = self._render(session, data.evaluation, data)
+        named = self._seen(self._render(session, data.train, data), session.seed)
+        held_out = self._render(session, data.evaluation, data)
+        train, evaluation = ([pair for pair, _ in pairs] for pairs in (named, held_out))
         if not train:
             raise DataError(
                 f"dpo: none of {len(data.train)} pairs fits max_length={self.config.max_length} "
@@ -69,15 +76,17 @@ class DPO(Trainer[DPOConfig]):
             )
         prepare(session, self.config)
         arguments = training_arguments(self, session, data, directory, label_names=["labels"])
+        headless, own = loss_of_model(session, self.config, arguments)
         trainer = _trainer_class()(
-            headless=headless_model(session, self.config, arguments),
+            headless=headless,
+            own=own,
             beta=self.config.beta,
             label_smoothing=self.config.label_smoothing,
             model=session.model,
             args=arguments,
             train_dataset=train,
             eval_dataset=evaluation or None,
-            data_collator=collator,
+            data_collator=RowNames(collator, [*named, *held_out]),
             processing_class=session.tokenizer,
         )
         trainer.add_reference([*train, *evaluation])
@@ -90,7 +99,7 @@ class DPO(Trainer[DPOConfig]):
             return self.config.learning_rate
         return 5e-6 if peft else 5e-7
 
-    def _seen(self, pairs: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+    def _seen(self, pairs: list[Pair], seed: int) -> list[Pair]:
         """Return the pairs that max_steps lets the training see, drawn at random.
 
         The reference of a pair that no step comes to would be computed for nothing.
@@ -103,20 +112,18 @@ class DPO(Trainer[DPOConfig]):
             return pairs
         return random.Random(seed if config.seed is None else config.seed).sample(pairs, count)
 
-    def _render(
-        self, session: Session, rows: Sequence[Sourced], data: TrainingData
-    ) -> list[dict[str, Any]]:
+    def _render(self, session: Session, rows: Sequence[Sourced], data: TrainingData) -> list[Pair]:
         from tunesmith.data.render import Renderer
 
         renderer = Renderer(session.tokenizer, self.config.max_length)
-        pairs: list[dict[str, Any]] = []
+        pairs: list[Pair] = []
         for row in rows:
             with reading(row):
                 chosen, rejected = renderer.preference(cast("Preference", row.example))
             if chosen.trained == 0 or rejected.trained == 0:
                 data.drop(row.where, "no answer token left within max_length")
                 continue
-            pairs.append({"chosen": chosen, "rejected": rejected})
+            pairs.append(({"chosen": chosen, "rejected": rejected}, row.where))
         return pairs
 
 
@@ -125,24 +132,31 @@ def _trainer_class() -> Any:
     import torch
     import torch.nn.functional as F
 
-    from tunesmith.nn.logps import completion_logps
+    from tunesmith.nn.eval_mode import held_in_eval
+    from tunesmith.nn.logps import by_row, completion_logps, logps_of_logits
 
-    class DPOTrainer(trainer_class()):  # type: ignore[misc]
-        """Computes the DPO loss and logs rewards as TRL names them."""
+    class DPOTrainer(counted_trainer_class()):  # type: ignore[misc]
+        """Computes the DPO loss and logs rewards as TRL names them.
+
+        What a model's own loss adds to the likelihood of its labels (the routers of a mixture of
+        experts) is added to this one as well, and logged as `aux_loss`; an evaluation is without.
+        """
 
         def __init__(
-            self, *, headless: Headless | None, beta: float, label_smoothing: float, **kwargs: Any
+            self,
+            *,
+            headless: Headless | None,
+            own: OwnLoss,
+            beta: float,
+            label_smoothing: float,
+            **kwargs: Any,
         ) -> None:
             super().__init__(**kwargs)
             self._headless = headless
+            self._own = own
             self.beta = beta
             self.label_smoothing = label_smoothing
-            # the loss below is a mean over pairs: let the loop divide by the accumulation steps
-            self.model_accepts_loss_kwargs = False
-            self._measured: dict[str, dict[str, list[float]]] = {
-                "train": defaultdict(list),
-                "eval": defaultdict(list),
-            }
+            self._compared = False
 
         def add_reference(self, pairs: list[dict[str, Any]]) -> None:
             """Write the present model's log-probabilities into each pair."""
@@ -164,26 +178,37 @@ def _trainer_class() -> Any:
                         pair["reference_rejected_logps"] = float(bad)
             model.train(was_training)
 
-        def train(self, *args: Any, **kwargs: Any) -> Any:
-            # dropout would make the policy differ from its reference at step 0
-            with _without_dropout(self.model):
-                return super().train(*args, **kwargs)
+        def in_training_mode(self) -> AbstractContextManager[None]:
+            # the reference was asked in eval mode: whatever is random in training would make the
+            # policy another model than that at step 0
+            held: AbstractContextManager[None] = held_in_eval(self.model)
+            return held
 
-        def compute_loss(
-            self,
-            model: torch.nn.Module,
-            inputs: dict[str, torch.Tensor],
-            return_outputs: bool = False,
-            num_items_in_batch: Any = None,
-        ) -> Any:
-            logps, counts = self._logps(model, inputs)
+        def items_in(self, batch: Mapping[str, Any]) -> int:
+            return len(batch["reference_chosen_logps"])
+
+        def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kw: Any) -> Any:
+            # kept for the comparison below, which names rows
+            self._rows = self.rows_of(inputs) if not self._compared else []
+            return super().compute_loss(model, inputs, *args, **kw)
+
+        def measure(self, model: Any, inputs: dict[str, Any], *, training: bool) -> Measured:
+            if training and self._own.further:
+                (logps, counts), aux = self._logps_and_aux(model, inputs)
+            else:
+                (logps, counts), aux = self._logps(model, inputs), None
             chosen, rejected = logps.chunk(2)  # [pairs] each
+            if training and not self._compared:
+                self._compared = True
+                if self.state.global_step == 0:
+                    self._compare(logps, counts, inputs)
             chosen_ratio = chosen - inputs["reference_chosen_logps"]
             rejected_ratio = rejected - inputs["reference_rejected_logps"]
             margin = self.beta * (chosen_ratio - rejected_ratio)
             smoothing = self.label_smoothing
             losses = -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
             values = {
+                "loss": losses,
                 "rewards/chosen": self.beta * chosen_ratio,
                 "rewards/rejected": self.beta * rejected_ratio,
                 "rewards/margins": margin,
@@ -191,31 +216,40 @@ def _trainer_class() -> Any:
                 "logps/chosen": chosen,
                 "logps/rejected": rejected,
             }
-            store = self._measured["train" if model.training else "eval"]
-            for name, value in values.items():
-                store[name].append(float(value.detach().mean()))
-            loss = losses.mean()
-            return (loss, {"logps": logps, "counts": counts}) if return_outputs else loss
+            sums = {name: value.sum() for name, value in values.items()}
+            if aux is not None:
+                sums["aux_loss"] = aux * len(chosen)
+                sums["loss"] = sums["loss"] + sums["aux_loss"]
+            return Measured(sums, torch.tensor(len(chosen), device=logps.device))
 
-        def prediction_step(
-            self,
-            model: torch.nn.Module,
-            inputs: dict[str, torch.Tensor],
-            prediction_loss_only: bool,
-            ignore_keys: list[str] | None = None,
-        ) -> tuple[torch.Tensor, None, None]:
-            inputs = self._prepare_inputs(inputs)
-            with torch.no_grad(), self.compute_loss_context_manager():
-                loss = self.compute_loss(model, inputs)
-            return loss.detach(), None, None
-
-        def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-            part = "eval" if any(key.startswith("eval_") for key in logs) else "train"
-            prefix = "eval_" if part == "eval" else ""
-            for name, values in self._measured[part].items():
-                logs[prefix + name] = sum(values) / len(values)
-            self._measured[part].clear()
-            super().log(logs, *args, **kwargs)
+        def _compare(
+            self, logps: torch.Tensor, counts: torch.Tensor, inputs: dict[str, Any]
+        ) -> None:
+            """Raise if the policy is not the reference, which it is before the first update."""
+            chosen = inputs["reference_chosen_logps"]
+            reference = torch.cat([chosen, inputs["reference_rejected_logps"]])
+            off = (logps.detach() - reference).abs()
+            # sums over tokens whose errors of rounding have nothing to do with each other; a 16-bit
+            # model is off by some hundredths a token where rows are batched or padded otherwise
+            exact = self.model.dtype == torch.float32 and not torch.is_autocast_enabled(
+                logps.device.type
+            )
+            each, share = (1e-3, 1e-4) if exact else (0.15, 5e-3)
+            allowed = each * counts.to(off).sqrt() + share * reference.abs()
+            # not the other way round: what is no number is told where the loss is looked at
+            if not bool((off > allowed).any()):
+                return
+            worst = int((off - allowed).argmax())
+            names = self._rows
+            where = f"{names[worst % len(names)]}: " if names else ""
+            side = "chosen" if worst < len(chosen) else "rejected"
+            raise RunError(
+                f"dpo: {where}before the first update the model gives the {side} answer a "
+                f"log-probability of {float(logps[worst]):.4f} and gave it, as its own reference, "
+                f"{float(reference[worst]):.4f}; they have to be equal: something in this model is "
+                "random, or depends on what else is in the batch; set its dropout rates to 0 in "
+                "config.json, or try batch_size=1"
+            )
 
         def _logps(
             self, model: Any, inputs: dict[str, torch.Tensor]
@@ -227,21 +261,13 @@ def _trainer_class() -> Any:
                 inputs["labels"],
             )
 
+        def _logps_and_aux(
+            self, model: Any, inputs: dict[str, torch.Tensor]
+        ) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+            """Return log-probabilities and counts, and what the own loss has beside them."""
+            names = ("input_ids", "attention_mask", "labels")
+            output = model(**{name: inputs[name] for name in names}, use_cache=False)
+            token_logps, wanted = logps_of_logits(output.logits, inputs["labels"])
+            return by_row(token_logps, wanted), output.loss + token_logps.mean()
+
     return DPOTrainer
-
-
-@contextmanager
-def _without_dropout(model: torch.nn.Module) -> Iterator[None]:
-    """Set every dropout to 0 and put it back afterwards."""
-    import torch
-
-    held = [
-        (module, module.p) for module in model.modules() if isinstance(module, torch.nn.Dropout)
-    ]
-    for module, _ in held:
-        module.p = 0.0
-    try:
-        yield
-    finally:
-        for module, p in held:
-            module.p = p

@@ -16,16 +16,18 @@ from tunesmith.plugin.trainers import (
     reading,
     training_arguments,
 )
-from tunesmith_plugins.trainers._speed import headless_model, prepare, trainer_class
+from tunesmith_plugins.trainers._counted import Measured, RowNames, counted_trainer_class
+from tunesmith_plugins.trainers._speed import loss_of_model, prepare
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import transformers
 
     from tunesmith.data.examples import Conversation, Sourced
     from tunesmith.data.render import Rendered, Renderer
     from tunesmith.nn.head_logps import Headless
+    from tunesmith.nn.own_loss import OwnLoss
     from tunesmith.plugin.session import Session
 
 __all__ = ["SFT", "SFTConfig"]
@@ -78,23 +80,25 @@ class SFT(Trainer[SFTConfig]):
         prepare(session, config)
         pad = padding_id(session.tokenizer)
         collator: Any = PaddingCollator(pad)
-        train_rows: list[Any] = train
-        evaluation_rows: list[Any] = evaluation
+        train_rows: list[Any] = [row for row, _ in train]
+        evaluation_rows: list[Any] = [row for row, _ in evaluation]
         if config.packing:
             reason = packing_supported(model)
             if reason is not None:
                 raise ModelError(f"sft: packing=True does not work with this model: {reason}")
             collator = PackingCollator(pad)
-            train_rows = pack(train, config.max_length)
-            evaluation_rows = pack(evaluation, config.max_length)
+            train_rows = pack(train_rows, config.max_length)
+            evaluation_rows = pack(evaluation_rows, config.max_length)
         arguments = training_arguments(self, session, data, directory)
+        headless, own = loss_of_model(session, config, arguments)
         trainer: transformers.Trainer = _trainer_class()(
-            headless=headless_model(session, config, arguments),
+            headless=headless,
+            own=own,
             model=model,
             args=arguments,
             train_dataset=train_rows,
             eval_dataset=evaluation_rows or None,
-            data_collator=collator,
+            data_collator=RowNames(collator, [*train, *evaluation]),
             processing_class=session.tokenizer,
         )
         return trainer
@@ -104,38 +108,51 @@ def _trainer_class() -> Any:
     """Return the `transformers.Trainer` subclass; a function, so that listing imports no torch."""
     import torch
 
-    class SFTTrainer(trainer_class()):  # type: ignore[misc]
-        """Takes the loss from hidden states where the model has been taken apart for that."""
+    from tunesmith.nn.head_logps import shifted
+    from tunesmith.nn.logps import logps_of_logits
 
-        def __init__(self, *, headless: Headless | None, **kwargs: Any) -> None:
+    class SFTTrainer(counted_trainer_class()):  # type: ignore[misc]
+        """Takes the loss from hidden states where the model has been taken apart for that.
+
+        Where it has not, it is the model's own, with whatever terms that has. An evaluation is the
+        mean negative log-likelihood of the trained tokens in any case, as the metric `loss` is.
+        """
+
+        def __init__(self, *, headless: Headless | None, own: OwnLoss, **kwargs: Any) -> None:
             super().__init__(**kwargs)
             self._headless = headless
+            self._own = own
 
-        def compute_loss(
-            self,
-            model: torch.nn.Module,
-            inputs: dict[str, Any],
-            return_outputs: bool = False,
-            num_items_in_batch: Any = None,
-        ) -> Any:
-            if self._headless is None:
-                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        def items_in(self, batch: Mapping[str, Any]) -> torch.Tensor:
+            return shifted(batch["labels"])[1].sum()
+
+        def measure(self, model: Any, inputs: dict[str, Any], *, training: bool) -> Measured:
+            labels = inputs["labels"]
+            if training and self._headless is None and self._own.usable:
+                count = self.items_in(inputs)
+                # a mean over the batch's tokens; by their number it is weighed among the others
+                return Measured({"loss": model(**inputs).loss * count}, count)
             others = {name: value for name, value in inputs.items() if name != "labels"}
-            logps, wanted = self._headless.token_logps(others, inputs["labels"])
-            count = wanted.sum() if num_items_in_batch is None else num_items_in_batch
-            loss = -logps.sum() / count
-            return (loss, {}) if return_outputs else loss
+            if self._headless is not None:
+                logps, wanted = self._headless.token_logps(others, labels)
+            else:
+                logits = model(**{"use_cache": False, **others}).logits
+                logps, wanted = logps_of_logits(logits, labels)
+            return Measured({"loss": -logps.sum()}, wanted.sum())
 
     return SFTTrainer
 
 
-def _render(renderer: Renderer, rows: Sequence[Sourced], data: TrainingData) -> list[Rendered]:
-    rendered: list[Rendered] = []
+def _render(
+    renderer: Renderer, rows: Sequence[Sourced], data: TrainingData
+) -> list[tuple[Rendered, str]]:
+    """Return each row that leaves something to learn, rendered, and where it stands."""
+    rendered: list[tuple[Rendered, str]] = []
     for row in rows:
         with reading(row):
             tokens = renderer.conversation(cast("Conversation", row.example))
         if tokens.trained == 0:
             data.drop(row.where, "no token to learn within max_length")
             continue
-        rendered.append(tokens)
+        rendered.append((tokens, row.where))
     return rendered

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attrs
 from transformers import TrainerCallback
 
 from tunesmith.plugin.events import Event, Progress
@@ -21,6 +22,9 @@ CLOCKS = frozenset({"train_runtime", "train_tokens_per_second", "total_flos"})
 LAST_SHARE = 0.1
 """The reported loss is the mean over this last share of the steps."""
 
+LOSS_OVER = "loss_over"
+"""Logged by a trainer that counts: how many trained tokens or pairs `loss` is the mean over."""
+
 
 class ProgressCallback(TrainerCallback):  # type: ignore[misc]
     """Emits a Progress event at each log and writes it to log.jsonl."""
@@ -32,7 +36,7 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         self.began = time.perf_counter()
         self.first_step = 0
         self.first_tokens = 0
-        self.losses: list[float] = []
+        self.losses: list[_Loss] = []
         self.last: dict[str, float] = {}
         self.tokens = 0
 
@@ -52,7 +56,7 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
             return
         logs = {key: value for key, value in logs.items() if key not in CLOCKS}
         self._write(state.global_step, logs)
-        self._note(logs)
+        self._note(state.global_step, logs)
         self.tokens = int(state.num_input_tokens_seen)
         elapsed = max(1e-9, time.perf_counter() - self.began)
         done = state.global_step - self.first_step
@@ -67,7 +71,7 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
                 tokens_per_second=(self.tokens - self.first_tokens) / elapsed,
                 eta_seconds=left * elapsed / done if done else 0.0,
                 memory_bytes=peak_memory_bytes(),
-                metrics={key: value for key, value in logs.items() if key != "loss"},
+                metrics={k: value for k, value in logs.items() if k not in ("loss", LOSS_OVER)},
             )
         )
 
@@ -76,9 +80,8 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         elapsed = max(1e-9, time.perf_counter() - self.began)
         found: dict[str, float] = {}
         if self.losses:
-            tail = self.losses[-max(1, round(len(self.losses) * LAST_SHARE)) :]
-            found["loss_first"] = self.losses[0]
-            found["loss"] = sum(tail) / len(tail)
+            found["loss_first"] = self.losses[0].mean
+            found["loss"] = _mean_of_last(self.losses)
         found |= {
             key: value
             for key, value in self.last.items()
@@ -96,16 +99,40 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
             for row in kept:
                 stream.write(json.dumps(row) + "\n")
         for row in kept:
-            self._note(row)
+            self._note(int(row.get("step", 0)), row)
 
-    def _note(self, logs: dict[str, float]) -> None:
+    def _note(self, step: int, logs: dict[str, float]) -> None:
         if "loss" in logs:
-            self.losses.append(float(logs["loss"]))
+            before = self.losses[-1].step if self.losses else 0
+            steps = step - before
+            self.losses.append(_Loss(step, steps, float(logs["loss"]), logs.get(LOSS_OVER, steps)))
         self.last |= {key: float(v) for key, v in logs.items() if isinstance(v, (int, float))}
 
     def _write(self, step: int, logs: dict[str, float]) -> None:
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"step": step, **logs}) + "\n")
+
+
+@attrs.frozen
+class _Loss:
+    """A logged loss: a mean over all the steps since the one logged before."""
+
+    step: int
+    steps: int
+    mean: float
+    over: float
+    """What it weighs beside others: trained tokens, pairs, or steps where nothing is counted."""
+
+
+def _mean_of_last(losses: list[_Loss]) -> float:
+    """Return the mean over the last share of the steps, or over a little more if logs are rare."""
+    wanted = max(1, round(losses[-1].step * LAST_SHARE))
+    taken = losses[-1:]
+    for each in reversed(losses[:-1]):
+        if sum(loss.steps for loss in taken) >= wanted:
+            break
+        taken.append(each)
+    return sum(loss.mean * loss.over for loss in taken) / sum(loss.over for loss in taken)
 
 
 def peak_memory_bytes() -> int:

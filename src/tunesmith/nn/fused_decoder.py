@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tunesmith.nn import fused_layers, varlen_attention
+from tunesmith.nn.eval_mode import CHECKPOINTS
 from tunesmith.nn.lora_linear import LoraLinear, hooked
 from tunesmith.nn.nf4_linear import NF4Linear, frozen_arguments
 from tunesmith.nn.prompt import disagreement
@@ -312,6 +313,7 @@ def _checkpoints(layer: Any) -> bool:
     Earlier releases of transformers do that around the forward that this stands in for.
     """
     asked = getattr(layer, "gradient_checkpointing", False) and layer.training
+    asked = asked or CHECKPOINTS in vars(layer)
     return asked and type(layer).__call__ is nn.Module.__call__
 
 

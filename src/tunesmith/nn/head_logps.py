@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from tunesmith.data.render import IGNORE_INDEX
 from tunesmith.errors import OpError
+from tunesmith.nn.own_loss import OwnLoss, own_loss
 from tunesmith.ops.elementwise import logps_
 from tunesmith.ops.native import pooled_empty
 
@@ -122,11 +123,13 @@ def shifted(labels: Tensor) -> tuple[Tensor, Tensor]:
     return targets[wanted], wanted
 
 
-def split_head(model: Any) -> Headless | str:
+def split_head(model: Any, own: OwnLoss | None = None) -> Headless | str:
     """Take a causal language model apart, or return why that cannot be done.
 
     It is found out by trying: a model of any architecture will do whose logits are a frozen linear
-    layer's of what its body returns. `model` may be wrapped by PEFT.
+    layer's of what its body returns, and whose own loss, if that is one of next tokens, is made of
+    these logits and nothing else. `model` may be wrapped by PEFT; `own` is what `own_loss` said
+    of it, asked here if it is not given.
     """
     base = model
     if hasattr(model, "get_base_model"):
@@ -146,7 +149,8 @@ def split_head(model: Any) -> Headless | str:
     off = _difference(base, headless)
     if off > 0.0:
         return f"its logits are not what its head makes of its hidden states (off by {off:.2g})"
-    return headless
+    own = own_loss(model) if own is None else own
+    return headless if own.plain else own.text
 
 
 def _difference(model: Any, headless: Headless) -> float:

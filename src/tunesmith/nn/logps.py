@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tunesmith.nn.head_logps import Headless, shifted
 
-__all__ = ["completion_logps"]
+__all__ = ["by_row", "completion_logps", "logps_of_logits"]
 
 
 def completion_logps(
@@ -26,10 +26,25 @@ def completion_logps(
     if isinstance(model, Headless):
         token_logps, wanted = model.token_logps(inputs, labels)
     else:
-        logits = model(**inputs, use_cache=False).logits
-        targets, wanted = shifted(labels)
-        picked = logits[:, :-1][wanted].float()  # [labelled tokens, vocabulary]
-        token_logps = -F.cross_entropy(picked, targets, reduction="none")
+        token_logps, wanted = logps_of_logits(model(**inputs, use_cache=False).logits, labels)
+    return by_row(token_logps, wanted)
+
+
+def logps_of_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the log-probability of each labelled token, and where these tokens are.
+
+    `logits` [rows, length or more, vocabulary]: what is more stands before the first label (tokens
+    of an adapter). Only those that a label needs are brought to fp32. Returns what
+    `Headless.token_logps` does.
+    """
+    targets, wanted = shifted(labels)
+    logits = logits[:, -labels.shape[1] :]
+    picked = logits[:, :-1][wanted].float()  # [labelled tokens, vocabulary]
+    return -F.cross_entropy(picked, targets, reduction="none"), wanted
+
+
+def by_row(token_logps: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sum of each row's log-probabilities, fp32 [rows], and how many, int64 [rows]."""
     row_of_token = wanted.nonzero(as_tuple=True)[0]
-    sums = torch.zeros(labels.shape[0], dtype=torch.float32, device=labels.device)
+    sums = torch.zeros(len(wanted), dtype=torch.float32, device=token_logps.device)
     return sums.index_add(0, row_of_token, token_logps), wanted.sum(dim=1)

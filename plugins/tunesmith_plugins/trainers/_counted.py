@@ -1,0 +1,184 @@
+"""Figures that do not depend on how rows were batched: each is a mean over all that it is of.
+
+transformers' own evaluation is a mean of batch means, and its own log a mean of step means, so that
+a batch of one short answer weighs as much as one of three long ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from tunesmith_plugins.trainers._speed import trainer_class
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["ROWS", "Measured", "RowNames", "counted_trainer_class"]
+
+ROWS = "rows"
+"""Key of a batch under which the numbers of its rows stand; no model is given them."""
+
+
+@attrs.frozen(eq=False)
+class Measured:
+    """What was measured on a batch, as sums: `loss` and whatever else is reported."""
+
+    sums: Mapping[str, torch.Tensor]
+    """Scalars; a gradient flows through "loss" alone."""
+    count: torch.Tensor
+    """How many items the sums are over: trained tokens, or pairs."""
+
+
+class RowNames:
+    """Makes batches by another collator, and notes in each which rows it is of.
+
+    `names` holds (row, where it stands); a row may be an item of the data set, or one in a list
+    that is an item (a packed block).
+    """
+
+    def __init__(
+        self, collator: Callable[[Sequence[Any]], dict[str, Any]], names: list[tuple[Any, str]]
+    ) -> None:
+        self.collator = collator
+        self.names = [name for _, name in names]
+        self._kept = [row for row, _ in names]  # so that no other object gets the id of one
+        self._numbers = {id(row): number for number, row in enumerate(self._kept)}
+
+    def __call__(self, items: Sequence[Any]) -> dict[str, Any]:
+        """Return the batch, with int64 [rows] under `ROWS`."""
+        import torch
+
+        batch = self.collator(items)
+        rows = [row for item in items for row in (item if isinstance(item, list) else [item])]
+        batch[ROWS] = torch.tensor([self._numbers[id(row)] for row in rows], dtype=torch.int64)
+        return batch
+
+    def named(self, batch: Mapping[str, Any]) -> list[str]:
+        """Return where the rows of a batch stand, such as "train.jsonl, row 3"."""
+        return [self.names[int(number)] for number in batch.get(ROWS, ())]
+
+
+def counted_trainer_class() -> Any:
+    """Return a `transformers.Trainer` whose steps and figures are means over items.
+
+    It is a function so that listing trainers imports no torch.
+    """
+    import torch
+
+    class CountedTrainer(trainer_class()):  # type: ignore[misc]
+        """A subclass says what is measured on a batch and how many items are in one.
+
+        An optimizer step minimises the sum over all items of its forward passes, divided by their
+        number. What is logged is the same over all steps since the last log, and `loss_over` beside
+        it is the number of items; an evaluation is over all that it has seen.
+        """
+
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            # the loss of a step is divided here, by what is in it
+            self.model_accepts_loss_kwargs = True
+            self.loss_is_scaled_for_ga = True
+            self._sums: dict[str, _Sums] = {"train": _Sums(), "eval": _Sums()}
+
+        def measure(self, model: Any, inputs: dict[str, Any], *, training: bool) -> Measured:
+            raise NotImplementedError
+
+        def items_in(self, batch: Mapping[str, Any]) -> Any:
+            """Return how many items a batch has."""
+            raise NotImplementedError
+
+        def rows_of(self, batch: Mapping[str, Any]) -> list[str]:
+            """Return where the rows of a batch stand: file and row."""
+            names = getattr(self.data_collator, "named", None)
+            return names(batch) if names is not None else []
+
+        def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+            samples, _ = super().get_batch_samples(*args, **kwargs)
+            count = sum(self.items_in(batch) for batch in samples)
+            if self.args.world_size > 1:
+                held = torch.as_tensor(count, device=self.args.device)
+                count = self.accelerator.gather(held).sum()
+            return samples, count
+
+        def compute_loss(
+            self,
+            model: torch.nn.Module,
+            inputs: dict[str, Any],
+            return_outputs: bool = False,
+            num_items_in_batch: Any = None,
+        ) -> Any:
+            inputs = {name: value for name, value in inputs.items() if name != ROWS}
+            measured = self.measure(model, inputs, training=True)
+            self._sums["train"].add(measured)
+            count = measured.count if num_items_in_batch is None else num_items_in_batch
+            loss = measured.sums["loss"] / count
+            if self.args.world_size > 1:  # gradients are averaged over processes
+                loss = loss * self.accelerator.num_processes
+            return (loss, {}) if return_outputs else loss
+
+        def prediction_step(
+            self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+        ) -> tuple[torch.Tensor, None, None]:
+            inputs = self._prepare_inputs(inputs)
+            inputs = {name: value for name, value in inputs.items() if name != ROWS}
+            with torch.no_grad(), self.compute_loss_context_manager():
+                measured = self.measure(model, inputs, training=False)
+            self._sums["eval"].add(measured)
+            return (measured.sums["loss"] / measured.count).detach(), None, None
+
+        def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+            self._sums["eval"].clear()
+            output = super().evaluation_loop(*args, **kwargs)
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            means, _ = self._sums["eval"].take(self.accelerator)
+            output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
+            return output
+
+        def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            if "loss" in logs and len(self._sums["train"]):
+                means, count = self._sums["train"].take(self.accelerator)
+                logs.update(means, loss_over=count)
+            super().log(logs, *args, **kwargs)
+
+    return CountedTrainer
+
+
+class _Sums:
+    """Sums and counts of the batches seen since they were last taken.
+
+    They stay where they were computed until then: bringing a number to the CPU waits for a GPU.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, list[torch.Tensor]] = {}
+        self._counts: list[torch.Tensor] = []
+
+    def __len__(self) -> int:
+        return len(self._counts)
+
+    def add(self, measured: Measured) -> None:
+        for name, value in measured.sums.items():
+            self._sums.setdefault(name, []).append(value.detach())
+        self._counts.append(measured.count.detach())
+
+    def clear(self) -> None:
+        self._sums.clear()
+        self._counts.clear()
+
+    def take(self, accelerator: Any) -> tuple[dict[str, float], float]:
+        """Return means by name and the number of items they are over, and begin anew."""
+        import torch
+
+        def total(values: list[torch.Tensor]) -> float:
+            mine = torch.stack(values)
+            if accelerator.num_processes > 1:
+                mine = accelerator.gather(mine)
+            return float(mine.cpu().double().sum())
+
+        count = total(self._counts)
+        means = {name: total(values) / count for name, values in self._sums.items()}
+        self.clear()
+        return means, count
