@@ -49,14 +49,20 @@ class StageTraining:
 
     def run(self) -> Mapping[str, float]:
         """Train, keep the weights in the stage's directory, and return the metrics."""
+        from transformers import set_seed
+
+        # loaded anew, before and after: what a stage does to a model in memory stays in it
+        self.session.unload()
         self.session.trains = True
         trainer = self._trainer()
         progress = self._listen(trainer)
+        set_seed(self.seed)  # however many numbers rendering and building have drawn
         trainer.train(resume_from_checkpoint=self._resume_point())
         metrics = progress.metrics()
         metrics["memory_bytes"] = float(peak_memory_bytes())
         self._keep_weights()
         self.session.trains = False
+        self.session.unload()
         self._tidy()
         del trainer
         _release()
