@@ -275,11 +275,15 @@ class Verbs:
         *,
         dtype: str = "auto",
         shard_gb: float = 2.0,
+        verify: bool = True,
     ) -> Self:
         """Adapter added into the base.
 
         dtype: Dtype of the saved weights; auto takes the run's compute dtype.
         shard_gb: Size of a .safetensors file in GiB; one shard and one tensor are in memory at a
             time.
+        verify: Open what was written and compare it with the adapter on its base: weight by weight,
+            and by the logits of a few rows. It takes about as long again; the two are not in memory
+            at once.
         """
         return self  # a declaration; the decorator appends the step

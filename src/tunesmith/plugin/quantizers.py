@@ -24,6 +24,11 @@ class Quantizer(Generic[C]):
     a quantizer overrides what it does otherwise.
     """
 
+    own_error: float = 0.0
+    """By how much the quantized layers' own arithmetic differs from that with `dense_weight`, as a
+    share of the logits; a merge is allowed that much more. 0 where they compute with those values;
+    not so for a quantizer that rounds activations too."""
+
     def __init__(self, config: C) -> None:
         self.config = config
 

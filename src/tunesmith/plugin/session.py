@@ -52,6 +52,8 @@ class Session:
         """Directory of each finished adapter by the label of the step that trained it."""
         self.metrics: dict[str, Mapping[str, float]] = {}
         """Metrics of each finished stage by its name."""
+        self.samples: tuple[str, ...] = ()
+        """A few texts of the run's own data, to try a model on."""
         self.trains = False
         """Whether the step at work trains: `model` is then `model_for(trains=True)`."""
         self._model: Any = None
