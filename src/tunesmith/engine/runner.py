@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,7 @@ class _Runner:
             shutil.rmtree(target)
         target.mkdir()
         session.unload()
+        session.samples = _samples(self.plan.steps)
         self.registry.build(step.step).export(session, target)
         session.unload()
         size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
@@ -266,6 +268,21 @@ _STAGES = frozenset({"train", "evaluate", "export"})
 def _adapter_label(step: PlannedStep, session: Session) -> str:
     """Return the step's label, or its numbered name where the label is taken."""
     return step.step.label if step.step.label not in session.adapters else step.name
+
+
+def _samples(steps: Sequence[PlannedStep], count: int = 4) -> tuple[str, ...]:
+    """Return the text of a few rows that a run reads, for an exporter to try its model on."""
+    found: list[str] = []
+    for step in steps:
+        for row in islice(step.data.examples if step.data is not None else (), count):
+            example: Any = row.example
+            turns = [
+                turn.content
+                for part in ("messages", "prompt", "chosen", "completion")
+                for turn in getattr(example, part, ())
+            ]
+            found.append(getattr(example, "text", None) or "\n".join(turns))
+    return tuple(text for text in found if text)[:count]
 
 
 def _recipe_text(recipe: Recipe) -> str:
