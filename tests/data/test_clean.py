@@ -37,7 +37,7 @@ def sourced(*examples):
 
 def test_a_later_row_that_says_the_same_is_dropped_and_the_log_tells_which_it_repeats():
     log = DropLog()
-    rows = sourced(talk("a b", "c"), talk("x", "y"), talk("a  b\n", " c"))
+    rows = sourced(talk("a b", "c"), talk("x", "y"), talk("a b\n", "c "))
     assert deduplicate(rows, log.add) == rows[:2]
     assert [(e.where, e.reason, e.detail) for e in log.entries] == [
         ("row 3", "duplicate", "of row 1")
@@ -75,7 +75,7 @@ def test_rows_that_differ_in_role_tools_or_shape_are_no_duplicates(other):
         (Preference([user("a")], [assistant(" ")], [assistant("b")]), "chosen is blank"),
         (Preference([user("a")], [assistant("b")], [assistant("")]), "rejected is blank"),
         (
-            Preference([user("a")], [assistant("b c")], [assistant("b  c")]),
+            Preference([user("a")], [assistant("b c")], [assistant("b c\n")]),
             "chosen and rejected are equal",
         ),
         (Labeled([user("a")], [assistant("")], True), "the completion is blank"),

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from tunesmith.data.examples import Conversation, Message, Preference, Text
 from tunesmith.data.render import IGNORE_INDEX, Rendered, Renderer, set_chat_template
@@ -251,26 +251,11 @@ def test_without_any_end_token_it_says_what_to_do():
         Renderer(tokenizer_with(ENDLESS, eos=None), 100).conversation(conversation("a", "b"))
 
 
-def test_a_generation_block_without_the_end_token_trains_it_all_the_same():
-    tokenizer = tokenizer_with(GENERATION, eos="<|im_end|>")
-    row = Renderer(tokenizer, 10_000).conversation(conversation("a", "b", "c", "d"))
-    assert trained_text(tokenizer, row) == "b<|im_end|>d<|im_end|>"
-
-
-def test_a_generation_block_that_marks_nothing_is_an_error():
-    template = CHATML + "{% if false %}{% generation %}{% endgeneration %}{% endif %}"
-    with pytest.raises(DataError, match="marks nothing of the assistant"):
-        Renderer(tokenizer_with(template), 100).conversation(conversation("a", "b"))
-
-
-def test_generation_blocks_are_trusted_where_prefixes_cannot_be_told():
-    template = GENERATION.replace(*ANOTHER_PROMPT)
-    tokenizer = tokenizer_with(template, eos="<|im_end|>")
-    renderer = Renderer(tokenizer, 10_000)
-    row = renderer.conversation(conversation("a", "b", "c", "d"))
-    assert trained_text(tokenizer, row) == "b<|im_end|>d<|im_end|>"
-    with pytest.raises(DataError, match="writes the prompt in another way"):
-        renderer.preference(Preference([user("q")], [assistant("a")], [assistant("b")]))
+def test_whole_turns_are_trained_whatever_a_template_marks_as_generation():
+    for template in (GENERATION, GENERATION_OF_ALL):
+        tokenizer = tokenizer_with(template, eos="<|im_end|>")
+        row = Renderer(tokenizer, 10_000).conversation(conversation("a", "b", "c", "d"))
+        assert trained_text(tokenizer, row) == "b<|im_end|>d<|im_end|>"
 
 
 def test_a_template_that_writes_a_last_turn_otherwise_still_trains_earlier_turns_as_they_stand():
@@ -431,12 +416,11 @@ def test_a_word_tokenizer_that_drops_whitespace_trains_the_same_words():
     assert tokenizer.convert_ids_to_tokens(trained) == ["hello", "there", "<|im_end|>"]
 
 
-def test_a_slow_tokenizer_is_refused_with_a_way_out():
-    class Slow:
-        is_fast = False
-
-    with pytest.raises(DataError, match=r"got the tokenizer Slow, .* a fast tokenizer"):
-        Renderer(Slow(), 10)
+def test_a_slow_tokenizer_does_as_well_as_a_fast_one():
+    tokenizer = ByT5Tokenizer()
+    tokenizer.chat_template = ENDLESS
+    row = Renderer(tokenizer, 1000).conversation(conversation("a", " bc\n", "d", "ef"))
+    assert trained_text(tokenizer, row) == " bc\nef</s>"
 
 
 def test_a_tokenizer_without_template_says_what_to_pass():

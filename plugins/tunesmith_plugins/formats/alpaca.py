@@ -9,7 +9,8 @@ from tunesmith.data.examples import Conversation, Message
 from tunesmith.errors import RowError
 from tunesmith.plugin.formats import Format
 from tunesmith.plugin.options import NoOptions
-from tunesmith_plugins.formats._fields import count, got, system_message, text
+from tunesmith_plugins.formats._fields import count, got, no_label, text
+from tunesmith_plugins.formats._turns import with_system
 
 __all__ = ["Alpaca"]
 
@@ -30,7 +31,8 @@ class Alpaca(Format[NoOptions]):
 
     def convert(self, row: Mapping[str, Any]) -> Conversation:
         """Return the conversation in a row; `RowError` names the field that is wrong."""
-        messages = [*system_message(row), *_history(row)]
+        no_label(row)
+        messages = with_system(row, _history(row))
         instruction = text(row, "instruction")
         given = text(row, "input", optional=True)
         asked = "\n\n".join(part for part in (instruction, given) if part.strip())

@@ -9,14 +9,9 @@ from tunesmith.data.examples import Message, Preference
 from tunesmith.errors import RowError
 from tunesmith.plugin.formats import Format
 from tunesmith.plugin.options import NoOptions
-from tunesmith_plugins.formats._fields import (
-    count,
-    got,
-    needs_assistant,
-    system_message,
-    tools,
-    turns,
-)
+from tunesmith_plugins.formats._calls import tools, without_filled
+from tunesmith_plugins.formats._fields import count, got
+from tunesmith_plugins.formats._turns import needs_assistant, same_turn, turns, with_system
 
 __all__ = ["PreferencePairs"]
 
@@ -29,7 +24,8 @@ class PreferencePairs(Format[NoOptions]):
 
     The prompt stands in `prompt` (a text or turns) or in `conversations` (turns). Without either
     it is what chosen and rejected, as whole conversations, have in common at their start; with
-    one, a chosen and a rejected that both repeat it are taken without the repetition.
+    one, what chosen and rejected repeat of it is shown once, and turns that they have before it
+    belong to it.
     """
 
     def recognise(self, row: Mapping[str, Any]) -> int:
@@ -39,15 +35,25 @@ class PreferencePairs(Format[NoOptions]):
     def convert(self, row: Mapping[str, Any]) -> Preference:
         """Return the preference in a row; `RowError` names the field that is wrong."""
         chosen, rejected = _side(row, "chosen"), _side(row, "rejected")
+        needs_assistant(chosen, "chosen")
+        needs_assistant(rejected, "rejected")
         prompt = _prompt(row)
         if prompt is None:
             shared = _shared(chosen, rejected)
             prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-        elif _begins_with(chosen, prompt) and _begins_with(rejected, prompt):
-            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+        else:
+            before_chosen, chosen = _parted(prompt, chosen, "chosen")
+            before_rejected, rejected = _parted(prompt, rejected, "rejected")
+            prompt = _longer(before_chosen, before_rejected)
         needs_assistant(chosen, "chosen")
         needs_assistant(rejected, "rejected")
-        return Preference([*system_message(row), *prompt], chosen, rejected, tools(row))
+        known = tools(row)
+        return Preference(
+            without_filled(with_system(row, prompt), known),
+            without_filled(chosen, known),
+            without_filled(rejected, known),
+            known,
+        )
 
 
 def _side(row: Mapping[str, Any], field: str) -> list[Message]:
@@ -73,8 +79,52 @@ def _prompt(row: Mapping[str, Any]) -> list[Message] | None:
     return turns(row, field)
 
 
-def _begins_with(side: Sequence[Message], prompt: Sequence[Message]) -> bool:
-    return len(side) > len(prompt) and list(side[: len(prompt)]) == list(prompt)
+def _parted(
+    prompt: Sequence[Message], side: Sequence[Message], field: str
+) -> tuple[list[Message], list[Message]]:
+    """Return the prompt with the turns a side has before it, and what the side goes on with.
+
+    A side may repeat the whole prompt or its last turns, may begin earlier than it does, and may
+    bring the system turn or leave it out.
+    """
+    system, asked = _system(prompt)
+    own_system, said = _system(side)
+    whole = len(asked)
+    # a side that the assistant begins repeats the prompt only if the assistant begins that as well
+    answers = bool(said) and said[0].role == "assistant"
+    for end in (whole, *(() if answers else range(1, len(said)))):
+        repeated = min(end, whole)
+        if not repeated or end >= len(said):
+            continue
+        if all(map(same_turn, asked[whole - repeated :], said[end - repeated : end])):
+            if system and own_system and not same_turn(system[0], own_system[0]):
+                raise RowError(field, "another system turn than the prompt's", "the same, or none")
+            return [*(system or own_system), *said[: end - repeated], *asked], said[end:]
+    if own_system or (said[0].role == "user" and asked and asked[-1].role == "user"):
+        raise RowError(
+            field,
+            f"turns that begin with a {side[0].role} turn other than the prompt's",
+            "the answer, or a whole conversation that has the prompt in it",
+        )
+    return list(prompt), list(side)
+
+
+def _system(messages: Sequence[Message]) -> tuple[list[Message], list[Message]]:
+    """Return a system turn at the beginning, if there is one, and the other turns."""
+    begins = 1 if messages and messages[0].role == "system" else 0
+    return list(messages[:begins]), list(messages[begins:])
+
+
+def _longer(one: list[Message], other: list[Message]) -> list[Message]:
+    """Return of two prompts, one of which may begin earlier, the one that says more."""
+    if len(one) < len(other):
+        one, other = other, one
+    system, asked = _system(other)
+    if all(map(same_turn, asked, one[len(one) - len(asked) :])) and (
+        not system or same_turn(system[0], one[0])
+    ):
+        return one
+    raise RowError("rejected", "other turns before the prompt than chosen has", "the same turns")
 
 
 def _shared(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:
@@ -82,7 +132,7 @@ def _shared(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:
     # each side keeps at least its last turn, also where one continues the other or both are equal
     most = min(len(chosen), len(rejected)) - 1
     shared = 0
-    while shared < most and chosen[shared] == rejected[shared]:
+    while shared < most and _as_prompt(chosen[shared], rejected[shared]):
         shared += 1
     if not any(message.role == "user" for message in chosen[:shared]):
         raise RowError(
@@ -91,3 +141,8 @@ def _shared(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:
             "a prompt; or chosen and rejected as whole conversations that begin with it",
         )
     return shared
+
+
+def _as_prompt(one: Message, other: Message) -> bool:
+    """Return whether two turns are one; of the assistant's, white space may be the difference."""
+    return same_turn(one, other) and (one.role != "assistant" or one.content == other.content)

@@ -8,13 +8,9 @@ from typing import Any
 from tunesmith.data.examples import Conversation
 from tunesmith.plugin.formats import Format
 from tunesmith.plugin.options import NoOptions
-from tunesmith_plugins.formats._fields import (
-    count,
-    needs_assistant,
-    system_message,
-    tools,
-    turns,
-)
+from tunesmith_plugins.formats._calls import tools, without_filled
+from tunesmith_plugins.formats._fields import count, no_label
+from tunesmith_plugins.formats._turns import needs_assistant, turns, with_system
 
 __all__ = ["ShareGPT"]
 
@@ -22,9 +18,9 @@ __all__ = ["ShareGPT"]
 class ShareGPT(Format[NoOptions]):
     """Rows of `conversations` [{from, value}], optionally with `system` and `tools`.
 
-    A function_call turn that spells {"name", "arguments"} as JSON becomes an assistant message
-    with `tool_calls` and no content, which is what chat templates read; one that spells something
-    else stays as text. An observation becomes a turn of the role tool.
+    A function_call turn that spells {"name", "arguments"} as JSON becomes `tool_calls`, which is
+    what chat templates read, of one turn with what the assistant says right before; one that spells
+    something else stays as text. An observation becomes a turn of the role tool.
     """
 
     def recognise(self, row: Mapping[str, Any]) -> int:
@@ -33,6 +29,8 @@ class ShareGPT(Format[NoOptions]):
 
     def convert(self, row: Mapping[str, Any]) -> Conversation:
         """Return the conversation in a row; `RowError` names the field that is wrong."""
+        no_label(row)
         messages = turns(row, "conversations")
         needs_assistant(messages, "conversations")
-        return Conversation([*system_message(row), *messages], tools(row))
+        known = tools(row)
+        return Conversation(without_filled(with_system(row, messages), known), known)

@@ -17,16 +17,26 @@ __all__ = ["Loss"]
 
 
 class Loss(Metric[MetricConfig]):
-    """`loss` in nats per trained token, averaged over tokens, and `perplexity` = exp(loss)."""
+    """`loss` in nats per trained token, averaged over tokens, and `perplexity` = exp(loss).
+
+    `rows_cut` counts conversations measured without the end of an answer, `rows_dropped` those
+    with no answer token within max_length.
+    """
 
     def measure(self, session: Session, examples: Sequence[Conversation]) -> Mapping[str, float]:
-        """Return loss, perplexity and the number of tokens they are over."""
+        """Return loss, perplexity, the number of tokens they are over, and of rows left out."""
         from tunesmith.data.pack import PaddingCollator, padding_id
         from tunesmith.data.render import Renderer
         from tunesmith.nn.logps import completion_logps
 
         renderer = Renderer(session.tokenizer, self.config.max_length)
-        rows = [row for row in map(renderer.conversation, examples) if row.trained > 0]
+        rendered = [renderer.sequences(example) for example in examples]
+        rows = [row for every in rendered for row in every if row.trained > 0]
+        dropped = sum(not any(row.trained for row in every) for every in rendered)
+        cut = sum(
+            any(row.trained for row in every) and any(row.truncated for row in every)
+            for every in rendered
+        )
         if not rows:
             raise DataError(
                 f"loss: none of {len(examples)} conversations has an answer token within "
@@ -43,4 +53,10 @@ class Loss(Metric[MetricConfig]):
             tokens += int(counts.sum())
         loss = total / tokens
         perplexity = math.exp(loss) if loss < 700 else math.inf
-        return {"loss": loss, "perplexity": perplexity, "tokens": float(tokens)}
+        return {
+            "loss": loss,
+            "perplexity": perplexity,
+            "tokens": float(tokens),
+            "rows_cut": float(cut),
+            "rows_dropped": float(dropped),
+        }

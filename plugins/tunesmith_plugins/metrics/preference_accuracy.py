@@ -16,10 +16,14 @@ __all__ = ["PreferenceAccuracy"]
 
 
 class PreferenceAccuracy(Metric[MetricConfig]):
-    """`accuracy` in 0..1 and `margin` in nats, by the summed log-probability of each answer."""
+    """`accuracy` in 0..1 and `margin` in nats, by the summed log-probability of each answer.
+
+    `pairs_cut` counts pairs measured without the end of an answer, `pairs_dropped` those with no
+    answer token within max_length.
+    """
 
     def measure(self, session: Session, examples: Sequence[Preference]) -> Mapping[str, float]:
-        """Return accuracy, mean margin, and the number of pairs; a tie is no success."""
+        """Return accuracy, mean margin, and numbers of pairs; a tie is no success."""
         from tunesmith.data.pack import PreferenceCollator, padding_id
         from tunesmith.data.render import Renderer
         from tunesmith.nn.logps import completion_logps
@@ -48,4 +52,8 @@ class PreferenceAccuracy(Metric[MetricConfig]):
             "accuracy": sum(margin > 0 for margin in margins) / len(margins),
             "margin": sum(margins) / len(margins),
             "pairs": float(len(margins)),
+            "pairs_cut": float(
+                sum(pair["chosen"].truncated or pair["rejected"].truncated for pair in pairs)
+            ),
+            "pairs_dropped": float(len(rendered) - len(pairs)),
         }

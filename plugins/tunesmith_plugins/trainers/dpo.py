@@ -123,6 +123,8 @@ class DPO(Trainer[DPOConfig]):
             if chosen.trained == 0 or rejected.trained == 0:
                 data.drop(row.where, "no answer token left within max_length")
                 continue
+            if chosen.truncated or rejected.truncated:
+                data.cut(row.where, f"the answer is cut at max_length={renderer.max_length}")
             pairs.append(({"chosen": chosen, "rejected": rejected}, row.where))
         return pairs
 

@@ -150,9 +150,11 @@ def _render(
     rendered: list[tuple[Rendered, str]] = []
     for row in rows:
         with reading(row):
-            tokens = renderer.conversation(cast("Conversation", row.example))
-        if tokens.trained == 0:
+            every = renderer.sequences(cast("Conversation", row.example))
+        kept = [tokens for tokens in every if tokens.trained > 0]
+        if not kept:
             data.drop(row.where, "no token to learn within max_length")
-            continue
-        rendered.append((tokens, row.where))
+        elif len(kept) < len(every) or any(tokens.truncated for tokens in kept):
+            data.cut(row.where, f"the answer is cut at max_length={renderer.max_length}")
+        rendered += [(tokens, row.where) for tokens in kept]
     return rendered

@@ -67,8 +67,8 @@ class DropLog:
 def deduplicate(examples: Iterable[Sourced], drop: Drop) -> list[Sourced]:
     """Return the examples without those that say exactly what an earlier one says.
 
-    Runs of whitespace count as one space. The reason is "duplicate"; a `DropLog` is told as well
-    which row stands first.
+    Whitespace counts, as it may be code, but for that at the end of a text. The reason is
+    "duplicate"; a `DropLog` is told as well which row stands first.
     """
     first: dict[bytes, str] = {}
     kept: list[Sourced] = []
@@ -129,7 +129,7 @@ def split(
 
 
 def _content(example: Any) -> bytes:
-    """Return a digest of what an example says, blind to the amount of whitespace."""
+    """Return a digest of what an example says."""
     text = json.dumps(_plain(example), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).digest()
 
@@ -139,7 +139,7 @@ def _plain(value: Any) -> Any:
         fields = {f.name: _plain(getattr(value, f.name)) for f in attrs.fields(type(value))}
         return {"": type(value).__name__, **fields}
     if isinstance(value, str):
-        return " ".join(value.split())
+        return value.rstrip()
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -153,7 +153,11 @@ def _emptiness(example: Any) -> str:
         case Text(text):
             return "" if text.strip() else "the text is blank"
         case Conversation(messages):
-            return "" if _says(messages) else "no assistant turn says anything"
+            if _says(messages):
+                return ""
+            learned = any(message.role == "assistant" and message.trained for message in messages)
+            untrained = not learned and any(message.role == "assistant" for message in messages)
+            return "no turn is to be learned" if untrained else "no assistant turn says anything"
         case Preference(_, chosen, rejected):
             if not _says(chosen):
                 return "chosen is blank"
@@ -169,7 +173,10 @@ def _emptiness(example: Any) -> str:
 
 
 def _says(messages: Sequence[Message]) -> bool:
+    """Return whether a turn that is to be learned says or calls anything."""
     return any(
-        message.role == "assistant" and (message.content.strip() or message.extra.get("tool_calls"))
+        message.role == "assistant"
+        and message.trained
+        and (message.content.strip() or message.extra.get("tool_calls"))
         for message in messages
     )

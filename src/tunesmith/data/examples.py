@@ -33,6 +33,8 @@ class Message:
     content: str
     extra: Mapping[str, Any] = attrs.field(factory=dict)
     """Further keys that the template may read, such as "tool_calls" or "name"."""
+    trained: bool = True
+    """False for a turn of the assistant that is shown and not learned; others are never learned."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the mapping that `apply_chat_template` reads."""

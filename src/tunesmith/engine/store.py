@@ -9,6 +9,7 @@
         adapter/ or model/     what it made
         log.jsonl              what the trainer logged
         dropped.jsonl          rows that were left out, and why
+        cut.jsonl              rows that are used without the end of their answer
       stages/.03-sft.partial/  a stage at work, or one that was interrupted
       superseded/              finished stages that a changed recipe has replaced
 

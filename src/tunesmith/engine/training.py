@@ -16,7 +16,7 @@ from tunesmith.data.examples import Sourced
 from tunesmith.engine.plan import PlannedStep
 from tunesmith.engine.progress import ProgressCallback, peak_memory_bytes
 from tunesmith.errors import DataError, RunError
-from tunesmith.plugin.events import Event, RowsDropped, Warned
+from tunesmith.plugin.events import Event, RowsCut, RowsDropped, Warned
 from tunesmith.plugin.registry import Registry
 from tunesmith.plugin.session import Session
 from tunesmith.plugin.trainers import TrainingData
@@ -35,6 +35,8 @@ class StageTraining:
     emit: Callable[[Event], None]
     run_path: Path
     """The run directory."""
+    cuts: DropLog = attrs.field(factory=DropLog, init=False)
+    """Rows that are used without the end of their answer."""
 
     @property
     def seed(self) -> int:
@@ -60,6 +62,8 @@ class StageTraining:
         trainer.train(resume_from_checkpoint=self._resume_point())
         metrics = progress.metrics()
         metrics["memory_bytes"] = float(peak_memory_bytes())
+        if len(self.cuts):
+            metrics["rows_cut"] = float(len(self.cuts))
         self._keep_weights()
         self.session.trains = False
         self.session.unload()
@@ -79,9 +83,12 @@ class StageTraining:
         self.checkpoints.mkdir(exist_ok=True)
         set_seed(self.seed)
         trainer = self.registry.build(self.step.step).build(
-            self.session, TrainingData(train, evaluation, drops.add), self.checkpoints
+            self.session,
+            TrainingData(train, evaluation, drops.add, self.cuts.add),
+            self.checkpoints,
         )
         self._tell_drops(drops, len(self.step.data.examples))
+        self._tell_cuts(len(self.step.data.examples))
         return trainer
 
     def _listen(self, trainer: Any) -> ProgressCallback:
@@ -163,6 +170,13 @@ class StageTraining:
             drops.write(self.directory / "dropped.jsonl")
             path = self.run_path / "stages" / self.step.name / "dropped.jsonl"
             self.emit(RowsDropped(self.step.name, len(drops), total, drops.reasons, path))
+
+    def _tell_cuts(self, total: int) -> None:
+        cuts = self.cuts
+        if len(cuts):
+            cuts.write(self.directory / "cut.jsonl")
+            path = self.run_path / "stages" / self.step.name / "cut.jsonl"
+            self.emit(RowsCut(self.step.name, len(cuts), total, cuts.reasons, path))
 
 
 def _release() -> None:

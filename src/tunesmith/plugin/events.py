@@ -11,6 +11,7 @@ import attrs
 __all__ = [
     "Event",
     "Progress",
+    "RowsCut",
     "RowsDropped",
     "RunFinished",
     "RunStarted",
@@ -85,6 +86,18 @@ class RowsDropped(Event):
     total: int
     reasons: Mapping[str, int]
     """How many rows for each reason."""
+    path: Path
+
+
+@attrs.frozen
+class RowsCut(Event):
+    """Rows are used and do not teach where to end: their answers were cut; listed in `path`."""
+
+    stage: str
+    count: int
+    total: int
+    reasons: Mapping[str, int]
+    """How many rows for each reason, which says at what length."""
     path: Path
 
 

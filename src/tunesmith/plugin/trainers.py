@@ -48,6 +48,8 @@ class TrainingData:
     """Held-out examples; empty if no evaluation was asked for."""
     drop: Callable[[str, str], None]
     """`drop(where, reason)` records a row that the trainer cannot use."""
+    cut: Callable[[str, str], None] = attrs.field(default=lambda where, reason: None)
+    """`cut(where, reason)` records a row that is used without the end of its answer."""
 
 
 @attrs.frozen(kw_only=True)

@@ -16,6 +16,7 @@ import attrs
 from tunesmith.plugin.events import (
     Event,
     Progress,
+    RowsCut,
     RowsDropped,
     RunFinished,
     RunStarted,
@@ -139,7 +140,9 @@ class ConsoleReporter:
                 self._end_stage()
                 self._say(f"{event.stage}{_GAP}reused: recipe, data and versions unchanged", "dim")
             case RowsDropped():
-                self._dropped(event)
+                self._listed(event, "dropped")
+            case RowsCut():
+                self._listed(event, "cut the answers of")
             case Warned():
                 self._say(f"warning: {event.text}", "yellow")
             case StageFinished():
@@ -153,11 +156,11 @@ class ConsoleReporter:
             case _:
                 pass
 
-    def _dropped(self, event: RowsDropped) -> None:
+    def _listed(self, event: RowsDropped | RowsCut, what: str) -> None:
         reasons = sorted(event.reasons.items(), key=lambda item: -item[1])
         why = ", ".join(f"{count:,} {reason}" for reason, count in reasons)
         self._say(
-            f"{event.stage}{_GAP}dropped {event.count:,} of {event.total:,} rows"
+            f"{event.stage}{_GAP}{what} {event.count:,} of {event.total:,} rows"
             f"{': ' if why else ''}{why}; listed in {event.path}",
             "yellow",
         )
