@@ -248,7 +248,7 @@ def test_a_missing_file_is_answered_with_what_lies_beside_it(tmp_path):
 
 
 def test_a_file_of_another_kind_is_answered_with_the_kinds_that_are_read(tmp_path):
-    with pytest.raises(DataError, match=r"ends in '\.xlsx'; expected \.json, .*\.parquet, each"):
+    with pytest.raises(DataError, match=r"ends in '\.xlsx'; expected \.json, .*\.arrow, each"):
         read_rows(write(tmp_path / "t.xlsx", "x"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="a directory without any data file; expected files that"):
