@@ -47,6 +47,7 @@ __all__ = [
     "iter_rows",
     "parse_json",
     "read_rows",
+    "refuse_iterator",
 ]
 
 

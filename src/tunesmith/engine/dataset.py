@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 from typing import Any
 
 import attrs
 
-from tunesmith.data.examples import EXAMPLE_TYPES, Sourced
-from tunesmith.data.sources import Row, describe, fingerprint, read_rows
-from tunesmith.errors import DataError, RowError
+from tunesmith.data.examples import EXAMPLE_TYPES, Example, Sourced
+from tunesmith.data.sources import Reading, Row, describe, refuse_iterator
+from tunesmith.errors import DataError, PluginError, RowError, TunesmithError
 from tunesmith.plugin.formats import Format
 from tunesmith.plugin.registry import Registered, Registry
 
@@ -44,28 +46,71 @@ def load_data(data: Any, format_name: str | None, registry: Registry) -> LoadedD
     Errors: `DataError` that lists what is wrong, with file and row; `PluginError` for a format that
     is unknown.
     """
-    rows = read_rows(data)
+    refuse_iterator(data)
     description = describe(data)
-    if not rows:
-        raise DataError(f"{description}: holds no rows; expected at least one")
+    # one pass: rows are dropped as soon as they are examples, and what is hashed is what was read
+    reading = Reading(data, marked=True)
+    rows = iter(reading)
+    sample = list(islice(rows, SAMPLE))
     if format_name is None:
-        item, reader = detect_format(rows, description, registry)
+        item, reader = detect_format(sample, description, registry)
     else:
         item = registry.find("formats", format_name)
         reader = _reader(item)
     examples: list[Sourced] = []
-    bad: list[RowError] = []
-    for row in rows:
+    bad: list[str] = []
+    count = 0
+    for row in chain(sample, rows):
         try:
-            examples.append(Sourced(reader.convert(row.values), row.where))
-        except RowError as error:
-            bad.append(error.at(row.where))
+            examples.append(Sourced(_example(reader, item, row), row.where))
+        except DataError as error:
+            count += 1
+            if len(bad) < SHOWN:
+                bad.append(str(error))
     if bad:
-        lines = [str(error) for error in bad[:SHOWN]]
-        if len(bad) > SHOWN:
-            lines.append(f"... and {len(bad) - SHOWN} more rows of {len(rows)} like these")
-        raise DataError(f"read as {item.spec.name}:\n     " + "\n     ".join(lines))
-    return LoadedData(description, item.spec.name, examples, fingerprint(data))
+        if count > SHOWN:
+            bad.append(f"... and {count - SHOWN} more rows of {reading.count} like these")
+        raise DataError(f"read as {item.spec.name}:\n     " + "\n     ".join(bad))
+    _same_shape(examples, item)
+    return LoadedData(description, item.spec.name, examples, reading.fingerprint())
+
+
+def _example(reader: Format[Any], item: Registered, row: Row) -> Example:
+    """Return the example in a row; whatever the format raises becomes an error with its place."""
+    try:
+        example = reader.convert(row.values)
+    except RowError as error:
+        raise error.at(row.where) from error
+    except TunesmithError as error:
+        raise DataError(f"{row.where}: {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # a plugin's own fault, or a row it was not made for
+        raise DataError(f"{row.where}: {_failed(item, error)}") from error
+    if type(example) not in EXAMPLE_TYPES.values():
+        raise DataError(
+            f"{row.where}: the format '{item.key}' made a {type(example).__name__} of it; expected "
+            f"one of {', '.join(kind.__name__ for kind in EXAMPLE_TYPES.values())}"
+        )
+    return example
+
+
+def _failed(item: Registered, error: Exception) -> str:
+    problem = next(iter(str(error).splitlines()), "")[:200]
+    return (
+        f"the format '{item.key}' failed with {type(error).__name__}: {problem}; mend the row, or "
+        "name another format"
+    )
+
+
+def _same_shape(examples: Sequence[Sourced], item: Registered) -> None:
+    first = examples[0]
+    for other in examples:
+        if type(other.example) is not type(first.example):
+            raise DataError(
+                f"{other.where}: the format '{item.key}' made a {type(other.example).__name__} of "
+                f"it, and of {first.where} a {type(first.example).__name__}; give rows of one kind"
+            )
 
 
 def detect_format(
@@ -77,22 +122,25 @@ def detect_format(
     """
     sample = rows[:SAMPLE]
     scored: list[tuple[int, Registered, Format[Any]]] = []
+    untried: list[str] = []
     for item in registry.of_kind("formats"):
         try:
             reader = _reader(item)
-        except Exception:
+        except (TunesmithError, ImportError) as error:
+            untried.append(f"the format '{item.key}' could not be tried: {error}")
             continue
-        score = sum(reader.recognise(row.values) for row in sample)
+        score = sum(_scores(reader, item, sample))
         if score > 0:
             scored.append((score, item, reader))
     if not scored:
-        fields = ", ".join(sorted(map(str, sample[0].values))) or "none"
+        fields = ", ".join(sorted(map(str, sample[0].values)))[:500] or "none"
         known = "; ".join(
             f"{item.spec.name} ({item.spec.summary})" for item in registry.of_kind("formats")
         )
         raise DataError(
             f"{description}: no format knows rows with the fields {fields}; "
             f"known formats: {known}; rename the fields, or name a format"
+            + "".join(f"; {problem}" for problem in untried)
         )
     scored.sort(key=lambda entry: -entry[0])
     best = [entry for entry in scored if entry[0] == scored[0][0]]
@@ -104,9 +152,31 @@ def detect_format(
         else:
             names = " or ".join(f'format="{item.key}"' for _, item, _ in best)
             raise DataError(f"{description}: {len(best)} formats fit equally well; give {names}")
+    for problem in untried:  # it might have known the rows better
+        chosen = best[0][1]
+        warnings.warn(
+            f"{description}: taken as {chosen.spec.name}; {problem}; give "
+            f'format="{chosen.key}" to say that this is meant',
+            stacklevel=2,
+        )
     return best[0][1], best[0][2]
 
 
+def _scores(reader: Format[Any], item: Registered, sample: Sequence[Row]) -> Iterator[int]:
+    for row in sample:
+        try:
+            yield int(reader.recognise(row.values))
+        except Exception as error:  # a plugin's own fault
+            raise DataError(f"{row.where}: {_failed(item, error)}") from error
+
+
 def _reader(item: Registered) -> Format[Any]:
-    reader: Format[Any] = item.load()(item.structure({}))
+    try:
+        reader: Format[Any] = item.load()(item.structure({}))
+    except (TunesmithError, ImportError):
+        raise
+    except Exception as error:  # a plugin's own fault
+        raise PluginError(
+            f"'{item.key}' cannot be used: it failed with {type(error).__name__}: {error}"
+        ) from error
     return reader

@@ -175,7 +175,8 @@ def _converters(schema: Any, name: str) -> list[_Convert | None]:
     twice = sorted({field for field in schema.names if schema.names.count(field) > 1})
     if twice:
         raise DataError(
-            f"{name}: the column {listed(twice)} is there twice; give every column a name of its own"
+            f"{name}: the column {listed(twice)} is there twice; give every column a name of "
+            "its own"
         )
     try:
         return [_converter(field.type, 1) for field in schema]

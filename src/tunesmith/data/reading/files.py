@@ -77,9 +77,7 @@ def files_of(data: Any) -> list[File] | None:
             return None
     paths = [found for item in items for found in _paths_of(item)]
     names = [path.name for path in paths]
-    return [
-        File(path, path.name if names.count(path.name) == 1 else str(path)) for path in paths
-    ]
+    return [File(path, path.name if names.count(path.name) == 1 else str(path)) for path in paths]
 
 
 def suffix_of(name: str) -> str:
@@ -199,7 +197,7 @@ def _is_hub_id(name: str) -> bool:
     )
 
 
-# --- what datasets' save_to_disk wrote -------------------------------------------------------------
+# --- what datasets' save_to_disk wrote ------------------------------------------------------------
 
 
 def _is_saved_dict(path: Path) -> bool:
@@ -300,7 +298,11 @@ class _Content(io.RawIOBase):
     """What a file holds, unpacked where it is a gzip file, as far as that stays in proportion."""
 
     def __init__(
-        self, packed: io.BufferedReader, raw: _HashedFile, file: File, watch: MemoryWatch
+        self,
+        packed: io.BufferedReader[_HashedFile],
+        raw: _HashedFile,
+        file: File,
+        watch: MemoryWatch,
     ) -> None:
         self._source: Any = gzip.GzipFile(fileobj=packed) if file.packed else packed
         self._packed = file.packed

@@ -174,7 +174,6 @@ def _frame_rows(frame: Any, prefix: str) -> Iterator[Row]:
         )
     # NaN is how pandas writes "nothing stands here", also in columns of text
     rows = (
-        dict(zip(names, values, strict=True))
-        for values in frame.itertuples(index=False, name=None)
+        dict(zip(names, values, strict=True)) for values in frame.itertuples(index=False, name=None)
     )
     return _mapping_rows(rows, prefix, nan_is_null=True)

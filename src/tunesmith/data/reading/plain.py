@@ -1,7 +1,7 @@
 """Values of other libraries to plain Python: dict, list, str, int, float, bool and None.
 
-Data formats read plain values only. Arrays, scalars and missing values of numpy and pandas, tensors,
-dates and decimals become what a JSON file would hold in their place.
+Data formats read plain values only. Arrays, scalars and missing values of numpy and pandas,
+tensors, dates and decimals become what a JSON file would hold in their place.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ _MISSING = {"NAType", "NaTType"}
 """Types of pandas' missing values, told by name: whoever holds one has imported pandas."""
 
 
-def plain_row(values: Mapping[Any, Any], where: str, *, nan_is_null: bool = False) -> dict[str, Any]:
+def plain_row(
+    values: Mapping[Any, Any], where: str, *, nan_is_null: bool = False
+) -> dict[str, Any]:
     """Return a row's values as plain ones; with `nan_is_null` NaN says that nothing stands there.
 
     Errors: `DataError` that names the field of a value that no file could hold.
@@ -180,8 +182,10 @@ class _Walk:
             if isinstance(listed, list):
                 # objects in an array come from Arrow, which fills them with nulls
                 return self.sequence(listed, depth, filled=True)
-            return self._other(listed, depth) if type(listed) is type(value) else self.value(
-                listed, depth
+            return (
+                self._other(listed, depth)
+                if type(listed) is type(value)
+                else self.value(listed, depth)
             )
         raise _FieldError(
             f"got {kind_of(value)}; expected text, a number, true, false, null, a list or a mapping"

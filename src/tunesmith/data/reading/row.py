@@ -10,7 +10,7 @@ import attrs
 __all__ = ["Row"]
 
 
-@attrs.frozen
+@attrs.define  # to make a frozen one takes six times as long, which a million rows feel
 class Row:
     """One row as its source holds it, and where it stands there."""
 

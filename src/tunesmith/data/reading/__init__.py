@@ -1,0 +1,1 @@
+"""How each kind of source is read; `tunesmith.data.sources` is the door."""
