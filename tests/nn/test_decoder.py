@@ -15,9 +15,11 @@ from tiny_sizes import SIZES
 from torch import Tensor, nn
 from transformers import (
     Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
     LlamaConfig,
+    Ministral3Config,
     MistralConfig,
     Phi3Config,
     Qwen2Config,
@@ -62,6 +64,24 @@ STRANGE: dict[str, tuple[Any, str]] = {
     "gpt2": (
         GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=4, n_positions=64),
         "made otherwise",
+    ),
+    "a rope for each kind of layer": (
+        Gemma3TextConfig(**_SIZES, head_dim=16),
+        "made otherwise|rot",
+    ),
+    "scale by position": (
+        Ministral3Config(
+            **_SIZES,
+            head_dim=16,
+            sliding_window=None,
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "llama_4_scaling_beta": 0.5,
+                "original_max_position_embeddings": 16,
+            },
+        ),
+        "goes by positions",
     ),
     "dynamic rope": (
         LlamaConfig(

@@ -21,6 +21,7 @@ from transformers import (
     MistralConfig,
     Phi3Config,
     Qwen2Config,
+    Qwen3_5TextConfig,
     Qwen3Config,
 )
 from transformers.models.auto import AutoModelForCausalLM
@@ -394,6 +395,14 @@ class Failing(modeling_llama.LlamaDecoderLayer):
         raise KeyError("ids")
 
 
+class Scaling(modeling_llama.LlamaDecoderLayer):
+    """A layer whose attention is scaled by where a token stands, as Ministral 3's."""
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        scale = 1 + 0.5 * (kwargs["position_ids"][..., None] // 4096).log1p()
+        return super().forward(hidden_states * scale, **kwargs)
+
+
 class Tuple(modeling_llama.LlamaDecoderLayer):
     """A layer that returns more than its output."""
 
@@ -408,6 +417,7 @@ class Tuple(modeling_llama.LlamaDecoderLayer):
         (Dropping, "outputs of a Dropping differ"),
         (Unturned, "outputs of a Unturned differ"),
         (Failing, "a Failing does not take made-up input"),
+        (Scaling, "outputs of a Scaling differ"),
         (Tuple, "a Tuple returns something else"),
     ],
 )
@@ -442,6 +452,25 @@ def test_each_reason_is_named() -> None:
     attention = model.get_submodule(f"{LAYER}.self_attn")
     attention.config.attn_logit_softcapping = 30.0
     assert "attn_logit_softcapping" in str(find(model, "cpu"))
+
+
+@pytest.mark.parametrize("setting", ["clip_qkv", "router_clamp", "attn_logit_softcapping"])
+def test_a_model_that_bounds_its_numbers_is_left_to_itself(setting: str) -> None:
+    model = model_of("llama")
+    setattr(model.get_submodule(f"{LAYER}.self_attn").config, setting, 8.0)
+    assert setting in str(find(model, "cpu"))
+
+
+def test_a_gate_that_comes_with_the_queries_is_left_to_the_layer() -> None:
+    # Qwen 3.5: q_proj gives queries and a gate for them, so its output is twice as wide
+    config = Qwen3_5TextConfig(
+        **_SIZES, head_dim=16, layer_types=["full_attention", "full_attention"]
+    )
+    model = base_of(config)
+    in_4_bits(model)
+    model = adapted(model)
+    assert varlen_attention.use(model) is None
+    assert "do not fit together" in str(use(model))
 
 
 def test_weights_that_change_between_the_passes_are_an_error() -> None:

@@ -9,6 +9,7 @@ differs, transformers decodes as ever.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from typing import Any
 
@@ -148,9 +149,13 @@ def _decoder(
     """Return what decodes on the model's device, having read input_ids, or why nothing does."""
     if mask.shape != input_ids.shape or bool((mask.diff(dim=-1) < 0).any() | ~mask[:, -1].all()):
         return "padding is not in front only"
-    if input_ids.device.type == "cpu":
-        return Decoder.of(model, input_ids, mask, capacity)
-    return GraphDecoder.of(model, input_ids, mask, capacity)
+    kind: type[Decoder] | type[GraphDecoder]
+    kind = Decoder if input_ids.device.type == "cpu" else GraphDecoder
+    try:
+        return kind.of(model, input_ids, mask, capacity)
+    except Exception as error:  # whatever a stranger's model raises when it is looked at
+        first = (str(error).splitlines() or [""])[0]
+        return f"its parts are not what they look like: {type(error).__name__}: {first}"
 
 
 class _Layer:
@@ -241,11 +246,15 @@ class Decoder:
             value = getattr(model.config, name, None)
             if value is not None and not (name == "sliding_window" and value >= capacity):
                 raise _UnknownError(f"its config has {name}")
-        if getattr(backbone.rotary_emb, "rope_type", None) not in _FIXED_ROPE:
+        kind = getattr(backbone.rotary_emb, "rope_type", None)
+        if not isinstance(kind, str) or kind not in _FIXED_ROPE:
             raise _UnknownError("its rotary embedding depends on the length")
         for layer in backbone.layers:
             _expect(layer, _LAYER)
             _expect(layer.self_attn, _PROJECTIONS, _HEAD_NORMS)
+            if "position_ids" in inspect.signature(type(layer.self_attn).forward).parameters:
+                # such as a scale that grows with the position, which the first token may not show
+                raise _UnknownError("its attention goes by positions")
         for module in (model, *model.modules()):
             if module._forward_hooks or module._forward_pre_hooks:
                 raise _UnknownError(f"a hook on {type(module).__name__} wants to be called")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from tunesmith.errors import OpError
 from tunesmith.nn import fused_layers, varlen_attention
 from tunesmith.nn.eval_mode import CHECKPOINTS
 from tunesmith.nn.lora_linear import LoraLinear, hooked
@@ -48,9 +49,10 @@ _KNOWN = {
     "position_embeddings",
     "position_ids",
 }
-# what changes large numbers, and so may not show in made-up ones
-_SOFTCAP = "attn_logit_softcapping"
+# what changes large numbers, and so may not show in made-up ones: a part of a setting's name
+_BOUNDS = ("softcap", "clip", "clamp")
 _TRIAL_TOKENS = 24
+_FAR = 10**7
 
 
 def use(model: nn.Module) -> int | str:
@@ -123,8 +125,8 @@ class _DecoderLayer(fused_layers.Fused):
         odd |= set(_IN_ATTENTION) - attention._modules.keys()
         if odd or not hasattr(attention, "head_dim") or not hasattr(attention, "scaling"):
             return f"a {name} is made otherwise ({', '.join(sorted(odd)) or 'its attention'})"
-        if getattr(getattr(attention, "config", None), _SOFTCAP, None) is not None:
-            return f"its config has {_SOFTCAP}"
+        if (bound := _bound(getattr(attention, "config", None))) is not None:
+            return f"its config has {bound}"
         activation = fused_layers.gated_block(block)
         if activation is None:
             return f"a {type(block).__name__} is no gated block"
@@ -157,6 +159,8 @@ class _DecoderLayer(fused_layers.Fused):
             with torch.no_grad(), torch.random.fork_rng([]):
                 torch.manual_seed(0)
                 return self._disagreement()
+        except Exception as error:  # whatever a stranger's code raises at made-up input
+            return f"a {type(self.module).__name__} does not take made-up input: {error}"
         finally:
             for module, training in modes:
                 module.training = training
@@ -172,17 +176,15 @@ class _DecoderLayer(fused_layers.Fused):
         angles = 3 * made_up(1, _TRIAL_TOKENS, attention.head_dim // 2).float().repeat(1, 1, 2)
         kwargs = {
             "attention_mask": None,
-            "position_ids": torch.arange(_TRIAL_TOKENS)[None],
+            # far out, where a layer that scales by position shows
+            "position_ids": _FAR + torch.arange(_TRIAL_TOKENS)[None],
             "position_embeddings": (angles.cos().to(x), angles.sin().to(x)),
         }
         given = self._given(x, kwargs)
         if isinstance(given, str):
             return given
-        try:
-            layer, places = given
-            own, ours = self.stock(x, **kwargs), layer.forward(x, places)[0]
-        except Exception as error:  # whatever a stranger's code raises at made-up input
-            return f"a {name} does not take made-up input: {error}"
+        layer, places = given
+        own, ours = self.stock(x, **kwargs), layer.forward(x, places)[0]
         if not isinstance(own, Tensor) or own.shape != ours.shape or own.dtype != ours.dtype:
             return f"a {name} returns something else than its output"
         return disagreement(ours, own, x.dtype, f"outputs of a {name}")
@@ -244,9 +246,13 @@ class _DecoderLayer(fused_layers.Fused):
             return "its mask is not one of samples"
         last = self._last
         if last is None or not last.is_made_of(x.dtype, taken, frozen):
-            last = self._last = DecoderLayer(
-                x.dtype, taken, frozen, self._activation, attention.head_dim, attention.scaling
-            )
+            try:
+                last = DecoderLayer(
+                    x.dtype, taken, frozen, self._activation, attention.head_dim, attention.scaling
+                )
+            except OpError as error:  # such as a projection that gives a gate along with queries
+                return f"its parts do not fit together: {error}"
+            self._last = last
         return last, (*rotary, runs)
 
 
@@ -276,6 +282,15 @@ class _Node(torch.autograd.Function):
         need_x, _, _, _, *needs = ctx.needs_input_grad
         grad_x, of_adapters = layer.backward(grad, x, kept, ctx.places, need_x, needs)
         return grad_x, None, None, None, *of_adapters
+
+
+def _bound(config: Any) -> str | None:
+    """Return the name of a setting by which numbers are bounded, or None if there is none."""
+    settings: dict[str, Any] = vars(config) if config is not None else {}
+    for name, value in settings.items():
+        if any(part in name for part in _BOUNDS) and isinstance(value, (int, float)) and value:
+            return name
+    return None
 
 
 def _norms_of(layer: Any) -> list[nn.Module | None]:

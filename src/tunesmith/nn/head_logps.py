@@ -146,7 +146,11 @@ def split_head(model: Any, own: OwnLoss | None = None) -> Headless | str:
     if base._forward_hooks or base._forward_pre_hooks or head._forward_hooks:
         return "something hooks into its forward pass"
     headless = Headless(body, head)
-    off = _difference(base, headless)
+    try:
+        off = _difference(base, headless)
+    except Exception as error:  # whatever a stranger's model raises at made-up tokens
+        first = (str(error).splitlines() or [""])[0]
+        return f"it does not take a few made-up tokens: {type(error).__name__}: {first}"
     if off > 0.0:
         return f"its logits are not what its head makes of its hidden states (off by {off:.2g})"
     own = own_loss(model) if own is None else own
