@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from tunesmith.nn.quantizable import Split
+
 __all__ = ["BitsAndBytes", "BitsAndBytesConfig"]
 
 
@@ -69,6 +71,12 @@ class BitsAndBytes(Quantizer[BitsAndBytesConfig]):
         )
         return _frozen(model)
 
+    def split(self, model: Any) -> Split:
+        """Say which weights the library holds in few bits: those of plain linear layers."""
+        from tunesmith.nn.quantizable import split
+
+        return split(model, plain_only=True)
+
     def check_stored(self, stored: Mapping[str, Any], directory: Path | None) -> str:
         """Leave to the library what it has stored, if it is what the options ask for."""
         method = stored_method(stored)
@@ -100,6 +108,12 @@ class BitsAndBytes(Quantizer[BitsAndBytesConfig]):
 
         weight: Any = module.weight
         if isinstance(module, bitsandbytes.nn.Linear4bit):
+            if getattr(weight.quant_state, "packing_format_for_cpu", False):
+                raise ModelError(
+                    "got a layer of bitsandbytes that has repacked its weight for decoding on this "
+                    "CPU, which cannot be read back; load the model by .quantize("
+                    '"bitsandbytes"), which keeps layers from it, or use .quantize("nf4")'
+                )
             dense: torch.Tensor = functional.dequantize_4bit(weight.data, weight.quant_state)
             return dense.to(torch.float32)
         if isinstance(module, bitsandbytes.nn.Linear8bitLt):

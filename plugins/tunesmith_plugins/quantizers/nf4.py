@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from tunesmith.nn.interchange import Format
+    from tunesmith.nn.quantizable import Split
 
 __all__ = ["NF4", "NF4Config"]
 
@@ -71,10 +73,16 @@ class NF4(Quantizer[NF4Config]):
             quant_type=self.quant_type,
             stored=stored is not None,
         )
-        with own_errors(config):
+        with own_errors():
             return self.from_pretrained(
                 directory, dtype=dtype, device=device, quantization_config=config, **options
             )
+
+    def split(self, model: Any) -> Split:
+        """Say which weights go into 4 bits, and why the others do not."""
+        from tunesmith.nn.quantizable import split
+
+        return split(model, self.config.skip)
 
     def check_stored(self, stored: Mapping[str, Any], directory: Path | None) -> str:
         """Take bitsandbytes' 4-bit weights, if they are what the options ask for."""
@@ -136,10 +144,14 @@ class NF4(Quantizer[NF4Config]):
         return super().dense_weight(module)
 
     def nbytes(self, shape: tuple[int, ...], itemsize: int) -> int:
-        """Return half a byte a weight and the scales; `itemsize` plays no part."""
-        count = 1
-        for size in shape:
-            count *= size
+        """Return half a byte a weight and the scales; `itemsize` plays no part.
+
+        Each [out_features, in_features] of a longer shape has scales of its own.
+        """
+        *stacked, out_features, in_features = shape
+        return math.prod(stacked) * self._nbytes_of_matrix(out_features * in_features)
+
+    def _nbytes_of_matrix(self, count: int) -> int:
         blocks = -(-count // self.blocksize)
         scales = blocks + 4 * -(-blocks // 256) + 4 if self.nested else 4 * blocks
         return -(-count // 2) + scales

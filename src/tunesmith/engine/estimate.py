@@ -117,10 +117,12 @@ def estimate_step(
     """Predict one training step's memory in bytes and time in seconds."""
     itemsize = ITEMSIZE[device.precision]
     if quantizer is not None:
-        weights = sum(quantizer.nbytes(shape, itemsize) for shape in shapes.linears)
-        weights += shapes.other_parameters * itemsize
-        # one layer at a time is dequantized for its product
-        workspace = max(out * into for out, into in shapes.linears) * itemsize
+        found = quantizer.split(shapes.model)
+        held = list(shapes.linears if found is None else found.targets.values())
+        weights = sum(quantizer.nbytes(shape, itemsize) for shape in held)
+        weights += (shapes.other_parameters if found is None else found.plain) * itemsize
+        # one layer at a time, or one expert, is dequantized for its product
+        workspace = max(shape[-2] * shape[-1] for shape in held) * itemsize
     else:
         weights = shapes.parameters * (4 if method is None else itemsize)
         workspace = 0

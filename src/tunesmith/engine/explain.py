@@ -29,6 +29,10 @@ def plan_text(plan: Any) -> str:
         )
         if step.stored:
             lines.append(f"    stored   {step.stored}")
+        lines += [
+            f"    {'holds   ' if i == 0 else '        '} {text}"
+            for i, text in enumerate(step.holds)
+        ]
         if step.data is not None:
             lines.append(
                 f"    data     {step.data.description}: {len(step.data.examples)} rows, "

@@ -14,7 +14,7 @@ import attrs
 
 from tunesmith.engine.dataset import LoadedData, load_data
 from tunesmith.engine.device import Device, find_device
-from tunesmith.engine.estimate import Estimate, Shapes, estimate_step, model_shapes
+from tunesmith.engine.estimate import ITEMSIZE, Estimate, Shapes, estimate_step, model_shapes
 from tunesmith.engine.models import ModelSource, find_model, stored_quantization
 from tunesmith.engine.quiet import quiet_libraries
 from tunesmith.engine.store import problem_with
@@ -48,6 +48,8 @@ class PlannedStep:
     estimate: Estimate | None = None
     stored: str = ""
     """A quantize step: how a model that is stored quantized is taken; empty for any other."""
+    holds: tuple[str, ...] = ()
+    """A quantize step: what of the model is held quantized, and what is not and why."""
 
     @property
     def name(self) -> str:
@@ -93,7 +95,7 @@ def make_plan(
     """Resolve a recipe; problems are collected in the plan and not raised.
 
     `directory` is where the run shall go, checked too if given; `estimates=False` leaves out the
-    prediction of memory and time, which has to build the model's skeleton.
+    prediction of memory and time.
     """
     problems: list[str] = []
     notes: list[str] = []
@@ -117,7 +119,7 @@ def make_plan(
     if directory is not None and (problem := problem_with(directory)):
         problems.append(problem)
     shapes = None
-    if estimates and model is not None and device is not None and not problems:
+    if model is not None and device is not None and not problems and (estimates or quantizer):
         try:
             with quiet_libraries():
                 shapes = model_shapes(model)
@@ -126,6 +128,8 @@ def make_plan(
         except Exception as error:
             notes.append(f"memory and time are not predicted: {type(error).__name__}: {error}")
         if shapes is not None:
+            steps = _with_held(steps, shapes, device, quantizer, problems)
+        if shapes is not None and estimates and not problems:
             with quiet_libraries():
                 steps = _with_estimates(steps, shapes, device, quantizer, notes)
     plan = Plan(recipe, model, device, steps, tuple(problems), tuple(notes), shapes)
@@ -289,6 +293,32 @@ def _with_stored(
         problems.append(f"{here}: {error}")
         return steps
     return tuple(attrs.evolve(each, stored=text) if each is step else each for each in steps)
+
+
+def _with_held(
+    steps: tuple[PlannedStep, ...],
+    shapes: Shapes,
+    device: Device,
+    quantizer: Quantizer[Any] | None,
+    problems: list[str],
+) -> tuple[PlannedStep, ...]:
+    """Add what a quantizer holds of the model, or why it can hold nothing."""
+    step = next((step for step in steps if step.step.verb == "quantize"), None)
+    if step is None or quantizer is None or step.stored:
+        return steps
+    try:
+        found = quantizer.split(shapes.model)
+    except TunesmithError as error:
+        problems.append(f"step {step.number} ({step.step.label}): {error}")
+        return steps
+    if found is None:
+        return steps
+    from tunesmith.nn.quantizable import described
+
+    itemsize = ITEMSIZE[device.precision]
+    held = sum(quantizer.nbytes(shape, itemsize) for shape in found.targets.values())
+    lines = tuple(described(found, held, itemsize, device.precision))
+    return tuple(attrs.evolve(each, holds=lines) if each is step else each for each in steps)
 
 
 def _with_estimates(

@@ -25,13 +25,14 @@ from transformers import BitsAndBytesConfig
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tunesmith.errors import ModelError, TunesmithError
-from tunesmith.nn.checkpoint import stored_formats, within
+from tunesmith.nn.checkpoint import stored_formats
 from tunesmith.nn.interchange import SUFFIXES, from_tensors
 from tunesmith.nn.nf4_linear import NF4Linear
+from tunesmith.nn.quantizable import Split, is_linear, split, tell
 
 __all__ = ["NF4LoadConfig", "bitsandbytes_config", "own_errors"]
 
@@ -64,25 +65,29 @@ class NF4LoadConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.skip = tuple(skip)
         self.quant_type = quant_type
         self.stored = stored
-        self.first_error: TunesmithError | None = None
+
+
+class _StoppedError(BaseException):
+    """What went wrong with a weight; no Exception, of which transformers would make a report."""
+
+    def __init__(self, error: TunesmithError) -> None:
+        self.error = error
 
 
 @contextlib.contextmanager
-def own_errors(config: NF4LoadConfig) -> Iterator[None]:
-    """Raise what went wrong with a weight as it was raised, not as transformers sums it up."""
+def own_errors() -> Iterator[None]:
+    """Raise what goes wrong with a weight at once and as it is, not as transformers sums it up."""
     try:
         yield
-    except RuntimeError as error:
-        if config.first_error is None:
-            raise
-        raise config.first_error from error
+    except _StoppedError as stopped:
+        raise stopped.error from stopped.error.__cause__
 
 
 def bitsandbytes_config(model: nn.Module) -> BitsAndBytesConfig:
     """Return the `quantization_config` by which stock transformers opens a model's state dict.
 
-    It is that of bitsandbytes' own 4-bit layers; every linear layer that is not one of ours is
-    named as skipped, since a list that is given takes the place of transformers' defaults.
+    It is that of bitsandbytes' own 4-bit layers; every linear layer that is not stored so is named
+    as skipped, since a list that is given takes the place of transformers' defaults.
     """
     layers = [module for module in model.modules() if isinstance(module, NF4Linear)]
     return BitsAndBytesConfig(
@@ -93,7 +98,8 @@ def bitsandbytes_config(model: nn.Module) -> BitsAndBytesConfig:
         llm_int8_skip_modules=[
             name
             for name, module in model.named_modules()
-            if isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, NF4Linear)
+            if isinstance(module, (nn.Linear, Conv1D))
+            and (not isinstance(module, NF4Linear) or module.stored_dense)
         ],
     )
 
@@ -114,6 +120,7 @@ class _NF4Loader(HfQuantizer):  # type: ignore[misc]
         # decides whether the loader quantizes what it reads or puts it together
         self.pre_quantized = quantization_config.stored
         self.targets: dict[str, str] = {}
+        self.found: Split | None = None
         self.quantize = _Quantize(quantization_config)
 
     def _process_model_before_weight_loading(
@@ -130,28 +137,9 @@ class _NF4Loader(HfQuantizer):  # type: ignore[misc]
                 )
             self.targets = {f"{name}.weight": name for name in stored}
             return
-        skip = self.quantization_config.skip
-        kept = [*get_keys_to_not_convert(model), *skip, *(model._keep_in_fp32_modules or ())]
-        linears = {
-            name: module for name, module in model.named_modules() if type(module) is nn.Linear
-        }
-        unknown = [name for name in skip if not any(within(n, name) for n in linears)]
-        if unknown:
-            endings = sorted({name.rpartition(".")[2] for name in linears})
-            raise ModelError(
-                f"quantize: 'skip' names {', '.join(unknown)}, which is no linear layer of this "
-                f"model; its layers end in: {', '.join(endings)}"
-            )
-        self.targets = {
-            f"{name}.weight": name
-            for name in linears
-            if not any(within(name, keep) for keep in kept)
-        }
-        if not self.targets:
-            raise ModelError(
-                f"quantize: {type(model).__name__} has no linear layer besides its head, so there "
-                "is nothing to quantize; leave the quantize step out"
-            )
+        found = split(model, self.quantization_config.skip)
+        self.found = found
+        self.targets = {name: name.rpartition(".")[0] for name in found.targets}
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
         return param_name in self.targets
@@ -195,8 +183,15 @@ class _NF4Loader(HfQuantizer):  # type: ignore[misc]
         for attribute in ("quantization_method", "hf_quantizer", "is_quantized"):
             if attribute in model.__dict__:
                 delattr(model, attribute)
+        layers = [module for module in model.modules() if isinstance(module, NF4Linear)]
+        if self.found is not None:
+            held = sum(buffer.nbytes for layer in layers for buffer in layer.buffers())
+            tell(self.found, held, model.dtype)
         # what is left is for save_pretrained: the config that fits the layers' state dict
-        model.config.quantization_config = bitsandbytes_config(model)
+        if all(layer.stored_dense for layer in layers):
+            del model.config.quantization_config
+        else:
+            model.config.quantization_config = bitsandbytes_config(model)
         model._weight_conversions = [
             conversion
             for conversion in getattr(model, "_weight_conversions", None) or ()
@@ -216,7 +211,7 @@ class _NF4Loader(HfQuantizer):  # type: ignore[misc]
 
 
 class _PutInPlace(ConversionOps):  # type: ignore[misc]
-    """Leaves an NF4Linear in a module's place, and keeps the first error in the config."""
+    """Leaves an NF4Linear in a module's place, and ends the loading with the first error."""
 
     config: NF4LoadConfig
 
@@ -227,8 +222,7 @@ class _PutInPlace(ConversionOps):  # type: ignore[misc]
         try:
             return self._convert(tensors, **kwargs)
         except TunesmithError as error:
-            self.config.first_error = self.config.first_error or error
-            raise
+            raise _StoppedError(error) from error
 
     def _convert(self, tensors: dict[str, torch.Tensor], **_: Any) -> dict[str, torch.Tensor]:
         raise NotImplementedError
@@ -237,12 +231,14 @@ class _PutInPlace(ConversionOps):  # type: ignore[misc]
         self,
         model: nn.Module,
         key: str,
-        linear: nn.Linear,
-        layer: Any,
+        linear: nn.Module,
+        layer: NF4Linear,
         missing_keys: set[str] | None,
     ) -> None:
+        # what stock transformers puts a 4-bit layer in the place of
+        layer.stored_dense = type(linear) not in (nn.Linear, Conv1D)
         # the bias may still be on the meta device; the loader fills it when it comes to it
-        layer.register_parameter("bias", linear.bias)
+        layer.register_parameter("bias", linear._parameters["bias"])
         layer._is_hf_initialized = True
         model.set_submodule(key.removesuffix(".weight"), layer)
         if missing_keys is not None:
@@ -269,7 +265,7 @@ class _Quantize(_PutInPlace):
         for key, weight in tensors.items():
             linear = _linear(model, key, weight.shape)
             layer = NF4Linear.from_weight(
-                weight,
+                weight.T.contiguous() if isinstance(linear, Conv1D) else weight,
                 blocksize=self.config.blocksize,
                 nested=self.config.nested,
                 dtype=linear.weight.dtype,
@@ -315,7 +311,7 @@ class _TakeStored(_PutInPlace):
         if len(tensors) == 1 and plain is not None and plain.is_floating_point():
             return {"weight": plain.to(self.plain_dtype)}
         w = from_tensors(tensors, name=full_layer_name)
-        linear = _linear(model, full_layer_name, w.shape)
+        linear = _linear(model, full_layer_name, w.shape, stored=True)
         layer = NF4Linear(w, dtype=linear.weight.dtype)
         self._put(model, full_layer_name, linear, layer, missing_keys)
         return {}
@@ -335,18 +331,25 @@ def _malloc_trim() -> Callable[[int], int] | None:
     return getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
-def _linear(model: nn.Module, key: str, shape: torch.Size) -> nn.Linear:
-    """Return the linear layer that a weight of this name and shape is for."""
+def _linear(model: nn.Module, key: str, shape: torch.Size, *, stored: bool = False) -> Any:
+    """Return the linear layer that a weight of this name and shape is for.
+
+    A Conv1D's weight is [in_features, out_features]; `stored` in 4 bits it is the other way round.
+    """
     linear = model.get_submodule(key.removesuffix(".weight"))
-    if type(linear) is not nn.Linear:
+    if not is_linear(linear):
         raise ModelError(
             f"{key}: is stored in 4 bits, and the model has a {type(linear).__name__} there; only "
             "linear layers can be held so: start from the unquantized checkpoint"
         )
-    if shape != linear.weight.shape:
+    weight: Any = linear.weight
+    expected = weight.shape
+    if stored and isinstance(linear, Conv1D):
+        expected = torch.Size(reversed(expected))
+    if shape != expected:
         raise ModelError(
-            f"{key}: the checkpoint's shape is {list(shape)}, the model's "
-            f"{list(linear.weight.shape)}; it belongs to another config"
+            f"{key}: the checkpoint's shape is {list(shape)}, the model's {list(expected)}; it "
+            "belongs to another config"
         )
     return linear
 

@@ -45,6 +45,10 @@ class NF4Linear(nn.Linear):
     nested_absmax: Tensor | None
     nested_offset: Tensor | None
 
+    stored_dense: bool = False
+    """Whether a state dict holds the dequantized weight, for layers that stock transformers has no
+    4-bit layer for."""
+
     def __init__(
         self, nf4: Weight4Bit, bias: Tensor | None = None, *, dtype: torch.dtype | None = None
     ) -> None:
@@ -203,6 +207,9 @@ class NF4Linear(nn.Linear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in _PARTS:
             destination.pop(prefix + name, None)
+        if self.stored_dense:
+            destination[f"{prefix}weight"] = self.weight
+            return
         destination.update(interchange.as_tensors(self.nf4, f"{prefix}weight"))
 
     def _load_from_state_dict(

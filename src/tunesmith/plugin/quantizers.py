@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from tunesmith.nn.quantizable import Split
+
 __all__ = ["Quantizer", "stored_method"]
 
 C = TypeVar("C")
@@ -53,6 +55,15 @@ class Quantizer(Generic[C]):
                 f'.quantize("{reader}"): put that at the start'
             )
         return ""
+
+    def split(self, model: Any) -> Split | None:
+        """Say which of a model's weights will be held quantized, and why the others will not.
+
+        A plan asks for it: `model` is a skeleton on the meta device. Raises `ModelError` for a
+        model of which nothing can be quantized. Unless overridden, it is not known (None), and a
+        plan predicts memory as if all linear layers but the head were.
+        """
+        return None
 
     def dense_weight(self, module: torch.nn.Module) -> torch.Tensor:
         """Return a linear module's weight [out_features, in_features] in fp32, dequantized."""

@@ -280,6 +280,42 @@ class QuantizerConformance(PluginConformance):
         assert bool(embedded.grad.isfinite().all())
         assert float(embedded.grad.abs().sum()) > 0
 
+    def test_evaluating_generating_and_saving_change_nothing(
+        self, instance: Any, original: Any, loaded: Any, tmp_path: Path
+    ) -> None:
+        """Training goes on, and a merge reads its weights, from what was there before."""
+        import torch
+
+        names = [name for name, _ in _linears(original)]
+
+        def weights() -> list[Any]:
+            return [instance.dense_weight(loaded.get_submodule(name)) for name in names]
+
+        def gradient() -> Any:
+            loaded.train()
+            embedded = loaded.get_input_embeddings()(_ids()).detach().requires_grad_()
+            loaded(inputs_embeds=embedded).logits.square().mean().backward()
+            return embedded.grad
+
+        before, slope = weights(), gradient()
+        assert slope is not None, "no gradient reaches the input"
+        loaded.eval()
+        with torch.no_grad():
+            loaded(input_ids=_ids())
+            loaded.generate(
+                input_ids=_ids(),
+                attention_mask=torch.ones_like(_ids()),
+                max_new_tokens=2,
+                do_sample=False,
+                pad_token_id=0,
+            )
+        loaded.save_pretrained(tmp_path / "saved")
+        for name, was, now in zip(names, before, weights(), strict=True):
+            assert torch.equal(was, now), f"{name}: dense_weight differs after the model was used"
+        again = gradient()
+        assert again is not None, "no gradient reaches the input after the model was used"
+        assert torch.equal(again, slope), "the gradient differs after the model was used"
+
     def test_nbytes_is_what_the_layers_hold(
         self, instance: Any, original: Any, loaded: Any
     ) -> None:
