@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -52,7 +53,8 @@ class Loss(Metric[MetricConfig]):
             total -= float(logps.double().sum())
             tokens += int(counts.sum())
         loss = total / tokens
-        perplexity = math.exp(loss) if loss < 700 else math.inf
+        # as much as a float holds where it is more: infinity would be told as a broken model's
+        perplexity = math.exp(min(loss, math.log(sys.float_info.max)))
         return {
             "loss": loss,
             "perplexity": perplexity,

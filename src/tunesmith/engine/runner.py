@@ -173,6 +173,8 @@ class _Runner:
         import torch
         from transformers import set_seed
 
+        from tunesmith.engine.guards import check_measured
+
         assert step.data is not None
         metric = self.registry.build(step.step)
         model = session.model
@@ -180,7 +182,9 @@ class _Runner:
         set_seed(session.seed)
         with torch.no_grad():
             measured = metric.measure(session, [row.example for row in step.data.examples])
-        return {name: float(value) for name, value in measured.items()}
+        values = {name: float(value) for name, value in measured.items()}
+        check_measured(step.name, values, model)
+        return values
 
     def export(self, step: PlannedStep, session: Session, directory: Path) -> Mapping[str, float]:
         target = directory / "model"

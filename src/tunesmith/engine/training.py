@@ -13,6 +13,7 @@ import attrs
 
 from tunesmith.data.clean import DropLog, deduplicate, drop_empty, split
 from tunesmith.data.examples import Sourced
+from tunesmith.engine.guards import guarded
 from tunesmith.engine.plan import PlannedStep
 from tunesmith.engine.progress import ProgressCallback, peak_memory_bytes
 from tunesmith.errors import DataError, RunError
@@ -59,7 +60,9 @@ class StageTraining:
         trainer = self._trainer()
         progress = self._listen(trainer)
         set_seed(self.seed)  # however many numbers rendering and building have drawn
-        trainer.train(resume_from_checkpoint=self._resume_point())
+        with guarded(trainer, self.step.name, self._rate()) as guard:
+            trainer.train(resume_from_checkpoint=self._resume_point())
+            guard.check_result()
         metrics = progress.metrics()
         metrics["memory_bytes"] = float(peak_memory_bytes())
         if len(self.cuts):
