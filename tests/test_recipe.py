@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import enum
 import json
+import os
+import re
 import string
+import time
 from pathlib import Path
 
 import attrs
@@ -92,14 +95,19 @@ def test_defaults_are_left_out_of_the_file():
 
 KEYS = st.text(string.ascii_lowercase + "_", min_size=1, max_size=8)
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
     max_leaves=5,
 )
+NAMES = st.from_regex(r"([a-z]{1,9}:)?[a-zé0-9_+-][a-z0-9_.+-]{0,20}", fullmatch=True)
 STEPS = st.builds(
     Step,
     verb=st.sampled_from(VERBS),
-    plugin=st.text(min_size=1),
+    plugin=NAMES,
     options=st.dictionaries(
         KEYS | st.sampled_from(["data", "format", "with", *VERBS]), VALUES, max_size=4
     ),
@@ -107,13 +115,13 @@ STEPS = st.builds(
     | st.text()
     | st.lists(st.text(), max_size=3)
     | st.lists(st.dictionaries(KEYS, VALUES), max_size=2),
-    format=st.none() | st.text(),
+    format=st.none() | NAMES,
 )
 RECIPES = st.builds(
     Recipe,
     model=st.text(min_size=1),
     steps=st.lists(STEPS, max_size=4),
-    seed=st.integers(),
+    seed=st.integers(0, 2**32 - 1),
     device=st.text(),
     precision=st.sampled_from(["auto", "fp32", "bf16", "fp16"]),
     chat_template=st.none() | st.text(),
@@ -184,6 +192,22 @@ def test_data_that_lives_in_this_process_only_is_refused(data):
         recipe.to_yaml()
 
 
+@pytest.mark.parametrize("rows", [[{"a": 1}] * 30_000, [{"a": "x" * 2_500_000}]], ids=len)
+def test_rows_too_many_to_be_read_back_are_refused(rows):
+    with pytest.raises(
+        RecipeError, match=r"rows are too much for a recipe; save them to a \.jsonl"
+    ):
+        Recipe("m", [Step("train", "sft", {}, rows)]).to_yaml()
+
+
+@pytest.mark.slow
+def test_the_most_that_a_recipe_may_hold_is_read_back_within_seconds():
+    recipe = Recipe("m", [Step("train", "sft", {}, [{"a": 1}] * 16_000)])
+    begin = time.monotonic()
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+    assert time.monotonic() - begin < 60
+
+
 # what is wrong
 
 
@@ -209,7 +233,8 @@ def test_every_problem_is_reported_at_once():
         "'chatml'",
         "recipe: step 1: got the keys quantise; expected exactly one of quantize, peft, train, "
         "evaluate, export; did you mean 'quantize' or 'evaluate'?",
-        "recipe: step 2: 'peft' is ''; expected the name of a plugin",
+        "recipe: step 2: 'peft' is ''; expected a name of at most 100 letters, digits, '_', '-', "
+        "'+' and '.', such as 'lora', or 'distribution:name'",
         "recipe: step 3: got 'sft'; expected a mapping such as 'quantize: nf4'",
     ]
 
@@ -243,12 +268,12 @@ def test_a_wrong_step_names_file_and_number(tmp_path):
     ],
 )
 def test_a_key_that_stands_twice_does_not_lose_one_in_silence(text):
-    assert "the key 'data' stands twice in one mapping; keep one of them" in error(text)
+    assert "the key 'data' stands twice in one " in error(text)
 
 
 def test_a_key_that_stands_twice_in_yaml_names_the_line():
     text = "model: m\nsteps:\n  - peft: lora\n    r: 8\n    r: 16\n"
-    assert error(text).startswith("recipe, line 5: not valid YAML: the key 'r' stands twice")
+    assert error(text).startswith("recipe, line 5: the key 'r' stands twice in one mapping")
 
 
 def test_an_option_given_beside_with_and_in_it_does_not_lose_one_in_silence():
@@ -274,7 +299,7 @@ def test_two_verbs_in_one_step_are_refused():
         ),
         (
             {"model": "m", "steps": [{"train": "sft", "format": 3}]},
-            "'format' is 3; expected the name of a data format",
+            "step 1: 'format' is 3; expected a name of at most 100 letters",
         ),
     ],
 )
@@ -341,3 +366,165 @@ def test_a_step_has_a_short_name(step, label):
 
 def test_every_verb_is_served_by_a_kind():
     assert [Step(verb, "x").kind for verb in VERBS] == list(KIND_OF_VERB.values())
+
+
+# within bounds
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n"
+    for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+SELF = "model: m\nsteps: &s\n  - peft: lora\n    with: {a: *s}\n"
+
+
+def repr_type(value) -> str:
+    """Name a case by its type where its text would be endless."""
+    return type(value).__name__
+
+
+def raw(tmp_path, content: bytes, name="recipe.yaml"):
+    path = tmp_path / name
+    path.write_bytes(content)
+    return path
+
+
+def test_aliases_and_merge_keys_that_stay_small_are_read():
+    text = (
+        "model: m\nsteps:\n  - &first {train: sft, data: a.json, r: 1}\n"
+        "  - {<<: *first, data: b.json}\n"
+    )
+    first, second = Recipe.from_yaml(text).steps
+    assert (first.data, second.data, second.options) == ("a.json", "b.json", {"r": 1})
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (f"model: m\n{BOMB}", "line 7: stands for more than 100,000 values"),
+        (SELF, "line 4: the alias '.s' stands in what it stands for"),
+        ("model: m\nsteps: " + "[" * 100_000, "line 2: nested more than 100 deep"),
+        ("model: m\n" + "- " * 5000, "nested more than 100 deep|not valid YAML"),
+        (
+            # neither is deep by itself
+            f"model: m\nx: &a {'[' * 40}1{']' * 40}\ny: &b {'[' * 40}*a{']' * 40}\n"
+            f"z: {'[' * 30}*b{']' * 30}\n",
+            "nested more than 100 deep",
+        ),
+        ("model: m\nseed: " + "9" * 5000, "line 2: '9+' is no int"),
+        ("model: m\nd: 2024-99-99\n", "line 2: '2024-99-99' is no timestamp"),
+        ("model: m\nd: 2024-01-01\n", "line 2: '2024-01-01' is read as a date; put it in quotes"),
+        ("model: m\nd: !!int x\n", "line 2: 'x' is no int"),
+        ("model: m\nd: !!bool maybe\n", "line 2: 'maybe' is no bool"),
+        ("model: m\nd: !!set {a, b}\n", "line 2: .* is read as a set"),
+        ("model: m\nd: !!binary aGk=\n", "line 2: .* is read as a bytes"),
+        (
+            "model: m\nd: !!python/object/apply:os.system ['true']\n",
+            "line 2: not valid YAML: could",
+        ),
+        ('model: m\nd: "\\ud800"\n', "line 2: .* holds half of a character"),
+        ("model: m\n[a]: b\n", "line 2: a key that is no text"),
+        ("model: m\nsteps:\n  - {peft: lora, 1: 2}\n", "step 1: the key 1 is no text"),
+        ("model: m\nsteps:\n  - {peft: lora, r: .nan}\n", "step 1: 'r' is nan; expected a finite"),
+        ("model: m\nsteps:\n  - {peft: lora, r: [-.inf]}\n", "step 1: 'r' is -inf; expected a fin"),
+        ("model: m\nseed: -1\n", "recipe: 'seed' is -1; expected 0 to 4294967295"),
+        (
+            '{"model": "m", "seed": ' + "9" * 5000 + "}",
+            "field 'seed': a whole number of 5000 digit",
+        ),
+        ('{"model": "m", "seed": NaN}', "field 'seed': NaN is no JSON"),
+        ('{"model": "\\ud800"}', "field 'model': .* holds half of a character"),
+        ('{"model": ' + "[" * 100_000, "nested more than 100 deep"),
+        ('{"model": "m", "steps": ' + "[" * 900 + "]" * 900 + "}", "nested more than 100 deep"),
+        ("a: b\0c\n", "not valid YAML"),
+        ("x" * 9_000_000 + "\n", "recipe: 9,000,001 bytes; a recipe has at most 8,000,000"),
+    ],
+    ids=repr_type,
+)
+def test_a_recipe_beyond_bounds_is_refused_at_once(text, problem):
+    begin = time.monotonic()
+    message = error(text)
+    assert re.search(problem, message), message[:500]
+    assert len(message) < 1000
+    assert time.monotonic() - begin < 5
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("model: m\n".encode("utf-16"), "it is UTF-16; save it in the encoding UTF-8"),
+        (b"\x00\x01\x02\x80\xff", r"byte 3 \(0x80\) is no UTF-8 text"),
+        (b"", "got NoneType; expected a mapping"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_named(tmp_path, content, problem):
+    path = raw(tmp_path, content)
+    assert re.match(re.escape(str(path)) + ".*" + problem, error(path))
+
+
+def test_a_recipe_may_begin_with_a_byte_order_mark(tmp_path):
+    for name, text in (("a.yaml", EXAMPLE), ("a.json", '{"model": "m"}')):
+        assert Recipe.from_yaml(raw(tmp_path, b"\xef\xbb\xbf" + text.encode(), name)).model
+
+
+def test_a_recipe_file_of_a_gigabyte_of_nothing_is_refused_unread(tmp_path):
+    path = tmp_path / "sparse.yaml"
+    with path.open("wb") as stream:
+        stream.truncate(1_000_000_000)
+    assert error(path) == (
+        f"{path}: 1,000,000,000 bytes; a recipe has at most 8,000,000; put rows into a .jsonl "
+        "file and give its path"
+    )
+
+
+def test_a_pipe_and_a_device_are_refused_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    assert "is no regular file" in error(tmp_path / "pipe.yaml")
+    assert "is no regular file" in error("/dev/zero")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *["", " ", "../x", "a/b", "a\\b", ".", "..", "a:..", "a:.b", ":x", "a:b:c", "a:", 3, None],
+        *["x" * 101, "é" * 51, "a\0b", "a\nb", "a b", "\ud800", "a\x1b[31m"],
+    ],
+)
+def test_a_name_is_a_name_and_no_path(name):
+    for row in ({"peft": name}, {"train": "sft", "format": name}):
+        if row.get("format", "") is None:
+            continue  # no format is to detect it
+        message = error({"model": "m", "steps": [row]})
+        assert re.match(
+            "recipe: step 1: '(peft|format)' is .*; expected a name of at most", message
+        )
+        message.encode()
+    with pytest.raises(RecipeError, match="expected a name"):
+        Step("train", name)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"r": float("nan")}, "'r' is nan; expected a finite number"),
+        ({"r": [1, float("inf")]}, "'r' is inf; expected a finite number"),
+        ({"r": 10**5000}, "'r' is a whole number of 16610 bits; expected at most 4300 digits"),
+        ({"r": "\ud800"}, "half of a character"),
+    ],
+    ids=repr_type,
+)
+def test_an_option_that_no_file_can_hold_is_refused_where_it_is_given(options, problem):
+    with pytest.raises(RecipeError, match=problem):
+        Step("peft", "lora", options)
+
+
+def test_options_that_hold_themselves_are_refused():
+    options: dict = {}
+    options["a"] = options
+    with pytest.raises(RecipeError, match="nested more than 100 deep"):
+        Step("peft", "lora", options)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 10**5000, 1.5, "x", True], ids=repr_type)
+def test_a_seed_that_no_generator_takes_is_refused(seed):
+    with pytest.raises(RecipeError, match=r"'seed' is .*; expected 0 to 4294967295"):
+        Recipe("m", seed=seed)

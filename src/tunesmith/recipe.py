@@ -20,6 +20,9 @@ Nothing here knows which plugins exist or what their options mean; `tunesmith.en
 from __future__ import annotations
 
 import json
+import math
+import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,8 +30,10 @@ from typing import Any
 import attrs
 
 from tunesmith.errors import RecipeError, close_matches, listed
+from tunesmith.recipe_text import MAX_BYTES, MAX_VALUES, parse_recipe, recipe_text
+from tunesmith.strict_json import MAX_DEPTH, MAX_DIGITS, is_text
 
-__all__ = ["KIND_OF_VERB", "RECIPE_VERSION", "VERBS", "Recipe", "Step", "plain"]
+__all__ = ["KIND_OF_VERB", "RECIPE_VERSION", "VERBS", "Recipe", "Step", "is_name", "plain"]
 
 RECIPE_VERSION = 1
 
@@ -46,11 +51,66 @@ VERBS = tuple(KIND_OF_VERB)
 _DATA_KEYS = ("data", "format")
 
 
-def _frozen(value: Any) -> Any:
+MAX_NAME = 100
+"""Bytes of the longest name of a plugin: names of directories are made of them."""
+
+_NAME = re.compile(r"(?:[\w.+-]+:)?[\w+-][\w.+-]*")
+
+MAX_SEED = 2**32 - 1
+"""The largest seed that numpy takes."""
+
+
+def _frozen(value: Any, field: str = "an option", depth: int = 0) -> Any:
     """Return a value with its lists as tuples, so that equal recipes compare equal."""
+    if depth > MAX_DEPTH:
+        raise RecipeError(f"'{field[:60]}' is nested more than {MAX_DEPTH} deep; expected less")
     if isinstance(value, Mapping):
-        return {key: _frozen(item) for key, item in value.items()}
-    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
+        return {key: _frozen(item, str(key), depth + 1) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return tuple(_frozen(item, field, depth + 1) for item in value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RecipeError(f"'{field}' is {float(value)}; expected a finite number")
+    if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+        raise RecipeError(f"'{field}' is {_shown(value)}; expected at most {MAX_DIGITS} digits")
+    if isinstance(value, str) and not is_text(value):
+        raise RecipeError(f"'{field}' is {_shown(value)}, which holds half of a character; mend it")
+    return value
+
+
+_MAX_BITS = int(MAX_DIGITS * math.log2(10))
+
+
+def _options(value: Mapping[str, Any]) -> Any:
+    return _frozen(value)
+
+
+def _shown(value: Any) -> str:
+    """Return a value as Python writes it, cut to what fits into a message."""
+    if isinstance(value, int) and value.bit_length() > 1000:
+        return f"a whole number of {value.bit_length()} bits"
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number too long to write, a nesting too deep to show
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def is_name(name: Any) -> bool:
+    """Return whether a value names a plugin: a plain word that no file system takes for a path."""
+    return (
+        isinstance(name, str)
+        and _NAME.fullmatch(name) is not None
+        and len(name.encode()) <= MAX_NAME
+    )
+
+
+def _check_name(name: Any, what: str) -> None:
+    if is_name(name):
+        return
+    raise RecipeError(
+        f"{what} is {_shown(name)}; expected a name of at most {MAX_NAME} letters, digits, '_', "
+        "'-', '+' and '.', such as 'lora', or 'distribution:name'"
+    )
 
 
 @attrs.frozen
@@ -61,7 +121,7 @@ class Step:
     """One of `VERBS`."""
     plugin: str
     """Name of the plugin that does it, bare or as "distribution:name"."""
-    options: Mapping[str, Any] = attrs.field(factory=dict, converter=_frozen)
+    options: Mapping[str, Any] = attrs.field(factory=dict, converter=_options)
     """Options as given, not filled with defaults."""
     data: Any = None
     """Path or paths, hub id, `datasets.Dataset`, or rows; None for a step without data."""
@@ -74,6 +134,9 @@ class Step:
                 f"unknown step '{self.verb}'{close_matches(self.verb, VERBS)}; "
                 f"a step is one of: {', '.join(VERBS)}"
             )
+        _check_name(self.plugin, f"'{self.verb}'")
+        if self.format is not None:
+            _check_name(self.format, "'format'")
 
     @property
     def kind(self) -> str:
@@ -105,7 +168,9 @@ class Step:
     def from_dict(cls, row: Any, *, where: str = "step") -> Step:
         """Read a step from a mapping; errors name `where`."""
         if not isinstance(row, Mapping):
-            raise RecipeError(f"{where}: got {row!r}; expected a mapping such as 'quantize: nf4'")
+            raise RecipeError(
+                f"{where}: got {_shown(row)}; expected a mapping such as 'quantize: nf4'"
+            )
         verbs = [key for key in row if key in VERBS]
         if len(verbs) != 1:
             unknown = next((str(key) for key in row if key not in VERBS), "")
@@ -116,21 +181,31 @@ class Step:
             )
         verb = verbs[0]
         name = row[verb]
-        if not isinstance(name, str) or not name:
-            raise RecipeError(f"{where}: '{verb}' is {name!r}; expected the name of a plugin")
-        options = {str(k): v for k, v in row.items() if k not in (verb, *_DATA_KEYS, "with")}
+        _check_keys(row, where)
+        options = {k: v for k, v in row.items() if k not in (verb, *_DATA_KEYS, "with")}
         form = row.get("format")
-        if form is not None and not isinstance(form, str):
-            raise RecipeError(f"{where}: 'format' is {form!r}; expected the name of a data format")
         extra = row.get("with", {})
         if not isinstance(extra, Mapping):
-            raise RecipeError(f"{where}: 'with' is {extra!r}; expected a mapping of options")
-        more = {str(k): v for k, v in extra.items()}
+            raise RecipeError(f"{where}: 'with' is {_shown(extra)}; expected a mapping of options")
+        _check_keys(extra, f"{where}: 'with'")
+        more = dict(extra)
         if twice := options.keys() & more.keys():
             raise RecipeError(
                 f"{where}: {listed(twice)} given beside 'with' and in it; give it in one place"
             )
-        return cls(verb, name, {**options, **more}, row.get("data"), form)
+        try:
+            return cls(verb, name, {**options, **more}, row.get("data"), form)
+        except RecipeError as error:
+            raise RecipeError(f"{where}: {error}") from error
+
+
+def _check_keys(row: Mapping[Any, Any], where: str) -> None:
+    for key in row:
+        if not isinstance(key, str):
+            raise RecipeError(
+                f"{where}: the key {_shown(key)} is no text; write the name of an option, or put "
+                "it in quotes"
+            )
 
 
 def _tuple_of_steps(steps: Iterable[Step]) -> tuple[Step, ...]:
@@ -152,6 +227,17 @@ class Recipe:
     """"auto", "fp32", "bf16" or "fp16": the dtype the model computes in."""
     chat_template: str | None = None
     """Jinja source, the path of a .jinja file, or "chatml"; None keeps the tokenizer's own."""
+
+    def __attrs_post_init__(self) -> None:
+        whole = isinstance(self.seed, int) and not isinstance(self.seed, bool)
+        if not (whole and 0 <= self.seed <= MAX_SEED):
+            raise RecipeError(f"'seed' is {_shown(self.seed)}; expected 0 to {MAX_SEED}")
+        for name in ("model", "device", "precision", "chat_template"):
+            value = getattr(self, name)
+            if isinstance(value, str) and not is_text(value):
+                raise RecipeError(
+                    f"'{name}' is {_shown(value)}, which holds half of a character; mend it"
+                )
 
     def with_step(self, step: Step) -> Recipe:
         """Return a recipe with one more step at its end."""
@@ -176,29 +262,30 @@ class Recipe:
             raise RecipeError(f"{where}: got {type(row).__name__}; expected a mapping")
         known = {"tunesmith", *(field.name for field in attrs.fields(cls))}
         problems = [
-            f"{where}: unknown key '{key}'{close_matches(str(key), known)}"
+            f"{where}: unknown key '{str(key)[:100]}'{close_matches(str(key)[:100], known)}"
             for key in row
             if key not in known
         ]
         version = row.get("tunesmith", RECIPE_VERSION)
         if version != RECIPE_VERSION:
             problems.append(
-                f"{where}: written for recipe version {version!r}; this tunesmith reads version "
-                f"{RECIPE_VERSION}; upgrade with `pip install -U tunesmith`"
+                f"{where}: written for recipe version {_shown(version)}; this tunesmith reads "
+                f"version {RECIPE_VERSION}; upgrade with `pip install -U tunesmith`"
             )
         model = row.get("model")
         if not isinstance(model, str) or not model:
             problems.append(
-                f"{where}: 'model' is {model!r}; expected a hub id, a directory or a .gguf file"
+                f"{where}: 'model' is {_shown(model)}; expected a hub id, a directory or a .gguf "
+                "file"
             )
         for key, kinds, expected in _SETTINGS:
             value = row.get(key)
             if key in row and (not isinstance(value, kinds) or isinstance(value, bool)):
-                problems.append(f"{where}: '{key}' is {value!r}; expected {expected}")
+                problems.append(f"{where}: '{key}' is {_shown(value)}; expected {expected}")
         steps: list[Step] = []
         listing = row.get("steps") or []
         if isinstance(listing, str) or not isinstance(listing, Sequence):
-            problems.append(f"{where}: 'steps' is {listing!r}; expected a list of steps")
+            problems.append(f"{where}: 'steps' is {_shown(listing)}; expected a list of steps")
             listing = []
         for number, item in enumerate(listing, 1):
             try:
@@ -208,7 +295,10 @@ class Recipe:
         if problems:
             raise RecipeError("\n".join(problems))
         settings = {k: v for k, v in row.items() if k not in ("tunesmith", "model", "steps")}
-        return cls(model=str(model), steps=tuple(steps), **settings)
+        try:
+            return cls(model=str(model), steps=tuple(steps), **settings)
+        except RecipeError as error:
+            raise RecipeError(f"{where}: {error}") from error
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML text."""
@@ -221,19 +311,8 @@ class Recipe:
     @classmethod
     def from_yaml(cls, source: str | Path) -> Recipe:
         """Read a recipe from YAML or JSON: a path, or the text itself."""
-        text, where = _text_of(source)
-        if text.lstrip().startswith("{"):
-            # not left to YAML, which takes JSON's 2e-05 for text and its \ud83d for a character
-            try:
-                return cls.from_dict(json.loads(text, object_pairs_hook=_unique), where=where)
-            except json.JSONDecodeError as error:
-                if where.endswith(".json"):
-                    raise RecipeError(
-                        f"{where}, line {error.lineno}: not valid JSON: {error.msg}"
-                    ) from error
-            except _DuplicateKeyError as error:
-                raise RecipeError(f"{where}: {error}") from error
-        return cls.from_dict(_read_yaml(text, where), where=where)
+        text, where = recipe_text(source)
+        return cls.from_dict(parse_recipe(text, where), where=where)
 
     from_json = from_yaml
 
@@ -245,19 +324,6 @@ _SETTINGS: tuple[tuple[str, Any, str], ...] = (
     ("chat_template", (str, type(None)), "Jinja source, the path of a .jinja file, or 'chatml'"),
 )
 """Settings of a run with their types, as a file may hold them."""
-
-
-class _DuplicateKeyError(ValueError):
-    """A mapping in a file says two things under one key."""
-
-
-def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object's mapping; refuse a key that stands twice, for one would be lost."""
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        twice = next(key for key, _ in pairs if sum(key == other for other, _ in pairs) > 1)
-        raise _DuplicateKeyError(f"the key '{twice}' stands twice in one mapping; keep one of them")
-    return row
 
 
 def _write_yaml(row: Mapping[str, Any]) -> str:
@@ -279,40 +345,22 @@ def _write_yaml(row: Mapping[str, Any]) -> str:
     return written
 
 
-def _read_yaml(text: str, where: str) -> Any:
-    """Return what a YAML text holds; refuse a key that stands twice, for one would be lost."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            seen: set[Any] = set()
-            for key, _ in node.value:
-                if not isinstance(key, yaml.ScalarNode):
-                    continue
-                if key.value in seen:
-                    problem = f"the key '{key.value}' stands twice in one mapping; keep one of them"
-                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-                seen.add(key.value)
-            return super().construct_mapping(node, deep)
-
-    try:
-        return yaml.load(text, Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error)
-        raise RecipeError(f"{where}{line}: not valid YAML: {problem}") from error
-
-
 def plain(value: Any) -> Any:
     """Return an option value as YAML and JSON can hold it: tuples become lists, paths strings."""
+    try:
+        return _plain(value)
+    except RecursionError as error:
+        raise RecipeError("an option is nested too deep for a file; make it flatter") from error
+
+
+def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
         items = sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value
-        return [plain(item) for item in items]
-    if isinstance(value, Path):
-        return str(value)
+        return [_plain(item) for item in items]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     if value is None or isinstance(value, bool):
         return value
     for kind in (int, float):
@@ -326,32 +374,39 @@ def plain(value: Any) -> Any:
     )
 
 
+def _count(value: Any) -> int:
+    """Return how many keys and values a plain value holds."""
+    if isinstance(value, dict):
+        return 1 + sum(1 + _count(item) for item in value.values())
+    return 1 + sum(map(_count, value)) if isinstance(value, list) else 1
+
+
+def _size(value: Any) -> int:
+    """Return how many characters the texts of a plain value have."""
+    if isinstance(value, dict):
+        return sum(len(key) + _size(item) for key, item in value.items())
+    if isinstance(value, list):
+        return sum(map(_size, value))
+    return len(value) if isinstance(value, str) else 0
+
+
 def _plain_data(data: Any) -> Any:
     """Return a data description as a file can hold it: paths, ids and literal rows."""
-    if isinstance(data, (str, Path)):
-        return str(data)
-    if isinstance(data, (list, tuple)) and all(isinstance(item, (str, Path)) for item in data):
-        return [str(item) for item in data]
+    if isinstance(data, (str, os.PathLike)):
+        return os.fsdecode(data)
+    if isinstance(data, (list, tuple)) and all(
+        isinstance(item, (str, os.PathLike)) for item in data
+    ):
+        return [os.fsdecode(item) for item in data]
     if isinstance(data, (list, tuple)) and all(isinstance(item, Mapping) for item in data):
-        return [plain(item) for item in data]
+        rows = [plain(item) for item in data]
+        if _size(rows) > MAX_BYTES // 4 or _count(rows) > MAX_VALUES // 2:
+            raise RecipeError(
+                f"{len(rows)} rows are too much for a recipe; save them to a .jsonl or .parquet "
+                "file and give its path to keep it in a recipe"
+            )
+        return rows
     raise RecipeError(
         f"data given as a {type(data).__module__}.{type(data).__name__} lives in this process "
         "only; save it to a .jsonl or .parquet file and give its path to keep it in a recipe"
     )
-
-
-def _text_of(source: str | Path) -> tuple[str, str]:
-    """Return a recipe's text and what to call it in errors."""
-    if isinstance(source, str) and ("\n" in source or source.lstrip().startswith("{")):
-        return source, "recipe"
-    path = Path(source)
-    try:
-        if path.is_dir():
-            raise RecipeError(f"{path}: is a directory; expected a recipe file such as recipe.yaml")
-        return path.read_text(encoding="utf-8"), str(path)
-    except FileNotFoundError:
-        raise RecipeError(f"{path}: no such recipe file") from None
-    except RecipeError:
-        raise
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{path}: cannot be read: {error}") from error
