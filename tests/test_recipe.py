@@ -505,8 +505,6 @@ def test_a_name_is_a_name_and_no_path(name):
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"r": float("nan")}, "'r' is nan; expected a finite number"),
-        ({"r": [1, float("inf")]}, "'r' is inf; expected a finite number"),
         ({"r": 10**5000}, "'r' is a whole number of 16610 bits; expected at most 4300 digits"),
         ({"r": "\ud800"}, "half of a character"),
     ],

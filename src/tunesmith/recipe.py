@@ -68,8 +68,6 @@ def _frozen(value: Any, field: str = "an option", depth: int = 0) -> Any:
         return {key: _frozen(item, str(key), depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return tuple(_frozen(item, field, depth + 1) for item in value)
-    if isinstance(value, float) and not math.isfinite(value):
-        raise RecipeError(f"'{field}' is {float(value)}; expected a finite number")
     if isinstance(value, int) and value.bit_length() > _MAX_BITS:
         raise RecipeError(f"'{field}' is {_shown(value)}; expected at most {MAX_DIGITS} digits")
     if isinstance(value, str) and not is_text(value):
@@ -78,6 +76,18 @@ def _frozen(value: Any, field: str = "an option", depth: int = 0) -> Any:
 
 
 _MAX_BITS = int(MAX_DIGITS * math.log2(10))
+
+
+def _check_finite(value: Any, field: str) -> None:
+    """Raise for NaN and infinity, which no option takes; one given in Python the plan refuses."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _check_finite(item, str(key))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _check_finite(item, field)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise RecipeError(f"'{field}' is {float(value)}; expected a finite number")
 
 
 def _options(value: Mapping[str, Any]) -> Any:
@@ -194,9 +204,11 @@ class Step:
                 f"{where}: {listed(twice)} given beside 'with' and in it; give it in one place"
             )
         try:
-            return cls(verb, name, {**options, **more}, row.get("data"), form)
+            step = cls(verb, name, {**options, **more}, row.get("data"), form)
+            _check_finite(step.options, "an option")
         except RecipeError as error:
             raise RecipeError(f"{where}: {error}") from error
+        return step
 
 
 def _check_keys(row: Mapping[Any, Any], where: str) -> None:
