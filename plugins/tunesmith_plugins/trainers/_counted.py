@@ -7,7 +7,7 @@ a batch of one short answer weighs as much as one of three long ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import attrs
 
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = ["ROWS", "Measured", "RowNames", "counted_trainer_class"]
+
+Gathered: TypeAlias = "dict[str, list[torch.Tensor]]"
+"""Sums of batches by name, and under `COUNT` how many items each is over."""
+COUNT = "count"
 
 ROWS = "rows"
 """Key of a batch under which the numbers of its rows stand; no model is given them."""
@@ -81,7 +85,8 @@ def counted_trainer_class() -> Any:
             # the loss of a step is divided here, by what is in it
             self.model_accepts_loss_kwargs = True
             self.loss_is_scaled_for_ga = True
-            self._sums: dict[str, _Sums] = {"train": _Sums(), "eval": _Sums()}
+            # what was measured since the last log: a checkpoint keeps it under this name
+            self._measured: dict[str, Gathered] = {"train": {}, "eval": {}}
 
         def measure(self, model: Any, inputs: dict[str, Any], *, training: bool) -> Measured:
             raise NotImplementedError
@@ -112,7 +117,7 @@ def counted_trainer_class() -> Any:
         ) -> Any:
             inputs = {name: value for name, value in inputs.items() if name != ROWS}
             measured = self.measure(model, inputs, training=True)
-            self._sums["train"].add(measured)
+            _add(self._measured["train"], measured)
             count = measured.count if num_items_in_batch is None else num_items_in_batch
             loss = measured.sums["loss"] / count
             if self.args.world_size > 1:  # gradients are averaged over processes
@@ -126,59 +131,43 @@ def counted_trainer_class() -> Any:
             inputs = {name: value for name, value in inputs.items() if name != ROWS}
             with torch.no_grad(), self.compute_loss_context_manager():
                 measured = self.measure(model, inputs, training=False)
-            self._sums["eval"].add(measured)
+            _add(self._measured["eval"], measured)
             return (measured.sums["loss"] / measured.count).detach(), None, None
 
         def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-            self._sums["eval"].clear()
+            self._measured["eval"].clear()
             output = super().evaluation_loop(*args, **kwargs)
             prefix = kwargs.get("metric_key_prefix", "eval")
-            means, _ = self._sums["eval"].take(self.accelerator)
+            means, _ = _take(self._measured["eval"], self.accelerator)
             output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
             return output
 
         def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-            if "loss" in logs and len(self._sums["train"]):
-                means, count = self._sums["train"].take(self.accelerator)
+            if "loss" in logs and self._measured["train"]:
+                means, count = _take(self._measured["train"], self.accelerator)
                 logs.update(means, loss_over=count)
             super().log(logs, *args, **kwargs)
 
     return CountedTrainer
 
 
-class _Sums:
-    """Sums and counts of the batches seen since they were last taken.
+def _add(gathered: Gathered, measured: Measured) -> None:
+    """Keep what was measured; it stays where it was computed, for a copy waits for a GPU."""
+    for name, value in {**measured.sums, COUNT: measured.count}.items():
+        gathered.setdefault(name, []).append(value.detach())
 
-    They stay where they were computed until then: bringing a number to the CPU waits for a GPU.
-    """
 
-    def __init__(self) -> None:
-        self._sums: dict[str, list[torch.Tensor]] = {}
-        self._counts: list[torch.Tensor] = []
+def _take(gathered: Gathered, accelerator: Any) -> tuple[dict[str, float], float]:
+    """Return means by name and the number of items they are over, and begin anew."""
+    import torch
 
-    def __len__(self) -> int:
-        return len(self._counts)
+    def total(values: list[torch.Tensor]) -> float:
+        mine = torch.stack([value.to(values[-1].device) for value in values])
+        if accelerator.num_processes > 1:
+            mine = accelerator.gather(mine)
+        return float(mine.cpu().double().sum())
 
-    def add(self, measured: Measured) -> None:
-        for name, value in measured.sums.items():
-            self._sums.setdefault(name, []).append(value.detach())
-        self._counts.append(measured.count.detach())
-
-    def clear(self) -> None:
-        self._sums.clear()
-        self._counts.clear()
-
-    def take(self, accelerator: Any) -> tuple[dict[str, float], float]:
-        """Return means by name and the number of items they are over, and begin anew."""
-        import torch
-
-        def total(values: list[torch.Tensor]) -> float:
-            mine = torch.stack(values)
-            if accelerator.num_processes > 1:
-                mine = accelerator.gather(mine)
-            return float(mine.cpu().double().sum())
-
-        count = total(self._counts)
-        means = {name: total(values) / count for name, values in self._sums.items()}
-        self.clear()
-        return means, count
+    count = total(gathered.pop(COUNT))
+    means = {name: total(values) / count for name, values in gathered.items()}
+    gathered.clear()
+    return means, count
