@@ -8,13 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tunesmith import __version__
+from tunesmith.engine.signals import Interrupted, Terminated, stoppable
 from tunesmith.errors import TunesmithError
 
 __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status: 0 done, 1 a problem, 2 wrong usage."""
+    """Run the command line; return the exit status.
+
+    0 done, 1 a problem, 2 wrong usage, 130 stopped by Ctrl-C (SIGINT), 143 by SIGTERM.
+    """
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.command is None:
@@ -27,9 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for note in getattr(error, "__notes__", ()):
             print(f"  {note}", file=sys.stderr)
         return 1
+    except (Interrupted, Terminated) as stop:
+        print(f"tunesmith: {stop}", file=sys.stderr)
+        return stop.status
     except KeyboardInterrupt:
-        print("tunesmith: stopped; run the same command again to go on", file=sys.stderr)
-        return 130
+        print("tunesmith: stopped", file=sys.stderr)
+        return Interrupted.status
     return status
 
 
@@ -71,9 +78,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from tunesmith.tuner import Tuner
+    with stoppable():
+        from tunesmith.tuner import Tuner
 
-    result = Tuner.from_yaml(options.recipe).run(options.out, progress=not options.quiet)
+        result = Tuner.from_yaml(options.recipe).run(options.out, progress=not options.quiet)
     print(f"run      {result.path}")
     for label, directory in result.adapters.items():
         print(f"adapter  {label}: {directory}")

@@ -9,6 +9,7 @@ import attrs
 
 from tunesmith.errors import OptionError
 from tunesmith.recipe import Recipe, Step
+from tunesmith.report.kept import reported
 from tunesmith.verbs import Verbs
 
 if TYPE_CHECKING:
@@ -107,22 +108,24 @@ class Tuner(Verbs):
 
         Stages that an earlier run finished there are reused if recipe, data and versions are
         unchanged. `progress=False` prints nothing; `listeners` are called with (run, event).
-        Errors: `PlanError` with every problem, before any weight is read; `RunError`.
+        Errors: `PlanError` with every problem, before any weight is read; `RunError`. Ctrl-C ends
+        as `KeyboardInterrupt` and SIGTERM as `SystemExit`, with a report and, from a training, a
+        checkpoint: the message says from where the same call goes on.
         """
         from contextlib import ExitStack
 
-        from tunesmith.engine.runner import run
-        from tunesmith.plugin.registry import registry
-        from tunesmith.report.html import write_report
+        from tunesmith.engine.signals import stoppable
 
-        with ExitStack() as stack:
-            listening = list(listeners)
+        with stoppable(), reported(self._recipe, Path(directory)) as heard, ExitStack() as stack:
+            from tunesmith.engine.runner import run
+            from tunesmith.plugin.registry import registry
+
+            listening = [heard, *listeners]
             if progress:
                 from tunesmith.report.console import ConsoleReporter
 
                 listening.append(stack.enter_context(ConsoleReporter()))
             result = run(self._recipe, Path(directory), registry(), listening)
-        write_report(result.path)
         return result
 
     def to_yaml(self, path: str | Path | None = None) -> str:

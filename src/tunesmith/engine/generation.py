@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.data.render import Renderer
+from tunesmith.engine.alone import alone
 from tunesmith.engine.models import find_model, local_directory
 from tunesmith.engine.quiet import quiet_libraries
 from tunesmith.engine.session import open_session
@@ -41,7 +42,7 @@ def load_for_generation(
             session.use_adapter(label, directory)
     from tunesmith.nn import fused_layers
 
-    with quiet_libraries():
+    with alone(f"loading the model of {run} to generate with", brief=True), quiet_libraries():
         model = session.model
     model.eval()
     fused_layers.use(model)

@@ -12,6 +12,7 @@ from typing import Any
 
 import attrs
 
+from tunesmith.engine.alone import alone
 from tunesmith.engine.dataset import LoadedData, load_data
 from tunesmith.engine.device import Device, find_device
 from tunesmith.engine.estimate import ITEMSIZE, Estimate, Shapes, estimate_step, model_shapes
@@ -121,7 +122,8 @@ def make_plan(
     shapes = None
     if model is not None and device is not None and not problems and (estimates or quantizer):
         try:
-            with quiet_libraries():
+            # its skeleton is built on the meta device: a run beside it would be handed such tensors
+            with alone("predicting memory and time", brief=True), quiet_libraries():
                 shapes = model_shapes(model)
         except ModelError as error:
             problems.append(str(error))

@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
@@ -16,12 +17,15 @@ from typing import Any
 
 import attrs
 
+from tunesmith.engine.alone import alone
 from tunesmith.engine.models import content_hash, local_directory
 from tunesmith.engine.plan import Plan, PlannedStep, make_plan
 from tunesmith.engine.quiet import quiet_libraries
 from tunesmith.engine.result import RunResult
 from tunesmith.engine.session import open_session
+from tunesmith.engine.signals import current, outlook_of
 from tunesmith.engine.store import RunStore, Stage
+from tunesmith.engine.traces import recipe_text
 from tunesmith.engine.training import StageTraining
 from tunesmith.plugin.events import (
     Event,
@@ -53,12 +57,14 @@ def run(
     """Do what a recipe says in a run directory, reusing stages that are already done.
 
     Errors: `PlanError` with every problem, before anything is written; `RunError` for a directory
-    that is in use; what a plugin raises, with the stage named in a note.
+    that is in use, or beside another run of this process; what a plugin raises, with the stage
+    named in a note.
     """
-    plan = make_plan(recipe, registry, directory=directory, estimates=False)
-    plan.raise_if_problems()
-    with RunStore(directory) as store, quiet_libraries():
-        return _Runner(plan, registry, store, listeners).run()
+    with alone(f"the run in {directory}"):
+        plan = make_plan(recipe, registry, directory=directory, estimates=False)
+        plan.raise_if_problems()
+        with RunStore(directory) as store, quiet_libraries():
+            return _Runner(plan, registry, store, listeners).run()
 
 
 @attrs.define
@@ -85,7 +91,7 @@ class _Runner:
             {step.name: fingerprints[step.number] for step in kept}
         ):
             self.emit(Warned(f"{name} was made by another recipe; it is kept in {target}"))
-        self.store.write_recipe(_recipe_text(self.plan.recipe))
+        self.store.write_recipe(recipe_text(self.plan.recipe))
         self.store.write_lock(
             {**lock, "fingerprints": {s.name: fingerprints[s.number] for s in kept}}
         )
@@ -94,6 +100,7 @@ class _Runner:
         session = open_session(self.plan.recipe, base, device.name, device.precision)
         stages: list[Stage] = []
         for step in self.plan.steps:
+            current().check()
             work = getattr(self, step.step.verb)
             if step.step.verb not in _STAGES:
                 work(step, session)
@@ -127,6 +134,7 @@ class _Runner:
         self.emit(StageStarted(step.name))
         began = time.perf_counter()
         directory = self.store.begin(step.name, fingerprint)
+        current().outlook = partial(outlook_of, step.name, directory / "checkpoints")
         try:
             metrics = work(step, session, directory)
         except Exception as error:
@@ -144,6 +152,7 @@ class _Runner:
                 seconds=round(time.perf_counter() - began, 3),
             )
         )
+        current().outlook = lambda: f"run the same again, which goes on after {step.name}"
         self.emit(StageFinished(step.name, stage.seconds, stage.metrics))
         return stage
 
@@ -287,20 +296,6 @@ def _samples(steps: Sequence[PlannedStep], count: int = 4) -> tuple[str, ...]:
             ]
             found.append(getattr(example, "text", None) or "\n".join(turns))
     return tuple(text for text in found if text)[:count]
-
-
-def _recipe_text(recipe: Recipe) -> str:
-    """Return the recipe as YAML; data that lives in this process only is named as such."""
-    from tunesmith.errors import RecipeError
-
-    steps = []
-    for step in recipe.steps:
-        try:
-            step.to_dict()
-        except RecipeError:
-            step = attrs.evolve(step, data=f"<{type(step.data).__name__} in memory>")
-        steps.append(step)
-    return attrs.evolve(recipe, steps=steps).to_yaml()
 
 
 def _digest(value: Any) -> str:

@@ -16,6 +16,7 @@ from tunesmith.data.examples import Sourced
 from tunesmith.engine.guards import guarded
 from tunesmith.engine.plan import PlannedStep
 from tunesmith.engine.progress import ProgressCallback, peak_memory_bytes
+from tunesmith.engine.signals import current, stops_after_step
 from tunesmith.errors import DataError, RunError
 from tunesmith.plugin.events import Event, RowsCut, RowsDropped, Warned
 from tunesmith.plugin.registry import Registry
@@ -61,7 +62,9 @@ class StageTraining:
         progress = self._listen(trainer)
         set_seed(self.seed)  # however many numbers rendering and building have drawn
         with guarded(trainer, self.step.name, self._rate()) as guard:
-            trainer.train(resume_from_checkpoint=self._resume_point())
+            with stops_after_step(trainer):
+                trainer.train(resume_from_checkpoint=self._resume_point())
+            current().check()
             guard.check_result()
         metrics = progress.metrics()
         metrics["memory_bytes"] = float(peak_memory_bytes())
