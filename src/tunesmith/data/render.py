@@ -271,18 +271,27 @@ class Renderer:
     def _continued(self, before: str, more: str) -> tuple[list[int], list[int]]:
         """Return the ids of a text, and those that go on from it with more text.
 
-        Both together spell the whole. Where a token of the whole stands across the border, `more`
-        is tokenised after something that it does not merge with.
+        Both together spell the whole (but for white space, with a tokenizer that does not keep it).
+        Where a token of the whole stands across the border, `more` is tokenised after something
+        that it does not merge with.
         """
         head, whole = self._ids(before), self._ids(before + more)
         if whole[: len(head)] == head:
             return head, whole[len(head) :]
         spelled = self._spelled(whole)
+        near: list[int] | None = None
         for anchor in ("", "\n", *self._reader.specials[:2], "a", "."):
             begun, both = self._ids(anchor), self._ids(anchor + more)
+            if both[: len(begun)] != begun:
+                continue
             rest = both[len(begun) :]
-            if both[: len(begun)] == begun and self._spelled([*head, *rest]) == spelled:
+            text = self._spelled([*head, *rest])
+            if text == spelled:
                 return head, rest
+            if near is None and _letters(self._spelled(rest), more):
+                near = rest
+        if near is not None:
+            return head, near
         raise DataError(
             f"the tokenizer cannot write {more[:40]!r} after {before[-40:]!r} but by a token that "
             "belongs to both, so the answer cannot be told from what stands before it; "
@@ -294,6 +303,11 @@ class Renderer:
             ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
         return text
+
+
+def _letters(one: str, other: str) -> bool:
+    """Return whether two texts are the same but for white space."""
+    return "".join(one.split()) == "".join(other.split())
 
 
 class _Whole:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import attrs
 
 from tunesmith.data.examples import Message
+
+_Form: TypeAlias = Callable[[Sequence[Message]], Sequence[Message]]
 
 __all__ = ["FORMS", "called", "has_calls", "with_ids"]
 
@@ -95,15 +97,33 @@ def _made(*parts: Any) -> str:
 
 
 def _short_ids(messages: Sequence[Message]) -> list[Message]:
-    """Return the messages with ids of nine letters and digits; those that are so stay."""
+    """Return the messages with ids of nine letters and digits, as Mistral wants them."""
+    return _renamed(messages, lambda number, call: _short(call.get("id")))
+
+
+def _named_ids(messages: Sequence[Message]) -> list[Message]:
+    """Return the messages with ids such as "functions.look:0", as Kimi K2 has them."""
+    return _renamed(
+        messages, lambda number, call: f"functions.{_function(call).get('name')}:{number}"
+    )
+
+
+def _renamed(
+    messages: Sequence[Message], rename: Callable[[int, Mapping[str, Any]], str]
+) -> list[Message]:
     done = []
+    number = 0
+    ids: dict[Any, str] = {}
     for message in messages:
         if (answered := message.extra.get("tool_call_id")) is not None:
-            message = _with(message, tool_call_id=_short(answered))
+            message = _with(message, tool_call_id=ids.get(answered) or _short(answered))
         if calls := message.extra.get("tool_calls"):
-            message = _with(
-                message, tool_calls=[{**call, "id": _short(call.get("id"))} for call in calls]
-            )
+            made = []
+            for call in calls:
+                own = ids[call.get("id")] = rename(number, call)
+                made.append({**call, "id": own})
+                number += 1
+            message = _with(message, tool_calls=made)
         done.append(message)
     return done
 
@@ -132,11 +152,21 @@ def _with_text(call: Mapping[str, Any]) -> dict[str, Any]:
     return {**call, "function": written} if "function" in call else {**call, **written}
 
 
-FORMS: tuple[Callable[[Sequence[Message]], Sequence[Message]], ...] = (
-    lambda messages: messages,
+def _same(messages: Sequence[Message]) -> Sequence[Message]:
+    return messages
+
+
+def _both(ids: _Form) -> _Form:
+    return lambda messages: _text_arguments(ids(messages))
+
+
+FORMS: tuple[_Form, ...] = (
+    _same,
     _short_ids,
     _text_arguments,
-    lambda messages: _text_arguments(_short_ids(messages)),
+    _named_ids,
+    _both(_short_ids),
+    _both(_named_ids),
 )
 """Ways to write the same calls, in the order in which a template is offered them."""
 

@@ -44,6 +44,8 @@ class Turn:
     """Characters of `answer` up to the end of the turn; whitespace may follow."""
     body: int
     """Characters of `answer` up to the special tokens that end it; `end` where there are none."""
+    opened: str = ""
+    """The tag that the prompt leaves open for a thought, such as "<think>"."""
 
     @property
     def ended(self) -> bool:
@@ -72,7 +74,7 @@ class Turn:
             stands = text[start:at].rstrip()
             if not body.endswith(stands):
                 return None
-            if not _lost(self.message, stands):
+            if not _lost(self.message, self.opened + stands):
                 return at + _whole_specials(closing, text[at:], specials)
             at = text.find(stop, at + len(stop))
         return None
@@ -84,8 +86,9 @@ class TurnReader:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self.specials = special_texts(tokenizer)
-        self._form = 0
-        self._header: str | None = None
+        self._form: int | None = None
+        self._generation_prompt: str | None = None
+        self._strips: bool | None = None
         self._shows_tools = False
 
     def text(
@@ -99,11 +102,13 @@ class TurnReader:
 
         Errors: `DataError` for what the template raises, in every form that calls can be given in.
         """
+        if not has_calls(messages):
+            return self._write(messages, tools, answer)
+        if self._form is None:
+            self._form = self._form_of_calls()
         try:
             return self._write(FORMS[self._form](messages), tools, answer)
         except DataError:
-            if not has_calls(messages):
-                raise
             for number, form in enumerate(FORMS):
                 try:
                     text = self._write(form(messages), tools, answer)
@@ -122,15 +127,19 @@ class TurnReader:
         inference gives the model does not stand before it.
         """
         message = messages[index]
-        written = self._written(messages[: index + 1], tools)
+        written = self.text(messages[: index + 1], tools)
         if index == 0:  # no template renders a conversation without messages
-            prompt = written[: self._content_start(messages[:1], tools, written)]
-            answer = written[len(prompt) :]
+            answer = self._after_header(message, written)
+            if answer is None:
+                answer = written[self._content_start(messages[:1], tools, written) :]
+            prompt = written[: len(written) - len(answer)]
         else:
             prompt = self.text(messages[:index], tools, answer=True)
-            answer = _answer(prompt, written, message, index)
-        end, body = self._end(message, answer)
-        turn = Turn(message, prompt, answer, end, body)
+            answer = self._answer(prompt, written, message, index)
+        tag = _OPENED.search(prompt)
+        opened = tag[0] if tag is not None else ""
+        end, body = self._end(message, answer, opened)
+        turn = Turn(message, prompt, answer, end, body, opened)
         _check_kept(turn, index)
         if index:
             self._check_header(messages[: index + 1], tools, turn)
@@ -162,21 +171,43 @@ class TurnReader:
         written = [message.to_dict() for message in messages]
         return templates.render(self.tokenizer, written, tools, answer=answer)
 
-    def _written(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> str:
-        """Return the messages as text, with calls in the form that the template is made for."""
-        text = self.text(messages, tools)
-        if any(_as_python(message, text) for message in messages):
-            for number, form in enumerate(FORMS):
-                try:
-                    other = self._write(form(messages), tools, False)
-                except DataError:
-                    continue
-                if not any(_as_python(message, other) for message in messages):
-                    self._form = number
-                    return other
-        return text
+    def _answer(self, prompt: str, written: str, message: Message, index: int) -> str:
+        """Return what follows the prompt in what is written with the answer."""
+        if written.startswith(prompt):
+            return written[len(prompt) :]
+        common = _common_start(prompt, written)
+        rest = written[common:]
+        said = _without_space(message.content)
+        if not prompt[common:].strip() and said and _without_space(rest).startswith(said):
+            return rest  # a header that is written with less space once the answer is there
+        opened = _OPENED.search(prompt)
+        if opened is not None and written.startswith(prompt[: opened.start()]):
+            return _thought(message, opened[1], written[opened.start() :])
+        after = self._after_header(message, written) if prompt.endswith(self._header()) else None
+        if after is None:
+            raise DataError(
+                f"turn {index + 1}: the chat template writes what stands before this assistant "
+                "turn in another way once the turn is there, and the header of the answer as well, "
+                f"so which tokens are the answer's cannot be told; {_OTHER_TEMPLATE}"
+            )
+        return after
 
-    def _end(self, message: Message, answer: str) -> tuple[int, int]:
+    def _after_header(self, message: Message, written: str) -> str | None:
+        """Return what is written of a last turn after the header of an answer, found from behind.
+
+        For turns before which something changes once they are there, or nothing stands.
+        """
+        header = self._header()
+        opened = _OPENED.search(header)
+        at = written.rfind(header) if header.strip() else -1
+        while at >= 0:
+            rest = written[at + len(header) :]
+            if not _lost(message, (opened[0] if opened else "") + rest):
+                return rest
+            at = written.rfind(header, 0, at)
+        return None
+
+    def _end(self, message: Message, answer: str, opened: str) -> tuple[int, int]:
         """Return where in an answer the turn ends, and where the special tokens that end it begin.
 
         What looks like a special token and belongs to what is said ends nothing.
@@ -185,10 +216,11 @@ class TurnReader:
         body = end
         while special := _last_special(answer[:body], self.specials):
             before = len(answer[: body - len(special)].rstrip())
-            if _lost(message, answer[:before]):
+            if _lost(message, opened + answer[:before]):
                 break
             body = before
-        if body == end:  # no token ends it, so whitespace at the end is what the answer says
+        if body == end and message.content.strip() and not self._strips_content():
+            # no token ends it, so whitespace at the end is what the answer says
             at = answer.rfind(message.content)
             end = body = max(end, at + len(message.content)) if at >= 0 else end
         return end, body
@@ -197,7 +229,7 @@ class TurnReader:
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], turn: Turn
     ) -> None:
         """Raise if the model would have to write the header of its answer by itself."""
-        header = self._answer_header()
+        header = self._header()
         if header.strip() and turn.prompt.endswith(header):
             return
         content = turn.message.content.strip()
@@ -215,16 +247,50 @@ class TurnReader:
                 f'header {header!r} by itself; pass chat_template="chatml" or a template with one'
             )
 
-    def _answer_header(self) -> str:
-        """Return what add_generation_prompt adds after a user's turn; "" if that cannot be told."""
-        if self._header is None:
+    def _header(self) -> str:
+        """Return what add_generation_prompt adds after a user's turn; "" if that cannot be told.
+
+        A template may write something else, such as the end of the text, where it is not asked to.
+        """
+        if self._generation_prompt is None:
             probe = [Message("user", "a")]
             try:
                 without, header = self._write(probe, (), False), self._write(probe, (), True)
             except DataError:
                 return ""
-            self._header = header.removeprefix(without) if header.startswith(without) else ""
-        return self._header
+            self._generation_prompt = header[_common_start(without, header) :]
+        return self._generation_prompt
+
+    def _form_of_calls(self) -> int:
+        """Return the number of the first form in which the template writes all of a call.
+
+        Some refuse ids of another form than theirs, some write an id that has to have the name in
+        it, and some write arguments that are no text as Python prints them.
+        """
+        call = {"name": "f_zq", "arguments": {"zq": True}}
+        made = {"id": "call_0123456789", "type": "function", "function": call}
+        asks = [Message("user", "a"), Message("assistant", "", {"tool_calls": [made]})]
+        result = Message("tool", "b", {"tool_call_id": "call_0123456789", "name": "f_zq"})
+        for probe in ([*asks, result], asks):
+            for number, form in enumerate(FORMS):
+                try:
+                    text = self._write(form(probe), (), False)
+                except DataError:
+                    continue
+                if "f_zq" in text and str(call["arguments"]) not in text:
+                    return number
+        return 0
+
+    def _strips_content(self) -> bool:
+        """Return whether the template takes away the white space at the end of a content."""
+        if self._strips is None:
+            said = "a \n \n"
+            try:
+                text = self._write([Message("user", "a"), Message("assistant", said)], (), False)
+            except DataError:
+                return False
+            self._strips = said not in text
+        return self._strips
 
     def _content_start(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], text: str
@@ -243,40 +309,25 @@ def special_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     return tuple(sorted(filter(None, texts), key=lambda text: (-len(text), text)))
 
 
-def _answer(prompt: str, written: str, message: Message, index: int) -> str:
-    """Return what follows the prompt in what is written with the answer."""
-    if written.startswith(prompt):
-        return written[len(prompt) :]
-    common = _common_start(prompt, written)
-    rest = written[common:]
-    said = _without_space(message.content)
-    if not prompt[common:].strip() and said and _without_space(rest).startswith(said):
-        return rest  # a header that is written with less space once the answer is there
-    opened = _OPENED.search(prompt)
-    if opened is not None and written.startswith(prompt[: opened.start()]):
-        return _thought(message, opened[1]) + written[opened.start() :]
-    raise DataError(
-        f"turn {index + 1}: the chat template writes what stands before this assistant turn in "
-        "another way once the turn is there (some put a thinking header before an answer and "
-        f"strip it afterwards), so which tokens are the answer's cannot be told; {_OTHER_TEMPLATE}"
-    )
+def _thought(message: Message, tag: str, rest: str) -> str:
+    """Return an answer behind an open tag, for a template that opens it and never writes thoughts.
 
-
-def _thought(message: Message, tag: str) -> str:
-    """Return a thought up to its closing tag, for a template that opens it and never writes it."""
+    `rest` is what the template writes after the header without the tag.
+    """
     before, closed, after = message.content.partition(f"</{tag}>")
     if closed:
-        space = after[: len(after) - len(after.lstrip())]
-        return before.lstrip().removeprefix(f"<{tag}>").lstrip("\n") + closed + space
+        space = "" if rest[:1].isspace() else after[: len(after) - len(after.lstrip())]
+        thought = before.lstrip().removeprefix(f"<{tag}>").lstrip("\n")
+        return thought + closed + space + rest
     thoughts = [message.extra.get(key) for key in _REASONING]
     thought = next((text for text in thoughts if isinstance(text, str)), "").strip("\n")
-    return f"{thought}\n</{tag}>\n\n"
+    return f"{thought}\n</{tag}>\n\n" + rest
 
 
 def _check_kept(turn: Turn, index: int) -> None:
     """Raise if the template leaves out anything that an assistant turn says."""
     written = turn.answer[: turn.end]
-    lost = _lost(turn.message, written)
+    lost = _lost(turn.message, turn.opened + written)
     if not lost:
         return
     if lost in called(turn.message):
@@ -300,18 +351,6 @@ def _lost(message: Message, written: str) -> str:
         if isinstance(part, str) and _without_space(part) not in said:
             return part
     return next((name for name in called(message) if name not in written), "")
-
-
-def _as_python(message: Message, text: str) -> bool:
-    """Return whether a call's arguments are written as Python prints them, and not as JSON."""
-    for call in message.extra.get("tool_calls") or ():
-        function = call.get("function", call)
-        arguments = function.get("arguments") if isinstance(function, Mapping) else None
-        if isinstance(arguments, Mapping) and arguments:
-            python = str(arguments)
-            if python in text and python != json.dumps(arguments, ensure_ascii=False):
-                return True
-    return False
 
 
 def _shown(content: str, text: str) -> bool:
