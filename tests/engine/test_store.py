@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from tunesmith.engine.seals import sealed
 from tunesmith.engine.store import RunStore, Stage, problem_with, read_stages
 from tunesmith.errors import RunError
 
@@ -35,11 +36,24 @@ def test_a_stage_at_work_is_not_a_finished_one(tmp_path):
         assert read_stages(tmp_path / "run") == []
 
 
-def test_an_interrupted_stage_keeps_its_checkpoints_only_for_the_same_fingerprint(tmp_path):
+def test_an_interrupted_stage_keeps_its_checkpoints_and_nothing_else(tmp_path):
     with RunStore(tmp_path / "run") as store:
-        (store.begin("01-sft", "aa") / "checkpoint").write_text("half way")
-        assert (store.begin("01-sft", "aa") / "checkpoint").exists()
-        assert not (store.begin("01-sft", "bb") / "checkpoint").exists()
+        partial = store.begin("01-sft", "aa")
+        (partial / "checkpoints" / "checkpoint-2").mkdir(parents=True)
+        (partial / "adapter").mkdir()
+        assert (store.begin("01-sft", "aa") / "checkpoints" / "checkpoint-2").exists()
+        assert not (partial / "adapter").exists()
+
+
+def test_checkpoints_of_another_recipe_are_put_aside_and_not_deleted(tmp_path):
+    said: list[str] = []
+    with RunStore(tmp_path / "run") as store:
+        store.warn = said.append
+        (store.begin("01-sft", "aa") / "checkpoints" / "checkpoint-2").mkdir(parents=True)
+        assert not (store.begin("01-sft", "bb") / "checkpoints").exists()
+    kept = tmp_path / "run" / "superseded" / "01-sft-aa-unfinished"
+    assert (kept / "checkpoints" / "checkpoint-2").is_dir()
+    assert str(kept) in said[0]
 
 
 def test_stages_of_another_recipe_are_put_aside_and_not_deleted(tmp_path):
@@ -91,7 +105,7 @@ def test_a_damaged_stage_says_which_file_and_what_to_do(tmp_path):
     with RunStore(tmp_path / "run") as store:
         stage = made(store, "01-sft", "aa")
     (stage.path / "stage.json").write_text("{")
-    with pytest.raises(RunError, match=r"is damaged.*delete the directory"):
+    with pytest.raises(RunError, match=r"stage\.json: it is not JSON.*run the recipe .* again"):
         read_stages(tmp_path / "run")
 
 
@@ -127,13 +141,18 @@ def test_a_run_directory_from_elsewhere_removes_nothing_of_yours(tmp_path, name,
     row = json.loads((stage.path / "stage.json").read_text())
     row |= {"name": name, "fingerprint": fingerprint}
     (stage.path / "stage.json").write_text(json.dumps(row))
-    with pytest.raises(RunError, match=r"stage\.json"), RunStore(received) as store:
-        store.supersede({})
+    for record in (json.dumps(row), sealed({k: v for k, v in row.items() if k != "sha256"})):
+        with RunStore(received) as store:
+            if (received / "damaged" / "01-sft").exists():
+                (received / "damaged" / "01-sft").rename(received / "stages" / "01-sft")
+            (stage.path / "stage.json").write_text(record)
+            store.supersede({})
+        assert (received / "damaged" / "01-sft" / "result.txt").exists()
     for precious in ("kept-project", "kept", "kept-abababab"):
         assert (tmp_path / precious / "thesis.txt").read_text() == "years of work"
 
 
-@pytest.mark.parametrize("part", ["stages", "superseded", "stages/01-sft"])
+@pytest.mark.parametrize("part", ["stages", "superseded", "damaged", "recipe.yaml", "run.lock"])
 def test_a_link_out_of_the_run_directory_is_refused(tmp_path, part):
     with RunStore(tmp_path / "run") as store:
         made(store, "01-sft", "aa")
@@ -145,10 +164,31 @@ def test_a_link_out_of_the_run_directory_is_refused(tmp_path, part):
     else:
         outside.mkdir()
     place.symlink_to(outside)
-    before = sorted(outside.rglob("*"))
-    with pytest.raises(RunError, match="is a link"), RunStore(tmp_path / "run") as store:
+    before = contents(outside)
+    with pytest.raises(RunError, match="link"), RunStore(tmp_path / "run") as store:
         store.supersede({})
-    assert sorted(outside.rglob("*")) == before
+    assert contents(outside) == before
+
+
+def contents(path):
+    files = [path] if path.is_file() else sorted(path.rglob("*"))
+    return [(file, file.read_bytes() if file.is_file() else b"") for file in files]
+
+
+def test_a_stage_that_is_a_link_is_put_aside_and_where_it_leads_stays(tmp_path):
+    with RunStore(tmp_path / "run") as store:
+        stage = made(store, "01-sft", "aa")
+        store.write_recipe("tunesmith: 1")
+    stage.path.rename(tmp_path / "outside")
+    stage.path.symlink_to(tmp_path / "outside")
+    before = contents(tmp_path / "outside")
+    said: list[str] = []
+    with RunStore(tmp_path / "run") as store:
+        store.warn = said.append
+        store.supersede({})
+    assert "is a link" in said[0]
+    assert (tmp_path / "run" / "damaged" / "01-sft").is_symlink()
+    assert contents(tmp_path / "outside") == before
 
 
 def test_a_stage_that_was_put_aside_twice_is_kept_twice(tmp_path):

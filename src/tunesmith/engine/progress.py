@@ -54,9 +54,9 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         """Pass on what was logged; the closing summary of a training is not a step."""
         if not logs or "train_loss" in logs:
             return
-        logs = {key: value for key, value in logs.items() if key not in CLOCKS}
-        self._write(state.global_step, logs)
-        self._note(state.global_step, logs)
+        row = _row(state.global_step, logs)
+        self._write([row], "a")
+        self._note(row)
         self.tokens = int(state.num_input_tokens_seen)
         elapsed = max(1e-9, time.perf_counter() - self.began)
         done = state.global_step - self.first_step
@@ -66,12 +66,12 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
                 stage=self.stage,
                 step=state.global_step,
                 total=state.max_steps,
-                loss=logs.get("loss"),
+                loss=row.get("loss"),
                 tokens=self.tokens,
                 tokens_per_second=(self.tokens - self.first_tokens) / elapsed,
                 eta_seconds=left * elapsed / done if done else 0.0,
                 memory_bytes=peak_memory_bytes(),
-                metrics={k: value for k, value in logs.items() if k not in ("loss", LOSS_OVER)},
+                metrics={k: v for k, v in row.items() if k not in ("loss", "step", LOSS_OVER)},
             )
         )
 
@@ -94,23 +94,29 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
     def _recall(self, state: Any) -> None:
         """Take up the log of the steps before an interruption, and forget any beyond it."""
         self.losses.clear()
-        kept = [row for row in state.log_history if row.get("step", 0) <= state.global_step]
-        with self.path.open("w", encoding="utf-8") as stream:
-            for row in kept:
-                stream.write(json.dumps(row) + "\n")
+        kept = [_row(row["step"], row) for row in state.log_history]
+        self._write(kept, "w")
         for row in kept:
-            self._note(int(row.get("step", 0)), row)
+            self._note(row)
+            self.tokens = int(row.get("num_input_tokens_seen", self.tokens))
 
-    def _note(self, step: int, logs: dict[str, float]) -> None:
+    def _note(self, logs: dict[str, float]) -> None:
         if "loss" in logs:
+            step = int(logs["step"])
             before = self.losses[-1].step if self.losses else 0
             steps = step - before
             self.losses.append(_Loss(step, steps, float(logs["loss"]), logs.get(LOSS_OVER, steps)))
         self.last |= {key: float(v) for key, v in logs.items() if isinstance(v, (int, float))}
 
-    def _write(self, step: int, logs: dict[str, float]) -> None:
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"step": step, **logs}) + "\n")
+    def _write(self, rows: list[dict[str, float]], mode: str) -> None:
+        with self.path.open(mode, encoding="utf-8") as stream:
+            for row in rows:
+                stream.write(json.dumps(row) + "\n")
+
+
+def _row(step: int, logs: dict[str, float]) -> dict[str, float]:
+    """Return what was logged at a step as log.jsonl holds it, which is no clock."""
+    return {"step": step, **{key: value for key, value in logs.items() if key not in CLOCKS}}
 
 
 @attrs.frozen

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 import attrs
 
 from tunesmith.engine.alone import alone
+from tunesmith.engine.durable import told
 from tunesmith.engine.models import content_hash, local_directory
 from tunesmith.engine.plan import Plan, PlannedStep, make_plan
 from tunesmith.engine.quiet import quiet_libraries
@@ -82,6 +82,7 @@ class _Runner:
     def run(self) -> RunResult:
         began = time.perf_counter()
         kept = [step for step in self.plan.steps if step.step.verb in _STAGES]
+        self.store.warn = lambda text: self.emit(Warned(text))
         self.emit(RunStarted(tuple(step.name for step in kept)))
         assert self.plan.model is not None
         base = local_directory(self.plan.model)
@@ -136,7 +137,8 @@ class _Runner:
         directory = self.store.begin(step.name, fingerprint)
         current().outlook = partial(outlook_of, step.name, directory / "checkpoints")
         try:
-            metrics = work(step, session, directory)
+            with told(directory, within=directory):
+                metrics = work(step, session, directory)
         except Exception as error:
             error.add_note(f"in stage {step.name} of {self.path}")
             raise
@@ -176,7 +178,10 @@ class _Runner:
         session.use_method(self.registry.build(step.step))
 
     def train(self, step: PlannedStep, session: Session, directory: Path) -> Mapping[str, float]:
-        return StageTraining(step, session, directory, self.registry, self.emit, self.path).run()
+        training = StageTraining(
+            step, session, directory, self.registry, self.emit, self.path, self.store.put_aside
+        )
+        return training.run()
 
     def evaluate(self, step: PlannedStep, session: Session, directory: Path) -> Mapping[str, float]:
         import torch
@@ -197,8 +202,6 @@ class _Runner:
 
     def export(self, step: PlannedStep, session: Session, directory: Path) -> Mapping[str, float]:
         target = directory / "model"
-        if target.exists():
-            shutil.rmtree(target)
         target.mkdir()
         session.unload()
         session.samples = _samples(self.plan.steps)

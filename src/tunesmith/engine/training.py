@@ -13,9 +13,11 @@ import attrs
 
 from tunesmith.data.clean import DropLog, deduplicate, drop_empty, split
 from tunesmith.data.examples import Sourced
+from tunesmith.engine.checkpoints import Checkpoints
 from tunesmith.engine.guards import guarded
 from tunesmith.engine.plan import PlannedStep
 from tunesmith.engine.progress import ProgressCallback, peak_memory_bytes
+from tunesmith.engine.resuming import Keeper, Pace, keep_checkpoints
 from tunesmith.engine.signals import current, stops_after_step
 from tunesmith.errors import DataError, RunError
 from tunesmith.plugin.events import Event, RowsCut, RowsDropped, Warned
@@ -37,6 +39,8 @@ class StageTraining:
     emit: Callable[[Event], None]
     run_path: Path
     """The run directory."""
+    put_aside: Callable[[Path], Path]
+    """Moves what is broken out of the way; returns where to."""
     cuts: DropLog = attrs.field(factory=DropLog, init=False)
     """Rows that are used without the end of their answer."""
 
@@ -60,23 +64,33 @@ class StageTraining:
         self.session.trains = True
         trainer = self._trainer()
         progress = self._listen(trainer)
+        keeper = self._keeper(trainer)
+        resumed = str(keeper.resumed.path) if keeper.resumed is not None else None
         set_seed(self.seed)  # however many numbers rendering and building have drawn
         with guarded(trainer, self.step.name, self._rate()) as guard:
+            keeper.check = lambda over: guard.check_result() if over else guard.check_weights()
             with stops_after_step(trainer):
-                trainer.train(resume_from_checkpoint=self._resume_point())
+                trainer.train(resume_from_checkpoint=resumed)
             current().check()
             guard.check_result()
         metrics = progress.metrics()
         metrics["memory_bytes"] = float(peak_memory_bytes())
         if len(self.cuts):
             metrics["rows_cut"] = float(len(self.cuts))
-        self._keep_weights()
+        self._check_loss(metrics)
+        try:
+            self._keep_weights()
+        except Exception as error:
+            error.add_note(
+                f"the trained weights are kept in {self.checkpoints}; run the same again, which "
+                "goes on from there"
+            )
+            raise
         self.session.trains = False
         self.session.unload()
         self._tidy()
         del trainer
         _release()
-        self._check_loss(metrics)
         return metrics
 
     def _trainer(self) -> Any:
@@ -109,14 +123,18 @@ class StageTraining:
             trainer.add_callback(EarlyStoppingCallback(self.step.config.early_stopping))
         return progress
 
-    def _resume_point(self) -> str | None:
-        """Return the checkpoint to go on from, and say so."""
-        from transformers.trainer_utils import get_last_checkpoint
-
-        found: str | None = get_last_checkpoint(str(self.checkpoints))
+    def _keeper(self, trainer: Any) -> Keeper:
+        """Let the trainer keep checkpoints, and go on from the newest one there is."""
+        checkpoints = Checkpoints(self.checkpoints, self.put_aside, self._warn)
+        found = checkpoints.begin()
+        # whoever asks for some gets those, and no others between them
+        pace = None if self.step.config.save_steps else Pace()
         if found is not None:
-            self.emit(Warned(f"{self.step.name} goes on from {Path(found).name}"))
-        return found
+            self._warn(f"{self.step.name} goes on from {found.path.name}")
+        return keep_checkpoints(trainer, checkpoints, found, self._warn, pace)
+
+    def _warn(self, text: str) -> None:
+        self.emit(Warned(text))
 
     def _keep_weights(self) -> None:
         """Save the adapter, or the whole model where all of it was trained."""
@@ -135,12 +153,11 @@ class StageTraining:
         logs = self.checkpoints / "runs"
         if logs.is_dir():  # where transformers' tensorboard callback writes
             logs.rename(self.directory / "tensorboard")
-        if not self.step.config.save_steps:
-            shutil.rmtree(self.checkpoints)
 
     def _check_loss(self, metrics: Mapping[str, float]) -> None:
         loss = metrics.get("loss")
         if loss is None or not math.isfinite(loss):
+            shutil.rmtree(self.checkpoints)
             raise RunError(
                 f"{self.step.name}: the training loss is {loss}; nothing is kept of it; lower "
                 f"learning_rate (now {self._rate():g}), or look at the data"

@@ -163,6 +163,10 @@ class Trainer(ABC, Generic[C]):
         `directory` is the trainer's own, for checkpoints and logs. Rows that cannot be used are
         recorded with `data.drop`. Render the rows before `session.model` is first read, so that
         data which does not fit the chat template is found before any weight is loaded.
+
+        The host takes checkpoints of it, whatever its class. What one sums up between two logs is
+        kept if it lies in `_measured` (or TRL's `_metrics`) as numbers and tensors in dictionaries
+        and lists, so that a training which goes on logs what an undisturbed one does.
         """
 
     def learning_rate(self, *, peft: bool) -> float:
