@@ -82,6 +82,13 @@ _GEMMA4 = {
     "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY,
 }  # fmt: skip
 
+_DOTS3 = {"num_key_value_heads": 4, "head_dim": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+          "per_layer_config": None, "index_topk": 16, "index_head_dim": 16, "index_n_heads": 2,
+          "shared_experts_intermediate_size": 32}  # fmt: skip
+_QWEN4 = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 16,
+          "indexer_compress_ratio": 4, "ngram_vocab_size_base": 300, "ple_embed_dim": 32,
+          "split_ngram_parts": 1, "hc_lowrank": 8}  # fmt: skip
+
 SPECIAL: dict[str, dict[str, Any]] = {
     "axk1": _MLA,
     "axk2": _MLA,
@@ -89,20 +96,32 @@ SPECIAL: dict[str, dict[str, Any]] = {
                        "linear_num_heads": 4, "num_expert_group": 1},
     "bamba": {"attn_layer_indices": [1]},
     "camembert": _MANY_POSITIONS,
+    "blt": {"encoder_hash_byte_group_vocab": 50, "encoder_config": {"hidden_size_global": 32},
+            "decoder_config": {"hidden_size_global": 32}},
     "codegen": {"rotary_dim": 4},
+    "cohere_compass_text": {"rope_parameters": {
+        kind: {"rope_type": "default", "rope_theta": 10000.0}
+        for kind in ("full_attention", "sliding_attention")}},
     "data2vec-text": _MANY_POSITIONS,
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
              "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 32, "moe_top_k": 2}},
     "deepseek_v2": {**_MLA, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "deepseek_v3": _MLA,
     "deepseek_v32": {**_MLA, "index_topk": 16, "index_head_dim": 16, "index_n_heads": 2},
+    "deepseek_v4": {"o_groups": 2, "o_lora_rank": 8, "index_n_heads": 2, "index_head_dim": 8,
+                    "index_topk": 16, "num_key_value_heads": 1, "compress_rates": {
+                        "compressed_sparse_attention": 4, "heavily_compressed_attention": 8}},
+    "dots3_note": {"text_config": _DOTS3},
+    "dots3_note_text": _DOTS3,
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
     "gemma3n_text": {"layer_types": ["sliding_attention", "full_attention"],
                      "num_kv_shared_layers": 0, "intermediate_size": 64, "laurel_rank": 8,
                      "hidden_size_per_layer_input": 8, "altup_num_inputs": 2,
                      "vocab_size_per_layer_input": VOCABULARY,
                      "activation_sparsity_pattern": [0.5, 0.0]},
+    "gemma4": {"text_config": _GEMMA4},
     "gemma4_text": _GEMMA4,
+    "gemma4_unified": {"text_config": _GEMMA4},
     "gemma4_unified_text": _GEMMA4,
     "glm_moe_dsa": {**_MLA, "index_topk": 16, "index_head_dim": 16, "index_n_heads": 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 128},
@@ -117,6 +136,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "n_groups": 1},
     "ministral": {"head_dim": 8},
     "nemotron": {"num_key_value_heads": 2},
+    "qwen4_exp": {"text_config": _QWEN4},
+    "qwen4_exp_text": _QWEN4,
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "reformer": {"axial_pos_shape": [16, 16], "axial_pos_embds_dim": [16, 16],
                  "attn_layers": ["local", "lsh"], "num_buckets": 2, "hash_seed": 1},
@@ -125,21 +146,31 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "roberta-prelayernorm": _MANY_POSITIONS,
     "roc_bert": {"pronunciation_embed_dim": 8, "pronunciation_vocab_size": VOCABULARY,
                  "shape_embed_dim": 8, "shape_vocab_size": VOCABULARY},
-    "xglm": {"attention_heads": 4},
+    "xglm": {"attention_heads": 4, **_MANY_POSITIONS},
     "xlm-roberta": _MANY_POSITIONS,
     "xlm-roberta-xl": _MANY_POSITIONS,
-    "xmod": _MANY_POSITIONS,
+    "xmod": {**_MANY_POSITIONS, "default_language": "en_XX"},
+    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
     "prophetnet": _MANY_POSITIONS,
-    "xlstm": {"embedding_dim": 32, "num_blocks": 2, "mode": "train", "num_heads": 4},
+    "xlstm": {"embedding_dim": 32, "num_blocks": 2, "num_heads": 2},
     "youtu": _MLA,
-    "zamba": {"layers_block_type": ["linear_attention", "hybrid"], "attention_head_dim": 16,
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "attention_head_dim": 16,
               "attention_hidden_size": 64, "num_key_value_heads": 4, "use_mamba_kernels": False},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"], "num_key_value_heads": 4,
-               "use_mamba_kernels": False, "n_mamba_heads": 8, "adapter_rank": 8},
+               "use_mamba_kernels": False, "n_mamba_heads": 8, "adapter_rank": 8,
+               "attention_hidden_size": 64, "attention_head_dim": 16},
 }  # fmt: skip
 """What a family needs that its names do not tell."""
 
-NOT_TEXT: dict[str, str] = {}
+_AUDIO = "a decoder of audio codes, not of text"
+_ASSISTANT = "drafts tokens from the hidden states of another model"
+NOT_TEXT: dict[str, str] = {
+    "gemma3n": "needs the package timm for its eyes; gemma3n_text stands for its language model",
+    "gemma4_assistant": _ASSISTANT,
+    "gemma4_unified_assistant": _ASSISTANT,
+    "musicgen": _AUDIO,
+    "musicgen_melody": _AUDIO,
+}
 """Families of the mapping that are no language model on text alone, and why."""
 
 
