@@ -32,6 +32,7 @@ def main() -> int:
     bases = given.base or list(BASES)
     if given.inner:
         _quiet()
+        _settle()
         for name in names:
             for outcome in sweep(name, bases):
                 print(as_json(outcome), flush=True)
@@ -88,6 +89,20 @@ def _in_a_process(names: list[str], bases: list[str]) -> list[Outcome]:
             rest = rest[1:]
         left = rest
     return found
+
+
+def _settle() -> None:
+    """Import what every family needs, and keep it out of the garbage collector's rounds."""
+    import gc
+
+    import peft  # noqa: F401
+    import torch
+
+    import tunesmith_plugins.trainers.dpo  # noqa: F401
+
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
 
 
 def _quiet() -> None:

@@ -143,6 +143,24 @@ class NF4(Quantizer[NF4Config]):
             return dequantize_4bit(module.nf4, torch.float32)
         return super().dense_weight(module)
 
+    def dense_names(self, module: torch.nn.Module) -> tuple[str, ...]:
+        """Return the names of a module's own weights, not those of codes and scales."""
+        from tunesmith.nn.nf4_experts import NF4Experts
+
+        if not isinstance(module, NF4Experts):
+            return super().dense_names(module)
+        return tuple(name for name, _ in module.named_parameters(recurse=False))
+
+    def dense_parameter(self, module: torch.nn.Module, name: str) -> torch.Tensor:
+        """Return one of `dense_names` in fp32, experts as codes and scales say."""
+        import torch
+
+        from tunesmith.nn.nf4_experts import NF4Experts
+
+        if isinstance(module, NF4Experts) and name in module.stacks:
+            return module.dense(name, torch.float32)
+        return super().dense_parameter(module, name)
+
     def nbytes(self, shape: tuple[int, ...], itemsize: int) -> int:
         """Return half a byte a weight and the scales; `itemsize` plays no part.
 

@@ -31,6 +31,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.nn.checkpoint import stored_formats
 from tunesmith.nn.interchange import SUFFIXES, from_tensors
+from tunesmith.nn.nf4_experts import NF4Experts, quantize_experts
 from tunesmith.nn.nf4_linear import NF4Linear
 from tunesmith.nn.quantizable import Split, is_linear, split, tell
 
@@ -140,6 +141,7 @@ class _NF4Loader(HfQuantizer):  # type: ignore[misc]
         found = split(model, self.quantization_config.skip)
         self.found = found
         self.targets = {name: name.rpartition(".")[0] for name in found.targets}
+        self.quantize.targets = frozenset(self.targets)
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
         return param_name in self.targets
@@ -161,9 +163,15 @@ class _NF4Loader(HfQuantizer):  # type: ignore[misc]
         return cast
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        made = [name for name, module in model.named_modules() if isinstance(module, NF4Linear)]
-        if len(made) < len(self.targets):
-            left = [name for name in self.targets.values() if name not in made]
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, (NF4Linear, NF4Experts))}
+        made = [name for name, layer in layers.items() if isinstance(layer, NF4Linear)]
+        held = {
+            f"{name}.{own}"
+            for name, layer in layers.items()
+            for own in (("weight",) if isinstance(layer, NF4Linear) else layer.stacks)
+        }
+        if left := sorted(self.targets.keys() - held):
+            left = [name.removesuffix(".weight") for name in left]
             more = f" and {len(left) - 1} more layers" if len(left) > 1 else ""
             if self.pre_quantized:
                 raise ModelError(
@@ -183,12 +191,13 @@ class _NF4Loader(HfQuantizer):  # type: ignore[misc]
         for attribute in ("quantization_method", "hf_quantizer", "is_quantized"):
             if attribute in model.__dict__:
                 delattr(model, attribute)
-        layers = [module for module in model.modules() if isinstance(module, NF4Linear)]
         if self.found is not None:
-            held = sum(buffer.nbytes for layer in layers for buffer in layer.buffers())
-            tell(self.found, held, model.dtype)
+            nbytes = sum(
+                each.nbytes for layer in layers.values() for each in layer.buffers(recurse=False)
+            )
+            tell(self.found, nbytes, model.dtype)
         # what is left is for save_pretrained: the config that fits the layers' state dict
-        if all(layer.stored_dense for layer in layers):
+        if all(isinstance(each, NF4Experts) or each.stored_dense for each in layers.values()):
             del model.config.quantization_config
         else:
             model.config.quantization_config = bitsandbytes_config(model)
@@ -250,6 +259,7 @@ class _Quantize(_PutInPlace):
 
     def __init__(self, config: NF4LoadConfig) -> None:
         self.config = config
+        self.targets: frozenset[str] = frozenset()
         # since the heap was last trimmed
         self.freed_nbytes = 0
 
@@ -262,17 +272,15 @@ class _Quantize(_PutInPlace):
         **_: Any,
     ) -> dict[str, torch.Tensor]:
         assert model is not None
+        others = {}
         for key, weight in tensors.items():
-            linear = _linear(model, key, weight.shape)
-            layer = NF4Linear.from_weight(
-                weight.T.contiguous() if isinstance(linear, Conv1D) else weight,
-                blocksize=self.config.blocksize,
-                nested=self.config.nested,
-                dtype=linear.weight.dtype,
-                name=key,
-                quant_type=self.config.quant_type,
-            )
-            self._put(model, key, linear, layer, missing_keys)
+            if key not in self.targets:  # a conversion may make several weights of one
+                others[key] = weight
+                continue
+            if key.endswith(".weight"):
+                self._quantize_linear(model, key, weight, missing_keys)
+            else:
+                self._quantize_experts(model, key, weight, missing_keys)
             # pages of a file cannot be resized; what can is the copy that a cast has made
             if weight.untyped_storage().resizable():
                 self.freed_nbytes += weight.nbytes
@@ -281,7 +289,36 @@ class _Quantize(_PutInPlace):
             # the copies after those would need new memory
             _trim_heap()
             self.freed_nbytes = 0
-        return {}
+        return others
+
+    def _quantize_linear(
+        self, model: nn.Module, key: str, weight: torch.Tensor, missing_keys: set[str] | None
+    ) -> None:
+        linear = _linear(model, key, weight.shape)
+        layer = NF4Linear.from_weight(
+            weight.T.contiguous() if isinstance(linear, Conv1D) else weight,
+            blocksize=self.config.blocksize,
+            nested=self.config.nested,
+            dtype=linear.weight.dtype,
+            name=key,
+            quant_type=self.config.quant_type,
+        )
+        self._put(model, key, linear, layer, missing_keys)
+
+    def _quantize_experts(
+        self, model: nn.Module, key: str, weight: torch.Tensor, missing_keys: set[str] | None
+    ) -> None:
+        path, _, name = key.rpartition(".")
+        module = model.get_submodule(path)
+        parameter = module._parameters[name]
+        assert parameter is not None
+        _check_shape(key, weight.shape, parameter.shape)
+        names = tuple(each for each in module._parameters if f"{path}.{each}" in self.targets)
+        experts = quantize_experts(module, names, parameter.dtype)
+        config = self.config
+        experts.quantize(name, weight, config.blocksize, config.nested, config.quant_type, key)
+        if missing_keys is not None:
+            missing_keys.discard(key)
 
 
 class _TakeStored(_PutInPlace):
@@ -346,12 +383,16 @@ def _linear(model: nn.Module, key: str, shape: torch.Size, *, stored: bool = Fal
     expected = weight.shape
     if stored and isinstance(linear, Conv1D):
         expected = torch.Size(reversed(expected))
+    _check_shape(key, shape, expected)
+    return linear
+
+
+def _check_shape(key: str, shape: torch.Size, expected: torch.Size) -> None:
     if shape != expected:
         raise ModelError(
             f"{key}: the checkpoint's shape is {list(shape)}, the model's {list(expected)}; it "
             "belongs to another config"
         )
-    return linear
 
 
 def _touches(conversion: Any, layers: list[str]) -> bool:

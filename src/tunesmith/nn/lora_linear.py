@@ -22,6 +22,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from tunesmith.errors import ModelError, OpError
+from tunesmith.nn import lora_experts
+from tunesmith.nn.nf4_experts import NF4Experts
 from tunesmith.nn.nf4_linear import NF4Linear, autocast, frozen_arguments
 from tunesmith.ops import frozen_linear, quantize_4bit
 from tunesmith.ops.layers import FrozenLayer
@@ -41,11 +43,11 @@ _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 def register(config: LoraConfig) -> LoraConfig:
     """Make PEFT build a LoraLinear wherever this config adapts a linear layer; returns the config.
 
-    Layers of other kinds, and those of quantization libraries, stay with PEFT's own classes. The
-    config is saved as before.
+    Experts in 4 bits get a LoraExperts. Layers of other kinds, and those of quantization libraries,
+    stay with PEFT's own classes. The config is saved as before.
     """
     # a key is matched by isinstance; the function behind it declines what is not ours
-    config._register_custom_module({nn.Linear: _build})
+    config._register_custom_module({nn.Linear: _build, NF4Experts: lora_experts.build})
     return config
 
 

@@ -182,7 +182,8 @@ class _Walk:
         own = each.own
         self.owners[full] = id(outer)
         sources = [p for layer in own for p in _active_tensors(layer)]
-        held = getattr(each.module, each.name, None)
+        # not by its name: what a 4-bit layer calls its weight is dequantized for whoever asks
+        held = each.module._parameters.get(each.name, each.module._buffers.get(each.name))
         self.sources[full] = (*sources, held) if isinstance(held, torch.Tensor) else tuple(sources)
 
         def make() -> torch.Tensor:

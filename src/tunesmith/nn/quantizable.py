@@ -1,8 +1,8 @@
 """Which weights of a model can be held in 4 bits, and why the others are not.
 
 A layer is known by what it does, not by its class: a linear layer is one whose `forward` gives what
-`torch.nn.functional.linear` gives, tried on small made-up weights. So this needs no weights of the
-model: its skeleton on the meta device will do.
+`torch.nn.functional.linear` gives, tried on small made-up weights, and so it is with the experts of
+a mixture. This needs no weights of the model: its skeleton on the meta device will do.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from tunesmith.errors import ModelError
 from tunesmith.nn.checkpoint import within
+from tunesmith.nn.nf4_experts import experts_in
 
 __all__ = ["Kept", "Split", "described", "is_linear", "split", "tell"]
 
@@ -86,6 +87,7 @@ def split(model: Any, skip: Iterable[str] = (), *, plain_only: bool = False) -> 
     reasons = _Reasons(model, skip, plain_only)
     seen: set[int] = set()
     for name, module in model.named_modules():
+        reasons.enter(name, module)
         for own, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen:
                 continue
@@ -96,9 +98,10 @@ def split(model: Any, skip: Iterable[str] = (), *, plain_only: bool = False) -> 
                 targets[full] = tuple(parameter.shape)
             else:
                 kept[why] += parameter.numel()
-    unknown = [each for each in skip if not any(within(n, each) for n in reasons.linears)]
+    known = {*reasons.linears, *reasons.experts}
+    unknown = [each for each in skip if not any(within(n, each) for n in known)]
     if unknown:
-        endings = sorted({name.rpartition(".")[2] for name in reasons.linears})
+        endings = sorted({name.rpartition(".")[2] for name in known})
         raise ModelError(
             f"quantize: 'skip' names {', '.join(unknown)}, which is no linear layer of this "
             f"model; its layers end in: {', '.join(endings)}"
@@ -179,6 +182,12 @@ class _Reasons:
             for name, module in model.named_modules()
             if isinstance(module, (nn.Linear, Conv1D))
         }
+        self.experts = {
+            name
+            for name, module in model.named_modules()
+            if any(p.dim() == 3 for p in module.parameters(recurse=False))
+            and "expert" in f"{name}.{type(module).__name__}".lower()
+        }
         self._skip = skip
         self._ends = get_keys_to_not_convert(model)
         self._in_fp32 = [
@@ -194,6 +203,25 @@ class _Reasons:
             if isinstance(module, nn.MultiheadAttention)
         ]
 
+    def enter(self, name: str, module: nn.Module) -> None:
+        """Look at a module before its parameters are asked for."""
+        self._in_4_bits: tuple[str, ...] = ()
+        self._why_experts = ""
+        if not any(p.dim() == 3 for p in module.parameters(recurse=False)):
+            return
+        if self._plain_only:
+            self._why_experts = f"a {type(module).__name__} is none of the classes replaced"
+        elif any(within(name, keep) for keep in self._skip):
+            self._why_experts = "'skip' names them"
+        elif any(within(name, keep) for keep in self._in_fp32):
+            self._why_experts = "the model computes them in fp32"
+        else:
+            found = experts_in(module)
+            if isinstance(found, str):
+                self._why_experts = found
+            else:
+                self._in_4_bits = found
+
     def why_kept(
         self, name: str, module: nn.Module, own: str, parameter: Tensor
     ) -> tuple[str, str] | None:
@@ -204,7 +232,11 @@ class _Reasons:
             return _REST if own != "weight" else self._why_kept_linear(name, module)
         what = type(module).__name__
         if parameter.dim() >= 2 and "expert" in f"{name}.{own}.{what}".lower():
-            return "experts", f"a {what} holds all of them in one parameter, {own}"
+            if own in self._in_4_bits:
+                return None
+            if self._in_4_bits:
+                return _REST
+            return "experts", self._why_experts or f"{own} of a {what} holds all of them"
         if parameter.dim() >= 3 and not isinstance(module, _CONVOLUTIONS):
             return f"{own} of {what}", "it is no linear layer's"
         return _REST
