@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +123,10 @@ def make_plan(
     shapes = None
     if model is not None and device is not None and not problems and (estimates or quantizer):
         try:
-            # its skeleton is built on the meta device: a run beside it would be handed such tensors
-            with alone("predicting memory and time", brief=True), quiet_libraries():
+            # its skeleton is built on the meta device, and a run beside it would be handed such
+            # tensors; a run that asks for its own plan is alone already
+            by_itself = alone("predicting memory and time", brief=True)
+            with by_itself if estimates else nullcontext(), quiet_libraries():
                 shapes = model_shapes(model)
         except ModelError as error:
             problems.append(str(error))
