@@ -112,14 +112,9 @@ class Verbs:
         gradient_accumulation: int = 4,
         learning_rate: float | None = None,
         scheduler: str = "cosine",
-        warmup: float = 0.03,
+        warmup: float | None = None,
         max_length: int = 1024,
-        packing: bool = False,
         gradient_checkpointing: bool = False,
-        chunked_loss: bool = True,
-        varlen_attention: bool = True,
-        fused_layers: bool = True,
-        compile: bool = False,
         optimizer: str = "auto",
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
@@ -132,6 +127,10 @@ class Verbs:
         logging_steps: int = 1,
         loggers: tuple[str, ...] = (),
         deduplicate: bool = True,
+        chunked_loss: bool = True,
+        varlen_attention: bool = True,
+        fused_layers: bool = True,
+        compile: bool = False,
         beta: float = 0.1,
         label_smoothing: float = 0.0,
     ) -> Self:
@@ -147,24 +146,12 @@ class Verbs:
         learning_rate: Peak learning rate; unset takes the trainer's own for the method in use.
         scheduler: Learning rate over time; cosine as Stanford Alpaca's and the alignment handbook's
             recipes.
-        warmup: Share of all steps (below 1) or number of steps that warm up; 0.03 as QLoRA and
-            Alpaca.
+        warmup: Share of all steps (below 1) or number of steps that warm up; unset takes 0.03, as
+            QLoRA and Alpaca, and none with the scheduler "constant", which has no warm-up.
         max_length: Tokens of a sequence, prompt included; longer ones are cut at the end. 1024 as
             TRL.
-        packing: Fill sequences of max_length with several examples, which do not see each other.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a
             third more time.
-        chunked_loss: Compute the loss some tokens at a time, so that the logits of all are never
-            held; where the model cannot be taken apart for that, and if false, all are. The loss is
-            the same.
-        varlen_attention: Attend to each sample of a batch on its own, not to a whole row under a
-            mask: on the CPU, and where the model takes its attention from transformers' registry.
-            The numbers are the same.
-        fused_layers: Run norms, gated feed-forward blocks and rotary embeddings in one pass each
-            where the model's own do the same, and on the CPU whole decoder layers. Less time and
-            memory; the numbers are the same.
-        compile: Compile the model's layers with torch.compile, which takes a minute or more at
-            first; attention and what stands between the linear layers are then torch's to fuse.
         optimizer: auto takes torch's fused AdamW; bitsandbytes' 8-bit ones round its states.
         weight_decay: AdamW's decoupled weight decay; 0 as QLoRA and Alpaca.
         max_grad_norm: Gradients are scaled down to this norm; 1.0 is transformers' default, QLoRA
@@ -181,6 +168,17 @@ class Verbs:
         loggers: tensorboard, wandb or none; nothing is ever sent anywhere unless named here.
         deduplicate: Drop rows that say exactly what an earlier row says; they are counted and
             listed.
+        chunked_loss: Compute the loss some tokens at a time, so that the logits of all are never
+            held; where the model cannot be taken apart for that, and if false, all are. The loss is
+            the same.
+        varlen_attention: Attend to each sample of a batch on its own, not to a whole row under a
+            mask: on the CPU, and where the model takes its attention from transformers' registry.
+            The numbers are the same.
+        fused_layers: Run norms, gated feed-forward blocks and rotary embeddings in one pass each
+            where the model's own do the same, and on the CPU whole decoder layers. Less time and
+            memory; the numbers are the same.
+        compile: Compile the model's layers with torch.compile, which takes a minute or more at
+            first; attention and what stands between the linear layers are then torch's to fuse.
         beta: Strength of the pull towards the reference; 0.1 as the paper.
         label_smoothing: Probability that a label is the wrong way round (conservative DPO).
         """
@@ -197,14 +195,9 @@ class Verbs:
         gradient_accumulation: int = 4,
         learning_rate: float | None = None,
         scheduler: str = "cosine",
-        warmup: float = 0.03,
+        warmup: float | None = None,
         max_length: int = 1024,
-        packing: bool = False,
         gradient_checkpointing: bool = False,
-        chunked_loss: bool = True,
-        varlen_attention: bool = True,
-        fused_layers: bool = True,
-        compile: bool = False,
         optimizer: str = "auto",
         weight_decay: float = 0.0,
         seed: int | None = None,
@@ -216,8 +209,13 @@ class Verbs:
         logging_steps: int = 1,
         loggers: tuple[str, ...] = (),
         deduplicate: bool = True,
+        chunked_loss: bool = True,
+        varlen_attention: bool = True,
+        fused_layers: bool = True,
+        compile: bool = False,
         epochs: float = 3.0,
         max_grad_norm: float = 0.3,
+        packing: bool = False,
         completion_only_loss: bool = True,
     ) -> Self:
         """Supervised fine-tuning.
@@ -231,24 +229,12 @@ class Verbs:
         learning_rate: Peak learning rate; unset takes the trainer's own for the method in use.
         scheduler: Learning rate over time; cosine as Stanford Alpaca's and the alignment handbook's
             recipes.
-        warmup: Share of all steps (below 1) or number of steps that warm up; 0.03 as QLoRA and
-            Alpaca.
+        warmup: Share of all steps (below 1) or number of steps that warm up; unset takes 0.03, as
+            QLoRA and Alpaca, and none with the scheduler "constant", which has no warm-up.
         max_length: Tokens of a sequence, prompt included; longer ones are cut at the end. 1024 as
             TRL.
-        packing: Fill sequences of max_length with several examples, which do not see each other.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a
             third more time.
-        chunked_loss: Compute the loss some tokens at a time, so that the logits of all are never
-            held; where the model cannot be taken apart for that, and if false, all are. The loss is
-            the same.
-        varlen_attention: Attend to each sample of a batch on its own, not to a whole row under a
-            mask: on the CPU, and where the model takes its attention from transformers' registry.
-            The numbers are the same.
-        fused_layers: Run norms, gated feed-forward blocks and rotary embeddings in one pass each
-            where the model's own do the same, and on the CPU whole decoder layers. Less time and
-            memory; the numbers are the same.
-        compile: Compile the model's layers with torch.compile, which takes a minute or more at
-            first; attention and what stands between the linear layers are then torch's to fuse.
         optimizer: auto takes torch's fused AdamW; bitsandbytes' 8-bit ones round its states.
         weight_decay: AdamW's decoupled weight decay; 0 as QLoRA and Alpaca.
         seed: Seed of shuffling and dropout; unset takes the recipe's.
@@ -263,8 +249,20 @@ class Verbs:
         loggers: tensorboard, wandb or none; nothing is ever sent anywhere unless named here.
         deduplicate: Drop rows that say exactly what an earlier row says; they are counted and
             listed.
+        chunked_loss: Compute the loss some tokens at a time, so that the logits of all are never
+            held; where the model cannot be taken apart for that, and if false, all are. The loss is
+            the same.
+        varlen_attention: Attend to each sample of a batch on its own, not to a whole row under a
+            mask: on the CPU, and where the model takes its attention from transformers' registry.
+            The numbers are the same.
+        fused_layers: Run norms, gated feed-forward blocks and rotary embeddings in one pass each
+            where the model's own do the same, and on the CPU whole decoder layers. Less time and
+            memory; the numbers are the same.
+        compile: Compile the model's layers with torch.compile, which takes a minute or more at
+            first; attention and what stands between the linear layers are then torch's to fuse.
         epochs: Passes over the training data; 3 as Stanford Alpaca and TRL. max_steps overrides it.
         max_grad_norm: Gradients are scaled down to this norm; 0.3 as QLoRA.
+        packing: Fill sequences of max_length with several examples, which do not see each other.
         completion_only_loss: Learn the assistant's turns only; false learns every token.
         """
         return self  # a declaration; the decorator appends the step

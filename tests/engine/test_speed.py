@@ -9,13 +9,13 @@ from typing import Any
 import attrs
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig
+from transformers import GPT2Config, LlamaConfig, MixtralConfig
 from transformers.models.auto import AutoModelForCausalLM
 
 from tunesmith.engine.device import Device
 from tunesmith.engine.speed import speed_of_step
 from tunesmith.ops import native_status
-from tunesmith.plugin.trainers import TrainerConfig
+from tunesmith.plugin.trainers import FastTrainerConfig, TrainerConfig
 from tunesmith_plugins.trainers._speed import prepare
 
 pytestmark = pytest.mark.skipif(
@@ -23,9 +23,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 CPU = Device("cpu", "bf16", "a CPU", 1 << 34)
-LLAMA = LlamaConfig(
-    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
-)
+LLAMA_SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+LLAMA = LlamaConfig(**LLAMA_SIZES)
 GPT2 = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64)
 
 
@@ -46,7 +51,7 @@ def test_explain_foretells_what_is_logged(
     compile_: bool,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    options = TrainerConfig(varlen_attention=on, fused_layers=on, compile=compile_)
+    options = FastTrainerConfig(varlen_attention=on, fused_layers=on, compile=compile_)
     with torch.device("meta"):
         skeleton = model_of(config, attn_implementation=attention)
     _, *foretold = speed_of_step(options, skeleton, CPU, adapter=adapter)
@@ -68,7 +73,7 @@ def test_explain_foretells_what_is_logged(
 
 def test_each_reason_is_named() -> None:
     model = model_of(LLAMA, attn_implementation="sdpa")
-    on = TrainerConfig()
+    on = FastTrainerConfig()
     cuda = attrs.evolve(CPU, name="cuda")
 
     def lines(config: TrainerConfig = on, device: Device = CPU, adapter: bool = True) -> str:
@@ -92,3 +97,20 @@ def test_each_reason_is_named() -> None:
     assert "mixed precision" in lines(adapter=False)
     assert "chunked_loss is off" in lines(attrs.evolve(on, chunked_loss=False))
     assert "bitsandbytes" in lines(attrs.evolve(on, optimizer="adamw_8bit"))
+
+
+def test_of_a_trainer_without_the_pieces_nothing_is_claimed() -> None:
+    model = model_of(LLAMA, attn_implementation="sdpa")
+    [line] = speed_of_step(TrainerConfig(), model, CPU, adapter=True)
+    assert line.startswith("optimizer:")
+
+
+def test_a_loss_with_further_terms_is_foretold() -> None:
+    experts = MixtralConfig(**LLAMA_SIZES, num_local_experts=2, output_router_logits=True)
+    with torch.device("meta"):
+        model = model_of(experts)
+    loss, *_ = speed_of_step(FastTrainerConfig(), model, CPU, adapter=True)
+    assert loss == "loss: from the logits of all tokens at once (its own loss has further terms)"
+    experts.router_aux_loss_coef = 0.0
+    loss, *_ = speed_of_step(FastTrainerConfig(), model, CPU, adapter=True)
+    assert "from hidden states" in loss

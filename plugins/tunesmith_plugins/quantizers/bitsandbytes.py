@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from tunesmith.errors import ModelError
+from tunesmith.errors import ModelError, OptionError
 from tunesmith.plugin.options import one_of
 from tunesmith.plugin.quantizers import Quantizer, stored_method
 
@@ -34,6 +34,14 @@ class BitsAndBytesConfig:
     nested: bool | None = None
     """Quantize the scales as well (double quantization): yes, unless the model is stored in 4 bits
     already."""
+
+    def __attrs_post_init__(self) -> None:
+        unread = {"quant_type": self.quant_type, "nested": self.nested}
+        given = [name for name, value in unread.items() if value is not None]
+        if self.bits == 8 and given:
+            raise OptionError(
+                [f"{name} is of 4 bits, and bits=8 has no such; leave it out" for name in given]
+            )
 
 
 class BitsAndBytes(Quantizer[BitsAndBytesConfig]):

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tunesmith.nn.head_logps import Headless
     from tunesmith.nn.own_loss import OwnLoss
     from tunesmith.plugin.session import Session
-    from tunesmith.plugin.trainers import TrainerConfig
+    from tunesmith.plugin.trainers import FastTrainerConfig
 
 __all__ = ["loss_of_model", "prepare", "trainer_class"]
 
@@ -56,7 +56,7 @@ def trainer_class() -> Any:
 
 
 def loss_of_model(
-    session: Session, config: TrainerConfig, arguments: transformers.TrainingArguments
+    session: Session, config: FastTrainerConfig, arguments: transformers.TrainingArguments
 ) -> tuple[Headless | None, OwnLoss]:
     """Return the model in two parts, or None where the loss is not taken so, and its own loss.
 
@@ -86,7 +86,7 @@ def loss_of_model(
     return headless, own
 
 
-def prepare(session: Session, config: TrainerConfig) -> None:
+def prepare(session: Session, config: FastTrainerConfig) -> None:
     """Let the model's attention, its norms and blocks and whole layers run faster; log which do."""
     from tunesmith.nn import compiled, fused_decoder, fused_layers, varlen_attention
 

@@ -12,8 +12,8 @@ import attrs
 from tunesmith.errors import DataError, RunError
 from tunesmith.plugin.options import between, more_than
 from tunesmith.plugin.trainers import (
+    FastTrainerConfig,
     Trainer,
-    TrainerConfig,
     TrainingData,
     reading,
     training_arguments,
@@ -40,7 +40,7 @@ Pair: TypeAlias = tuple[dict[str, Any], str]
 
 
 @attrs.frozen(kw_only=True)
-class DPOConfig(TrainerConfig):
+class DPOConfig(FastTrainerConfig):
     """Options of `.dpo()`.
 
     The learning rate, unless given, is 5e-6 with an adapter (TRL's and the alignment handbook's

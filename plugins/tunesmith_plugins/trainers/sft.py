@@ -10,8 +10,8 @@ import attrs
 from tunesmith.errors import DataError, ModelError
 from tunesmith.plugin.options import more_than
 from tunesmith.plugin.trainers import (
+    FastTrainerConfig,
     Trainer,
-    TrainerConfig,
     TrainingData,
     reading,
     training_arguments,
@@ -34,7 +34,7 @@ __all__ = ["SFT", "SFTConfig"]
 
 
 @attrs.frozen(kw_only=True)
-class SFTConfig(TrainerConfig):
+class SFTConfig(FastTrainerConfig):
     """Options of `.sft()`.
 
     The learning rate, unless given, is 2e-4 with an adapter (QLoRA, arXiv:2305.14314, table 9, for
@@ -45,6 +45,8 @@ class SFTConfig(TrainerConfig):
     """Passes over the training data; 3 as Stanford Alpaca and TRL. max_steps overrides it."""
     max_grad_norm: float = attrs.field(default=0.3, validator=more_than(0))
     """Gradients are scaled down to this norm; 0.3 as QLoRA."""
+    packing: bool = False
+    """Fill sequences of max_length with several examples, which do not see each other."""
     completion_only_loss: bool = True
     """Learn the assistant's turns only; false learns every token."""
 

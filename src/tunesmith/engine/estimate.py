@@ -139,7 +139,9 @@ def estimate_step(
     lengths = [_tokens(row) for row in examples]
     longest = min(max(lengths), config.max_length)
     rows_a_pass = config.batch_size * _sequences(examples[0])
-    batch_tokens = rows_a_pass * (config.max_length if config.packing else longest)
+    batch_tokens = rows_a_pass * (
+        config.max_length if getattr(config, "packing", False) else longest
+    )
     # Korthikanti et al. count 34 bytes a token and hidden unit in 16 bits, without the attention
     # matrix (fused attention does not keep it); what scales is the compute dtype. A fused LoRA
     # layer keeps its input and s = x At, and no copies of its input; fused norms and gated blocks
@@ -154,7 +156,7 @@ def estimate_step(
     activations = recomputed if config.gradient_checkpointing else shapes.layers * a_layer
     # logits in the compute dtype; in fp32 shifted, their log-softmax, and two gradients
     logits = batch_tokens * shapes.vocabulary * (itemsize + 16)
-    if config.chunked_loss:
+    if getattr(config, "chunked_loss", False):
         from tunesmith.nn.head_logps import CHUNK_BYTES  # imports torch
 
         # those of a chunk, and what flows back into the hidden states

@@ -6,7 +6,7 @@ from typing import Any
 
 from tunesmith.engine.device import Device
 from tunesmith.plugin.optimizers import AUTO, OPTIMIZERS, optimizer_called
-from tunesmith.plugin.trainers import TrainerConfig
+from tunesmith.plugin.trainers import FastTrainerConfig, TrainerConfig
 
 __all__ = ["fuses_layers", "speed_of_step"]
 
@@ -14,14 +14,17 @@ __all__ = ["fuses_layers", "speed_of_step"]
 def speed_of_step(
     config: TrainerConfig, model: Any, device: Device, *, adapter: bool
 ) -> tuple[str, ...]:
-    """Return a line for each piece: loss, attention, layers between products, decoder layers,
-    optimizer, and what is compiled.
+    """Return a line for each piece that the step's trainer has: loss, attention, layers between
+    products, decoder layers, optimizer, and what is compiled.
 
     `model` is the model or its skeleton on the meta device; `adapter` is false where all of it is
-    trained. What can only be found out by trying is said to be so.
+    trained. What can only be found out by trying is said to be so. A trainer has the pieces whose
+    options its config class offers; of any other only the optimizer is known.
     """
+    if not isinstance(config, FastTrainerConfig):
+        return (_optimizer(config, device, adapter),)
     lines = (
-        _loss(config, device, adapter),
+        _loss(config, model, device, adapter),
         _attention(config, model, device),
         _layers(config, model, device, adapter),
         _decoder_layers(config, model, device, adapter),
@@ -39,30 +42,41 @@ def fuses_layers(config: TrainerConfig, device: Device, adapter: bool) -> bool:
     from tunesmith.ops import native_status
 
     gains = native_status().why_slow_on(device.name) is None
+    if not isinstance(config, FastTrainerConfig):
+        return False
     return config.why_not("fused_layers") is None and adapter and gains
 
 
-def _loss(config: TrainerConfig, device: Device, adapter: bool) -> str:
+def _loss(config: FastTrainerConfig, model: Any, device: Device, adapter: bool) -> str:
     if not config.chunked_loss:
         return "loss: from the logits of all tokens at once (chunked_loss is off)"
     if not adapter and device.precision != "fp32":
         return "loss: from the logits of all tokens at once (mixed precision wraps the whole model)"
+    if _routers_add_to_the_loss(model):
+        return "loss: from the logits of all tokens at once (its own loss has further terms)"
     return "loss: from hidden states, without holding the logits, if the head can be taken off"
 
 
-def _attention(config: TrainerConfig, model: Any, device: Device) -> str:
+def _routers_add_to_the_loss(model: Any) -> bool:
+    """Whether a mixture of experts is configured to add what its routers cost."""
+    config = model.config.get_text_config()
+    share = getattr(config, "router_aux_loss_coef", getattr(config, "aux_loss_coef", 1.0))
+    return bool(getattr(config, "output_router_logits", False)) and bool(share)
+
+
+def _attention(config: FastTrainerConfig, model: Any, device: Device) -> str:
     from tunesmith.nn import varlen_attention
 
     return varlen_attention.described(_stock_attention(config, model, device))
 
 
-def _stock_attention(config: TrainerConfig, model: Any, device: Device) -> str | None:
+def _stock_attention(config: FastTrainerConfig, model: Any, device: Device) -> str | None:
     from tunesmith.nn import varlen_attention
 
     return config.why_not("varlen_attention") or varlen_attention.why_not(model, device.name)
 
 
-def _layers(config: TrainerConfig, model: Any, device: Device, adapter: bool) -> str:
+def _layers(config: FastTrainerConfig, model: Any, device: Device, adapter: bool) -> str:
     from tunesmith.nn import fused_layers
 
     why = config.why_not("fused_layers")
@@ -70,7 +84,7 @@ def _layers(config: TrainerConfig, model: Any, device: Device, adapter: bool) ->
     return fused_layers.described(found)
 
 
-def _decoder_layers(config: TrainerConfig, model: Any, device: Device, adapter: bool) -> str:
+def _decoder_layers(config: FastTrainerConfig, model: Any, device: Device, adapter: bool) -> str:
     from tunesmith.nn import fused_decoder
 
     why = config.why_not("fused_layers") or _stock_attention(config, model, device)

@@ -24,7 +24,14 @@ if TYPE_CHECKING:
 
     from tunesmith.plugin.session import Session
 
-__all__ = ["Trainer", "TrainerConfig", "TrainingData", "reading", "training_arguments"]
+__all__ = [
+    "FastTrainerConfig",
+    "Trainer",
+    "TrainerConfig",
+    "TrainingData",
+    "reading",
+    "training_arguments",
+]
 
 SCHEDULERS = (
     "cosine",
@@ -34,8 +41,11 @@ SCHEDULERS = (
     "polynomial",
     "inverse_sqrt",
     "cosine_with_min_lr",
-    "warmup_stable_decay",
 )
+SCHEDULER_OPTIONS = {"cosine_with_min_lr": {"min_lr_rate": 0.1}}
+"""What transformers wants to know of some: here the share of the peak that is left at the end."""
+WARMUP = 0.03
+"""Share of the steps that warm up unless said otherwise, as in QLoRA and Alpaca."""
 LOGGERS = ("none", "tensorboard", "wandb")
 
 
@@ -69,27 +79,13 @@ class TrainerConfig:
     """Peak learning rate; unset takes the trainer's own for the method in use."""
     scheduler: str = attrs.field(default="cosine", validator=one_of(*SCHEDULERS))
     """Learning rate over time; cosine as Stanford Alpaca's and the alignment handbook's recipes."""
-    warmup: float = attrs.field(default=0.03, validator=at_least(0))
-    """Share of all steps (below 1) or number of steps that warm up; 0.03 as QLoRA and Alpaca."""
+    warmup: float | None = attrs.field(default=None, validator=at_least(0))
+    """Share of all steps (below 1) or number of steps that warm up; unset takes 0.03, as QLoRA and
+    Alpaca, and none with the scheduler "constant", which has no warm-up."""
     max_length: int = attrs.field(default=1024, validator=at_least(8))
     """Tokens of a sequence, prompt included; longer ones are cut at the end. 1024 as TRL."""
-    packing: bool = False
-    """Fill sequences of max_length with several examples, which do not see each other."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    chunked_loss: bool = True
-    """Compute the loss some tokens at a time, so that the logits of all are never held; where the
-    model cannot be taken apart for that, and if false, all are. The loss is the same."""
-    varlen_attention: bool = True
-    """Attend to each sample of a batch on its own, not to a whole row under a mask: on the CPU, and
-    where the model takes its attention from transformers' registry. The numbers are the same."""
-    fused_layers: bool = True
-    """Run norms, gated feed-forward blocks and rotary embeddings in one pass each where the model's
-    own do the same, and on the CPU whole decoder layers. Less time and memory; the numbers are the
-    same."""
-    compile: bool = False
-    """Compile the model's layers with torch.compile, which takes a minute or more at first;
-    attention and what stands between the linear layers are then torch's to fuse."""
     optimizer: str = attrs.field(default=AUTO, validator=one_of(AUTO, *OPTIMIZERS))
     """auto takes torch's fused AdamW; bitsandbytes' 8-bit ones round its states."""
     weight_decay: float = attrs.field(default=0.0, validator=at_least(0))
@@ -118,12 +114,57 @@ class TrainerConfig:
     """Drop rows that say exactly what an earlier row says; they are counted and listed."""
 
     def __attrs_post_init__(self) -> None:
-        if self.early_stopping is not None and not self.eval_split and self.eval_data is None:
-            raise OptionError(
-                ["early_stopping needs something to evaluate on; give eval_split or eval_data"]
+        evaluates = bool(self.eval_split) or self.eval_data is not None
+        problems = []
+        if self.early_stopping is not None and not evaluates:
+            problems.append(
+                "early_stopping needs something to evaluate on; give eval_split or eval_data"
+            )
+        if self.eval_steps is not None and not evaluates:
+            problems.append(
+                "eval_steps needs something to evaluate on; give eval_split or eval_data, or leave "
+                "it out"
             )
         if self.eval_data is not None and self.eval_split:
-            raise OptionError(["eval_data and eval_split exclude each other; give one of them"])
+            problems.append("eval_data and eval_split exclude each other; give one of them")
+        if self.warmup and self.scheduler == "constant":
+            problems.append(
+                f"warmup: got {self.warmup:g} with the scheduler 'constant', which has no warm-up; "
+                "take 'constant_with_warmup', or leave warmup out"
+            )
+        elif self.warmup is not None and self.warmup > 1 and self.warmup != int(self.warmup):
+            problems.append(
+                f"warmup: got {self.warmup:g}; expected a share below 1 or a whole number of steps"
+            )
+        if "none" in self.loggers and len(set(self.loggers)) > 1:
+            problems.append(
+                f"loggers: got {', '.join(self.loggers)}; none stands alone: leave it out"
+            )
+        if problems:
+            raise OptionError(problems)
+
+
+@attrs.frozen(kw_only=True)
+class FastTrainerConfig(TrainerConfig):
+    """Options of a trainer that has the pieces which make a training step faster.
+
+    What a trainer does not have, its config class does not offer: the option is then refused, and
+    `explain()` claims nothing of the kind.
+    """
+
+    chunked_loss: bool = True
+    """Compute the loss some tokens at a time, so that the logits of all are never held; where the
+    model cannot be taken apart for that, and if false, all are. The loss is the same."""
+    varlen_attention: bool = True
+    """Attend to each sample of a batch on its own, not to a whole row under a mask: on the CPU, and
+    where the model takes its attention from transformers' registry. The numbers are the same."""
+    fused_layers: bool = True
+    """Run norms, gated feed-forward blocks and rotary embeddings in one pass each where the model's
+    own do the same, and on the CPU whole decoder layers. Less time and memory; the numbers are the
+    same."""
+    compile: bool = False
+    """Compile the model's layers with torch.compile, which takes a minute or more at first;
+    attention and what stands between the linear layers are then torch's to fuse."""
 
     def why_not(self, piece: str) -> str | None:
         """Return why the options leave a piece out that the option of that name switches."""
@@ -210,7 +251,8 @@ def training_arguments(
         "gradient_accumulation_steps": config.gradient_accumulation,
         "learning_rate": trainer.learning_rate(peft=not full),
         "lr_scheduler_type": config.scheduler,
-        "warmup_steps": config.warmup,
+        "lr_scheduler_kwargs": SCHEDULER_OPTIONS.get(config.scheduler, {}),
+        "warmup_steps": _warmup(config),
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
         "optim": optimizer_called(config.optimizer).argument,
@@ -244,3 +286,9 @@ def training_arguments(
     settings[f"{prefix}_checkpointing"] = config.gradient_checkpointing
     settings[f"{prefix}_checkpointing_kwargs"] = {"use_reentrant": False}
     return transformers.TrainingArguments(**{**settings, **overrides})
+
+
+def _warmup(config: TrainerConfig) -> float:
+    if config.warmup is None:
+        return 0.0 if config.scheduler == "constant" else WARMUP
+    return config.warmup
