@@ -44,6 +44,24 @@ def test_a_later_row_that_says_the_same_is_dropped_and_the_log_tells_which_it_re
     ]
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("if x:\n    y()\nz()", "if x:\n    y()\n    z()"),
+        ("a b", "a  b"),
+        ("a\tb", "a    b"),
+        ("b", " b"),
+    ],
+)
+def test_white_space_that_may_be_code_makes_a_difference(one, other):
+    log = DropLog()
+    asked = sourced(talk(one, "c"), talk(other, "c"), talk("q", one), talk("q", other))
+    assert len(deduplicate(asked, log.add)) == 4
+    pair = sourced(Preference([user("q")], [assistant(one)], [assistant(other)]))
+    assert drop_empty(pair, log.add) == pair
+    assert len(log) == 0
+
+
 def test_any_callable_of_two_may_be_told_of_duplicates():
     told = []
     deduplicate(sourced(Text("a"), Text("a")), lambda where, reason: told.append((where, reason)))
@@ -79,6 +97,10 @@ def test_rows_that_differ_in_role_tools_or_shape_are_no_duplicates(other):
             "chosen and rejected are equal",
         ),
         (Labeled([user("a")], [assistant("")], True), "the completion is blank"),
+        (
+            Conversation([user("a"), Message("assistant", "b", trained=False)]),
+            "no turn is to be learned",
+        ),
         (Prompt([user(" ")]), "the prompt is blank"),
         (Text("\n"), "the text is blank"),
     ],

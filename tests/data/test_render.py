@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 from tunesmith.data.examples import Conversation, Message, Preference, Text
 from tunesmith.data.render import IGNORE_INDEX, Rendered, Renderer, set_chat_template
 from tunesmith.errors import DataError
+from tunesmith.testing.tiny import tiny_tokenizer
 
 SPECIALS = [
     "<s>",
@@ -299,6 +300,81 @@ def test_a_long_conversation_is_cut_at_its_end_and_says_so():
     assert 0 < cut.trained < 30
 
 
+def test_a_row_of_which_only_white_space_is_cut_is_not_cut():
+    tokenizer = tokenizer_with(CHATML)
+    whole = Renderer(tokenizer, 10_000).conversation(conversation("a", "b"))
+    assert whole_text(tokenizer, whole).endswith("<|im_end|>\n")
+    assert not Renderer(tokenizer, len(whole) - 1).conversation(conversation("a", "b")).truncated
+    assert Renderer(tokenizer, len(whole) - 2).conversation(conversation("a", "b")).truncated
+
+
+def shown_only(text: str) -> Message:
+    return Message("assistant", text, trained=False)
+
+
+def test_a_turn_that_is_not_to_be_trained_is_shown_and_not_trained():
+    tokenizer = tokenizer_with(CHATML)
+    talk = Conversation([user("a"), shown_only("wrong"), user("b"), assistant("right")])
+    for renderer in (Renderer(tokenizer, 1000), Renderer(tokenizer, 1000, False)):
+        row = renderer.conversation(talk)
+        assert "wrong<|im_end|>" in whole_text(tokenizer, row)
+        assert "wrong" not in trained_text(tokenizer, row)
+        assert "right<|im_end|>" in trained_text(tokenizer, row)
+
+
+def test_a_conversation_ends_with_the_last_turn_that_is_trained():
+    tokenizer = tokenizer_with(CHATML)
+    talk = Conversation([user("a"), assistant("right"), user("b"), shown_only("wrong")])
+    row = Renderer(tokenizer, 1000).conversation(talk)
+    assert trained_text(tokenizer, row) == "right<|im_end|>"
+    assert "wrong" not in whole_text(tokenizer, row)
+
+
+def test_a_conversation_whose_turns_are_all_shown_only_trains_nothing():
+    talk = Conversation([user("a"), shown_only("wrong")])
+    for completion_only in (True, False):
+        row = Renderer(tokenizer_with(CHATML), 1000, completion_only).conversation(talk)
+        assert row.trained == 0
+
+
+def test_turns_whose_thoughts_are_stripped_later_get_sequences_of_their_own():
+    tokenizer = tokenizer_with(THINKING)
+    talk = conversation("a", "<think>hm</think>b", "c", "<think>so</think>d")
+    first, second = Renderer(tokenizer, 10_000).sequences(talk)
+    assert trained_text(tokenizer, first) == "<think>hm</think>b<|im_end|>"
+    assert trained_text(tokenizer, second) == "<think>so</think>d<|im_end|>"
+    assert "hm" not in whole_text(tokenizer, second)
+    assert "\nb<|im_end|>" in whole_text(tokenizer, second)
+
+
+def test_a_conversation_that_one_sequence_can_hold_is_one():
+    tokenizer = tokenizer_with(CHATML)
+    talk = conversation("a", "b", "c", "d")
+    assert Renderer(tokenizer, 1000).sequences(talk) == [
+        Renderer(tokenizer, 1000).conversation(talk)
+    ]
+
+
+def test_a_template_that_leaves_out_a_turn_as_a_whole_is_an_error():
+    silent = CHATML.replace(
+        "{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}"
+    )
+    talk = Conversation([user("a"), Message("tool", "sunny"), assistant("b")])
+    with pytest.raises(DataError, match="turn 2: the chat template leaves out this tool turn"):
+        Renderer(tokenizer_with(silent), 1000).conversation(talk)
+
+
+def test_built_in_chatml_begins_as_the_tokenizer_does():
+    writes_bos, writes_none = tokenizer_with(None), tiny_tokenizer()
+    for tokenizer, count in ((writes_bos, 1), (writes_none, 0)):
+        set_chat_template(tokenizer, "chatml")
+        row = Renderer(tokenizer, 1000).conversation(conversation("a", "b"))
+        bos = writes_bos.bos_token_id if count else None
+        assert row.input_ids.count(bos) == count
+        assert "".join(whole_text(tokenizer, row).split("<|im_start|>")[:1]) == "<s>" * count
+    writes_bos.chat_template = None
+
+
 def test_a_label_on_the_first_token_counts_for_nothing():
     assert Rendered([1, 2, 3], [1, IGNORE_INDEX, 3]).trained == 1
 
@@ -339,6 +415,12 @@ def test_plain_text_is_trained_to_its_end():
     row = Renderer(tokenizer, 10_000).text(Text("once upon a time"))
     assert whole_text(tokenizer, row) == "<s>once upon a time</s>"
     assert row.labels == row.input_ids
+
+
+def test_plain_text_that_begins_with_bos_does_not_get_a_second_one():
+    tokenizer = tokenizer_with(None)
+    row = Renderer(tokenizer, 10_000).text(Text("<s>once</s>"))
+    assert whole_text(tokenizer, row) == "<s>once</s>"
 
 
 def test_tools_and_tool_calls_reach_the_template():

@@ -15,6 +15,7 @@ from rich.console import Console
 from tunesmith.plugin.events import (
     Event,
     Progress,
+    RowsCut,
     RowsDropped,
     RunFinished,
     RunStarted,
@@ -179,6 +180,7 @@ def test_a_run_tells_its_beginning_its_stages_and_its_end(show):
         StageReused("01-quantize-nf4"),
         StageStarted("03-sft"),
         RowsDropped("03-sft", 12, 1200, {"empty": 4, "duplicate": 8}, Path("runs/a/dropped.jsonl")),
+        RowsCut("03-sft", 3, 1200, {"the answer is cut at max_length=64": 3}, Path("a/cut.jsonl")),
         Warned("the chat template has no system role"),
         StageFinished("03-sft", 125.0, {"train_runtime": 9.0, "eval_loss": 1.5, "train_loss": 0.8}),
         RunFinished(Path("runs/a"), 3725.0),
@@ -188,6 +190,8 @@ def test_a_run_tells_its_beginning_its_stages_and_its_end(show):
         "runs/a: 3 stages: 01-quantize-nf4, 02-lora, 03-sft",
         "01-quantize-nf4  reused: recipe, data and versions unchanged",
         "03-sft  dropped 12 of 1,200 rows: 8 duplicate, 4 empty; listed in runs/a/dropped.jsonl",
+        "03-sft  cut the answers of 3 of 1,200 rows: 3 the answer is cut at max_length=64; "
+        "listed in a/cut.jsonl",
         "warning: the chat template has no system role",
         "03-sft  done in 2:05  train_loss 0.8  eval_loss 1.5",
         "finished in 1:02:05: runs/a",

@@ -11,7 +11,7 @@ from tunesmith.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["CHATML", "needs_template", "set_chat_template"]
+__all__ = ["CHATML", "begins_with_bos", "needs_template", "set_chat_template"]
 
 CHATML = """\
 {%- set first = messages[0] if messages else {'role': ''} -%}
@@ -46,8 +46,9 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) 
     """Give a tokenizer the chat template that a recipe asks for.
 
     None keeps the tokenizer's own; "chatml" takes the built-in one, which ends turns with
-    <|im_end|>, or with the tokenizer's eos token where <|im_end|> is no token of its vocabulary;
-    else the path of a .jinja file, or Jinja source. Errors: `DataError` if there is none, the file
+    <|im_end|>, or with the tokenizer's eos token where <|im_end|> is no token of its vocabulary,
+    and begins with the bos token where the tokenizer begins a text with one; else the path of a
+    .jinja file, or Jinja source. Errors: `DataError` if there is none, the file
     cannot be read, or the source is not valid Jinja.
     """
     if template is None:
@@ -56,6 +57,8 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) 
         return
     if template == "chatml":
         source = CHATML if _is_token(tokenizer, _END) else _chatml_ending_with_eos(tokenizer)
+        if begins_with_bos(tokenizer):
+            source = "{{- bos_token -}}\n" + source
     elif "{%" in template or "{{" in template:
         source = template
     else:
@@ -92,6 +95,12 @@ def _chatml_ending_with_eos(tokenizer: PreTrainedTokenizerBase) -> str:
 def _is_token(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return len(ids) == 1 and ids[0] != tokenizer.unk_token_id
+
+
+def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether a tokenizer, by its own rule, begins a text with its bos token."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and list(tokenizer("a", verbose=False)["input_ids"][:1]) == [bos]
 
 
 def needs_template(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -15,6 +15,7 @@ import attrs
 
 from tunesmith.data.chat_template import CHATML, set_chat_template
 from tunesmith.data.examples import Conversation, Message, Preference, Text
+from tunesmith.data.token_borders import Bordered
 from tunesmith.data.tool_calls import with_ids
 from tunesmith.data.turns import Turn, TurnReader
 from tunesmith.errors import DataError
@@ -69,9 +70,8 @@ class Renderer:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.completion_only_loss = completion_only_loss
+        self._tokens = Bordered(tokenizer)
         self._reader = TurnReader(tokenizer)
-        added: Mapping[int, Any] = tokenizer.added_tokens_decoder
-        self._special = {*tokenizer.all_special_ids, *(i for i, t in added.items() if t.special)}
 
     def conversation(self, conversation: Conversation) -> Rendered:
         """Return a conversation up to its last trained turn, all in one sequence.
@@ -130,9 +130,13 @@ class Renderer:
     def text(self, text: Text) -> Rendered:
         """Return plain text, every token trained, ended by the tokenizer's eos token if it has one.
 
-        A beginning-of-sequence token is there if the tokenizer writes one.
+        A beginning-of-sequence token is there if the tokenizer writes one, and once where the text
+        begins with one as well.
         """
         ids: list[int] = list(self.tokenizer(text.text, verbose=False)["input_ids"])
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and ids[:2] == [bos, bos]:
+            del ids[0]
         eos = self.tokenizer.eos_token_id
         if eos is not None and (not ids or ids[-1] != eos):
             ids.append(eos)
@@ -142,7 +146,7 @@ class Renderer:
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
     ) -> list[int]:
         """Return the ids that the assistant's answer is to follow; never cut to max_length."""
-        return self._ids(self._reader.text(with_ids(messages), tools, answer=True))
+        return self._tokens.ids(self._reader.text(with_ids(messages), tools, answer=True))
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -163,7 +167,7 @@ class Renderer:
         last = whole.turn(wanted[-1])
         text = last.prompt + last.answer
         whole.check_shown(wanted[-1], text)
-        head, rest = self._continued(last.prompt, last.answer[: self._stop(last)])
+        head, rest = self._tokens.parted(last.prompt, last.answer[: self._stop(last)])
         ids = [*head, *rest]
         labels = [IGNORE_INDEX] * len(head) + ids[len(head) :]
         if last.ended:
@@ -171,14 +175,15 @@ class Renderer:
         else:
             self._add_eos(ids, labels)
         trained = {wanted[-1]}
+        given = self._tokens.text(last.prompt) if len(wanted) > 1 else None
         for index in wanted[:-1]:
             turn = whole.turn(index)
-            end = turn.place(text, self._reader.specials)
-            if end is None:
+            end = turn.place(last.prompt, self._reader.specials)
+            if end is None or given is None:
                 continue
-            before, through = self._ids(turn.prompt), self._ids(text[:end])
-            if ids[: len(before)] == before and ids[: len(through)] == through:
-                labels[len(before) : len(through)] = through[len(before) :]
+            start, stop = given.tokens_before(len(turn.prompt)), given.tokens_before(end)
+            if start is not None and stop is not None:
+                labels[start:stop] = ids[start:stop]
                 trained.add(index)
         return ids, labels, trained
 
@@ -208,7 +213,7 @@ class Renderer:
             turn = whole.turn(index)
             start, end = len(turn.prompt), whole.place(turn, index, text)
             for stop, trains in ((start, False), (end, True)):
-                _, more = self._continued(text[:reached], text[reached:stop])
+                _, more = self._tokens.parted(text[:reached], text[reached:stop])
                 ids += more
                 labels += more if trains else [IGNORE_INDEX] * len(more)
                 reached = stop
@@ -225,12 +230,12 @@ class Renderer:
             if message.role == "assistant" and not message.trained:
                 turn = whole.turn(index)
                 end = whole.place(turn, index, text)
-                start, stop = len(self._ids(turn.prompt)), len(self._ids(text[:end]))
+                start, stop = len(self._tokens.ids(turn.prompt)), len(self._tokens.ids(text[:end]))
                 labels[start:stop] = [IGNORE_INDEX] * (stop - start)
         return labels
 
     def _untrained(self, whole: _Whole) -> Rendered:
-        ids = self._ids(self._reader.text(whole.messages, whole.tools))
+        ids = self._tokens.ids(self._reader.text(whole.messages, whole.tools))
         everything = not (self.completion_only_loss or whole.has_assistant)
         return self._cut(ids, ids if everything else [IGNORE_INDEX] * len(ids))
 
@@ -241,7 +246,7 @@ class Renderer:
     def _ignore_after_end(self, labels: list[int]) -> None:
         """Untrain what follows the last special token: the whitespace after the end of a turn."""
         at = len(labels) - 1
-        while labels[at] != IGNORE_INDEX and labels[at] not in self._special:
+        while labels[at] != IGNORE_INDEX and labels[at] not in self._tokens.special_ids:
             labels[at] = IGNORE_INDEX
             at -= 1
 
@@ -260,54 +265,6 @@ class Renderer:
         limit = self.max_length
         lost = any(label != IGNORE_INDEX for label in labels[limit:])
         return Rendered(ids[:limit], labels[:limit], truncated=lost)
-
-    # --- ids --------------------------------------------------------------------------------------
-
-    def _ids(self, text: str) -> list[int]:
-        # the template writes the beginning-of-sequence token itself
-        encoding = self.tokenizer(text, add_special_tokens=False, verbose=False)
-        return list(encoding["input_ids"])
-
-    def _continued(self, before: str, more: str) -> tuple[list[int], list[int]]:
-        """Return the ids of a text, and those that go on from it with more text.
-
-        Both together spell the whole (but for white space, with a tokenizer that does not keep it).
-        Where a token of the whole stands across the border, `more` is tokenised after something
-        that it does not merge with.
-        """
-        head, whole = self._ids(before), self._ids(before + more)
-        if whole[: len(head)] == head:
-            return head, whole[len(head) :]
-        spelled = self._spelled(whole)
-        near: list[int] | None = None
-        for anchor in ("", "\n", *self._reader.specials[:2], "a", "."):
-            begun, both = self._ids(anchor), self._ids(anchor + more)
-            if both[: len(begun)] != begun:
-                continue
-            rest = both[len(begun) :]
-            text = self._spelled([*head, *rest])
-            if text == spelled:
-                return head, rest
-            if near is None and _letters(self._spelled(rest), more):
-                near = rest
-        if near is not None:
-            return head, near
-        raise DataError(
-            f"the tokenizer cannot write {more[:40]!r} after {before[-40:]!r} but by a token that "
-            "belongs to both, so the answer cannot be told from what stands before it; "
-            'pass chat_template="chatml" or another template'
-        )
-
-    def _spelled(self, ids: Sequence[int]) -> str:
-        text: str = self.tokenizer.decode(
-            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        return text
-
-
-def _letters(one: str, other: str) -> bool:
-    """Return whether two texts are the same but for white space."""
-    return "".join(one.split()) == "".join(other.split())
 
 
 class _Whole:

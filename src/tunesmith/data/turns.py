@@ -17,13 +17,14 @@ import attrs
 from tunesmith.data import templates
 from tunesmith.data.chat_template import needs_template
 from tunesmith.data.examples import Message
+from tunesmith.data.token_borders import special_texts
 from tunesmith.data.tool_calls import FORMS, called, has_calls
 from tunesmith.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Turn", "TurnReader", "special_texts"]
+__all__ = ["Turn", "TurnReader"]
 
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _OTHER_TEMPLATE = 'drop these rows, or pass chat_template="chatml" or the path of a .jinja template'
@@ -300,13 +301,6 @@ class TurnReader:
         letter = "y" if content.lstrip()[:1] == "x" else "x"
         other = attrs.evolve(messages[-1], content=letter + content)
         return _common_start(text, self.text((*messages[:-1], other), tools))
-
-
-def special_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Return the texts of a tokenizer's special tokens, the longest first."""
-    added: Mapping[int, Any] = tokenizer.added_tokens_decoder
-    texts = {*tokenizer.all_special_tokens, *(str(t) for t in added.values() if t.special)}
-    return tuple(sorted(filter(None, texts), key=lambda text: (-len(text), text)))
 
 
 def _thought(message: Message, tag: str, rest: str) -> str:
