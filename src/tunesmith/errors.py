@@ -64,16 +64,21 @@ class RowError(DataError):
     """
 
     def __init__(self, field: str, got: str, allowed: str, *, where: str = "") -> None:
-        self.field = field
-        self.got = got
+        self.field = _within(field)
+        self.got = _within(got)
         self.allowed = allowed
         self.where = where
         place = f"{where}: " if where else ""
-        super().__init__(f"{place}field '{field}': got {got}; expected {allowed}")
+        super().__init__(f"{place}field '{self.field}': got {self.got}; expected {allowed}")
 
     def at(self, where: str) -> RowError:
         """Return the same error, told where its row stands."""
         return type(self)(self.field, self.got, self.allowed, where=where)
+
+
+def _within(text: str) -> str:
+    """Return what stood in a row cut to what fits into a message: it may be of any length."""
+    return text if len(text) <= 300 else f"{text[:200]}... ({len(text):,} characters)"
 
 
 class ModelError(TunesmithError, ValueError):

@@ -100,7 +100,7 @@ def _decoded(strict: Callable[..., Any], marking: Callable[..., Any], *where: An
         problem = str(refused)
     # read once more, with a mark in the place of what is refused, to find its field
     value = marking(*where)
-    for field, found in _walk(value):
+    for field, found in _walk(value[0] if isinstance(value, tuple) else value):
         if isinstance(found, _Mark):
             raise JsonError(found.problem, field=field)
     raise JsonError(problem)

@@ -8,10 +8,13 @@ from pathlib import Path
 from tunesmith.data.reading.words import megabytes
 from tunesmith.errors import DataError
 
-__all__ = ["MAX_ROW", "MemoryWatch", "free_memory", "too_long"]
+__all__ = ["MAX_BLANK", "MAX_ROW", "MemoryWatch", "all_blank", "free_memory", "too_long"]
 
 MAX_ROW = 4 * 1024 * 1024
 """Characters of the longest row as its source holds it: a million tokens, the longest context."""
+
+MAX_BLANK = 100_000
+"""Blank lines that may follow each other."""
 
 RESERVE = 300_000_000
 """Bytes that reading leaves to everything else."""
@@ -26,6 +29,14 @@ def too_long(where: str, got: str = "") -> DataError:
     return DataError(
         f"{where}: {got or 'longer than'} {MAX_ROW:,} characters, the most a row may have; no "
         "model trains on as much at once: split the row or drop the fields that are not needed"
+    )
+
+
+def all_blank(where: str) -> DataError:
+    """Return the error for more blank lines than a file of rows has."""
+    return DataError(
+        f"{where}: {MAX_BLANK:,} blank lines in a row; expected rows, so look at the file and "
+        "write it again"
     )
 
 

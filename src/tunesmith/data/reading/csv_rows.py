@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from tunesmith.data.reading.bounds import MAX_ROW, too_long
+from tunesmith.data.reading.bounds import MAX_BLANK, MAX_ROW, all_blank, too_long
 from tunesmith.data.reading.files import Stream, suffix_of
 from tunesmith.data.reading.row import Row
 from tunesmith.data.reading.words import shortened
@@ -29,10 +29,13 @@ def csv_rows(stream: Stream) -> Iterator[Row]:
     delimiter = "\t" if suffix_of(stream.file.path.name) == ".tsv" else ","
     lines = _Lines(io.TextIOWrapper(stream.reader, encoding="utf-8-sig", newline=""), name)
     header: list[str] | None = None
-    number = 0
+    number = last = 0
     for line, cells in _records(lines, delimiter, name):
         if not cells:
+            if line - last > MAX_BLANK:
+                raise all_blank(f"{name}, line {line}")
             continue
+        last = line
         if header is None:
             header = _header(cells, delimiter, f"{name}, line {line}")
             continue
@@ -40,7 +43,7 @@ def csv_rows(stream: Stream) -> Iterator[Row]:
         if len(cells) != len(header):
             raise DataError(
                 f"{name}, line {line}: got {len(cells)} cells; expected {len(header)}, one "
-                f"for each of the columns {', '.join(header)}; a cell that holds the "
+                f"for each of the columns {shortened(', '.join(header))}; a cell that holds the "
                 'delimiter or a line break stands in double quotes ("...")'
             )
         if lines.is_cut():

@@ -37,7 +37,7 @@ SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 """Suffixes of the files that can be read; each may be followed by ".gz"."""
 
 _CHUNK = 1 << 18
-_BOMB_BYTES = 100_000_000
+_BOMB_BYTES = 16_000_000
 _BOMB_RATIO = 200
 """Text that was written by people packs to a third or a tenth; gzip can reach 1,000."""
 
@@ -254,7 +254,8 @@ class Stream:
         self.file = file
         self.name = file.name
         self._raw = _HashedFile(file.path)
-        packed = io.BufferedReader(self._raw, _CHUNK)
+        # read ahead of a packed file counts as read, and hides how much the rest unpacks to
+        packed = io.BufferedReader(self._raw, 1 << 14 if file.packed else _CHUNK)
         watch = MemoryWatch(file.name, self._raw.size)
         self._content = _Content(packed, self._raw, file, watch)
         self.reader = io.BufferedReader(self._content, _CHUNK)

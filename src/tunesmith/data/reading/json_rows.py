@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from typing import Any, BinaryIO, NoReturn
 
-from tunesmith.data.reading.bounds import MAX_ROW, too_long
+from tunesmith.data.reading.bounds import MAX_BLANK, MAX_ROW, all_blank, too_long
 from tunesmith.data.reading.files import Stream
 from tunesmith.data.reading.row import Row
 from tunesmith.data.reading.words import kind_of, shortened
@@ -42,6 +42,8 @@ def json_rows(stream: Stream) -> Iterator[Row]:
             text = line.decode("utf-8-sig" if len(head) == 1 else "utf-8").strip(_BLANK)
             if text:
                 break
+            if len(head) > MAX_BLANK:
+                raise all_blank(f"{stream.name}, line {len(head)}")
     except UnicodeDecodeError:
         text = "["  # a character may be cut where a line is too long; read on as a document
     if not text:
@@ -67,12 +69,16 @@ def _bounded_lines(stream: BinaryIO) -> Iterator[bytes]:
 
 
 def _lines_rows(lines: Iterable[bytes], name: str) -> Iterator[Row]:
+    last = 0
     for number, raw in enumerate(lines, 1):
         if len(raw) > MAX_ROW:
             _check_length(raw, f"{name}, line {number}")
         line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
         if line.isspace():
+            if number - last > MAX_BLANK:
+                raise all_blank(f"{name}, line {number}")
             continue
+        last = number
         try:
             value = parse(line)
         except JsonError as error:
@@ -115,20 +121,20 @@ def _is_object(text: str) -> bool:
         return error.position is None and text.endswith("}")
 
 
-def _row_list(value: Any) -> list[Any] | None:
+def _row_list(value: Any, *, whole: bool = True) -> list[Any] | None:
     """Return the rows in an object that holds exactly one list, or None if it is not such a one."""
-    lists = [item for item in value.values() if _is_row_list(item)]
+    lists = [item for item in value.values() if _is_row_list(item, whole)]
     nested = sum(isinstance(item, (list, dict)) for item in value.values())
     return lists[0] if len(lists) == 1 and nested == 1 else None
 
 
-def _is_row_list(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(item, dict) for item in value)
-        and not _is_turn(value[0])
-    )
+def _is_row_list(value: Any, whole: bool) -> bool:
+    if not isinstance(value, list) or not value:
+        return False
+    objects = [item for item in value if isinstance(item, dict)]
+    if not objects or (whole and len(objects) < len(value)):
+        return False
+    return not _is_turn(objects[0])
 
 
 def _is_turn(value: dict[str, Any]) -> bool:
@@ -158,7 +164,8 @@ def _document_rows(chunks: Iterable[bytes], stream: Stream) -> Iterator[Row]:
             yield from _member_rows(window)
         else:
             window.end()
-            listing = _row_list(value)
+            # where one is an object, what stands beside it is a row that is wrong
+            listing = _row_list(value, whole=False)
             if listing is None:
                 raise _no_rows(stream.name, value)
             yield from _checked(listing, stream.name)
@@ -185,7 +192,7 @@ def _list_rows(window: _Window) -> Iterator[Row]:
 
 
 def _member_rows(window: _Window) -> Iterator[Row]:
-    """Yield the rows of the one list in the object that begins here, too long to be one row."""
+    """Yield the rows of the one list in the object that begins here, part by part."""
     window.take()
     seen: dict[str, Any] = {}
     found = False
@@ -223,7 +230,7 @@ def _no_rows(name: str, value: dict[str, Any]) -> DataError:
 
 
 _BEYOND = object()
-"""In the place of a value that is longer than a row may be."""
+"""In the place of a value that can be read only part by part."""
 
 
 class _Window:
@@ -272,7 +279,8 @@ class _Window:
     def value(self, where: str, beyond: str | None = "") -> Any:
         """Return the value that begins here and pass it.
 
-        One that is longer than a row may be is refused, or is `_BEYOND` if `beyond` is None.
+        One that cannot be kept, or is longer than a row may be, is refused; or it is `_BEYOND` and
+        not passed if `beyond` is None.
         """
         self.character()
         size = _CHUNK
@@ -281,6 +289,8 @@ class _Window:
                 value, end = parse_at(self._text, self._at)
             except JsonError as error:
                 if error.position is None:
+                    if beyond is None:
+                        return _BEYOND  # row by row, to say which one it is
                     raise DataError(f"{where}: {error}") from error
                 if not self._is_cut(error):
                     self.broken(error.problem, error.position)

@@ -66,7 +66,7 @@ def object_rows(data: Any, prefix: str = "") -> Iterator[Row]:
     if datasets is not None and isinstance(data, datasets.Dataset):
         return _data_set_rows(data, prefix)
     if datasets is not None and isinstance(data, datasets.IterableDataset):
-        return _mapping_rows(data, prefix)
+        return _streamed_rows(data, prefix)
     if pandas is not None and isinstance(data, pandas.DataFrame):
         return _frame_rows(data, prefix)
     if isinstance(data, Mapping):
@@ -126,7 +126,7 @@ def _told(data: Iterable[Any], place: str) -> Iterator[Any]:
             item = next(items)
         except StopIteration:
             return
-        except TunesmithError:
+        except (TunesmithError, MemoryError):
             raise
         except Exception as error:  # of whatever the iterable is made of
             raise DataError(f"{place}{number}: cannot be read: {_named(error)}") from error
@@ -145,6 +145,13 @@ def _data_set_rows(data: Any, prefix: str) -> Iterator[Row]:
     if columns is not None and list(columns) != list(data.column_names):
         data = data.select_columns(list(columns))
     # not as numpy, torch or pandas show it: the rows are the same, and lists stay lists
+    tables = data.with_format("arrow").iter(batch_size=1000)
+    return batch_rows(_batches(tables, prefix), prefix, prefix or "the data set")
+
+
+def _streamed_rows(data: Any, prefix: str) -> Iterator[Row]:
+    if data.features is None:  # nobody knows the types before the rows are there
+        return _mapping_rows(data, prefix)
     tables = data.with_format("arrow").iter(batch_size=1000)
     return batch_rows(_batches(tables, prefix), prefix, prefix or "the data set")
 

@@ -108,7 +108,7 @@ class _Walk:
             try:
                 if not is_text(key):
                     raise _FieldError("its name holds half of a character; rename it")
-                kept = self.value(item, depth + 1)
+                kept = self.value(item, depth + 1, filled=filled)
             except _FieldError as error:
                 error.under(key)
                 raise
@@ -192,7 +192,7 @@ class _Walk:
         )
 
     def _enter(self, depth: int) -> None:
-        self._spend(2)
+        self._spend(16)  # a list or a dict by itself takes more than 50 bytes
         if depth > MAX_DEPTH:
             raise _FieldError(f"nested more than {MAX_DEPTH} deep; write what lies deeper as text")
 
