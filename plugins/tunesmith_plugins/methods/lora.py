@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import peft
     from transformers import PreTrainedModel
 
+    from tunesmith.nn.targets import Targets
+
 __all__ = ["Lora", "LoraConfig"]
 
 
@@ -29,7 +31,11 @@ class LoraConfig:
     dropout: float = attrs.field(default=0.0, validator=between(0.0, 0.99))
     """Dropout on the adapter's input; 0 as PEFT's default, which keeps DPO's log-probs exact."""
     targets: str | tuple[str, ...] = "all-linear"
-    """Names of modules to adapt; "all-linear" is every linear layer but the head, as QLoRA."""
+    """What to adapt: names of layers (the end of a full name will do) or of stacked weights, or a
+    regular expression. "all-linear" is every linear layer but head and routers, as QLoRA."""
+    experts: bool = True
+    """Let "all-linear" take in the stacked experts of a mixture, which are no layers of their own.
+    dropout and dora cannot be had on those."""
     bias: str = attrs.field(default="none", validator=one_of("none", "all", "lora_only"))
     """Which biases are trained along."""
     rslora: bool = False
@@ -44,20 +50,42 @@ class Lora(Method[LoraConfig]):
     Linear layers become `tunesmith.nn.lora_linear.LoraLinear`, which does both in one pass.
     """
 
+    def targets(self, model: PreTrainedModel) -> Targets:
+        """Return what of a model is adapted. Errors: `ModelError` for names it does not have."""
+        from tunesmith.nn.merging import skeleton_of
+        from tunesmith.nn.targets import find_targets
+
+        if model.device.type != "meta":  # names are those of the model without a quantizer
+            model = skeleton_of(model)
+        config = self.config
+        cannot = (
+            f"dropout={config.dropout:g} needs one"
+            if config.dropout
+            else "dora=True needs one"
+            if config.dora
+            else ""
+        )
+        return find_targets(model, config.targets, experts=config.experts, stackable=cannot)
+
+    def describe(self, model: PreTrainedModel) -> str:
+        """Return which layers are adapted and which are left out, and why."""
+        return f"adapts {self.targets(model)}"
+
     def peft_config(self, model: PreTrainedModel) -> peft.PeftConfig:
-        """Return PEFT's LoraConfig; the model's own modules decide what "all-linear" means."""
+        """Return PEFT's LoraConfig, which names every layer that is adapted."""
         import peft
 
         from tunesmith.nn import lora_linear
 
         config = self.config
-        targets = config.targets
+        targets = self.targets(model)
         return lora_linear.register(
             peft.LoraConfig(
                 r=config.r,
                 lora_alpha=2 * config.r if config.alpha is None else config.alpha,
                 lora_dropout=config.dropout,
-                target_modules=targets if isinstance(targets, str) else list(targets),
+                target_modules=list(targets.modules),
+                target_parameters=list(targets.parameters) or None,
                 bias=config.bias,
                 use_rslora=config.rslora,
                 use_dora=config.dora,

@@ -148,7 +148,7 @@ class _Walk:
             else:
                 break
         names = self.dense.dense_names(module)
-        plain = self._plain(path)
+        plain = self._plain(path) if names else nn.Module()
         for layer in layers:
             if isinstance(layer, MultiheadAttention):
                 raise _not_mergeable(path, layer)
@@ -200,7 +200,7 @@ class _Walk:
 def merged_weight(each: Adapted, value: torch.Tensor, dense: Dense) -> torch.Tensor:
     """Return a base weight [as the base holds it, fp32] with every update on it added."""
     with torch.no_grad():
-        shell = dense_shell(each, value.clone(), dense)
+        shell = dense_shell(each, value, dense)
         with standing_in(each, shell):
             for layer in reversed(each.own):
                 _merge(layer)
@@ -229,9 +229,10 @@ def dense_shell(each: Adapted, value: torch.Tensor, dense: Dense) -> nn.Module:
     for name in dense.dense_names(module):
         if name in shell._parameters:
             part = value if name == each.name else dense.dense_parameter(module, name)
-            shell._parameters[name] = nn.Parameter(part, requires_grad=False)
+            # a copy: merging adds into it, and in fp32 the base's own is what is read back
+            shell._parameters[name] = nn.Parameter(part.clone(), requires_grad=False)
     if each.name not in shell._parameters:
-        shell.register_parameter(each.name, nn.Parameter(value, requires_grad=False))
+        shell.register_parameter(each.name, nn.Parameter(value.clone(), requires_grad=False))
     return shell
 
 

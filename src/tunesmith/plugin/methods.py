@@ -30,6 +30,29 @@ class Method(ABC, Generic[C]):
     def peft_config(self, model: PreTrainedModel) -> PeftConfig:
         """Return PEFT's config for this model, which may be on the meta device."""
 
+    def check(self, model: PreTrainedModel) -> tuple[str, ...]:
+        """Return what would go wrong on wrapping this model, a line each; asked by a plan.
+
+        `model` is on the meta device and unquantized. Unless overridden it is tried, and what is
+        said of it handed on.
+        """
+        from tunesmith.errors import TunesmithError
+
+        try:
+            self.wrap(model).unload()
+        except TunesmithError as error:
+            return tuple(str(error).splitlines())
+        except Exception as error:
+            return (f"PEFT refuses this model: {type(error).__name__}: {error}",)
+        return ()
+
+    def describe(self, model: PreTrainedModel) -> str:
+        """Return in a line what of a model is adapted and what is not; "" says nothing.
+
+        `model` is as for `check`, which has found nothing wrong with it.
+        """
+        return ""
+
     def wrap(self, model: PreTrainedModel) -> PeftModel:
         """Return the model with a fresh adapter; every other parameter is frozen."""
         from peft import get_peft_model
