@@ -69,7 +69,7 @@ class Lora(Method[LoraConfig]):
 
     def describe(self, model: PreTrainedModel) -> str:
         """Return which layers are adapted and which are left out, and why."""
-        return f"adapts {self.targets(model)}"
+        return str(self.targets(model))
 
     def peft_config(self, model: PreTrainedModel) -> peft.PeftConfig:
         """Return PEFT's LoraConfig, which names every layer that is adapted."""

@@ -33,6 +33,8 @@ def plan_text(plan: Any) -> str:
             f"    {'holds   ' if i == 0 else '        '} {text}"
             for i, text in enumerate(step.holds)
         ]
+        if step.adapts:
+            lines.append(f"    adapts   {step.adapts}")
         if step.data is not None:
             lines.append(
                 f"    data     {step.data.description}: {len(step.data.examples)} rows, "

@@ -52,6 +52,8 @@ class PlannedStep:
     """A quantize step: how a model that is stored quantized is taken; empty for any other."""
     holds: tuple[str, ...] = ()
     """A quantize step: what of the model is held quantized, and what is not and why."""
+    adapts: str = ""
+    """A peft step: what of the model is adapted, and what is not and why."""
 
     @property
     def name(self) -> str:
@@ -121,7 +123,12 @@ def make_plan(
     if directory is not None and (problem := problem_with(directory)):
         problems.append(problem)
     shapes = None
-    if model is not None and device is not None and not problems and (estimates or quantizer):
+    if (
+        model is not None
+        and device is not None
+        and not problems
+        and (estimates or quantizer or any(step.step.verb == "peft" for step in steps))
+    ):
         try:
             # its skeleton is built on the meta device, and a run beside it would be handed such
             # tensors; a run that asks for its own plan is alone already
@@ -134,6 +141,7 @@ def make_plan(
             notes.append(f"memory and time are not predicted: {type(error).__name__}: {error}")
         if shapes is not None:
             steps = _with_held(steps, shapes, device, quantizer, problems)
+            steps = _with_adapted(steps, shapes, problems)
         if shapes is not None and estimates and not problems:
             with quiet_libraries():
                 steps = _with_estimates(steps, shapes, device, quantizer, notes)
@@ -324,6 +332,23 @@ def _with_held(
     held = sum(quantizer.nbytes(shape, itemsize) for shape in found.targets.values())
     lines = tuple(described(found, held, itemsize, device.precision))
     return tuple(attrs.evolve(each, holds=lines) if each is step else each for each in steps)
+
+
+def _with_adapted(
+    steps: tuple[PlannedStep, ...], shapes: Shapes, problems: list[str]
+) -> tuple[PlannedStep, ...]:
+    """Add what a method adapts of the model, or why it cannot."""
+    step = next((step for step in steps if step.step.verb == "peft"), None)
+    if step is None:
+        return steps
+    method = _built(steps, "peft")
+    with quiet_libraries():
+        found = method.check(shapes.model)
+    problems += [f"step {step.number} ({step.step.label}): {problem}" for problem in found]
+    if found:
+        return steps
+    text = method.describe(shapes.model)
+    return tuple(attrs.evolve(each, adapts=text) if each is step else each for each in steps)
 
 
 def _with_estimates(

@@ -12,12 +12,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import attrs
-import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import ModelError, close_matches
+from tunesmith.nn.quantizable import is_linear
 
 __all__ = ["ALL_LINEAR", "Targets", "find_targets"]
 
@@ -112,8 +112,8 @@ def _all_linear(model: Any, experts: bool, stackable: str) -> Targets:
             left_out.append((name, "PEFT takes that name for the stacked experts of this model"))
         elif why := _refused(model, leaf):
             left_out.append((name, why))
-        elif not _is_linear(module):
-            left_out.append((name, f"a {type(module).__name__} computes more than a linear layer"))
+        elif not is_linear(module):
+            left_out.append((name, f"a {type(module).__name__} computes something else"))
         else:
             modules.append(name)
     stacks = _stacks(model)
@@ -189,22 +189,8 @@ def _matching(wanted: str, known: Iterable[str]) -> list[str]:
 
 def _adaptable(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D, nn.Embedding, _ConvNd)) and (
-        not isinstance(module, (nn.Linear, Conv1D)) or _is_linear(module)
+        not isinstance(module, (nn.Linear, Conv1D)) or is_linear(module)
     )
-
-
-def _is_linear(module: Any) -> bool:
-    """Whether a layer gives a tensor for a tensor, as an adapter on it expects."""
-    if type(module).forward in (nn.Linear.forward, Conv1D.forward):
-        return True
-    width = module.weight.shape[1]
-    if module.weight.device.type != "meta":
-        return True  # quantized: its class is a library's own, and the skeleton's was looked at
-    try:
-        got = module(torch.empty(2, 3, width, device="meta", dtype=module.weight.dtype))
-    except Exception:
-        return False
-    return isinstance(got, torch.Tensor) and got.shape == (2, 3, module.weight.shape[0])
 
 
 def _is_router(model: Any, name: str, module: Any) -> bool:
