@@ -81,6 +81,7 @@ class Verbs:
         alpha: float | None = None,
         dropout: float = 0.0,
         targets: str | tuple[str, ...] = "all-linear",
+        experts: bool = True,
         bias: str = "none",
         rslora: bool = False,
         dora: bool = False,
@@ -92,8 +93,11 @@ class Verbs:
             of "LoRA Learns Less and Forgets Less" (arXiv:2405.09673).
         dropout: Dropout on the adapter's input; 0 as PEFT's default, which keeps DPO's log-probs
             exact.
-        targets: Names of modules to adapt; "all-linear" is every linear layer but the head, as
-            QLoRA.
+        targets: What to adapt: names of layers (the end of a full name will do) or of stacked
+            weights, or a regular expression. "all-linear" is every linear layer but head and
+            routers, as QLoRA.
+        experts: Let "all-linear" take in the stacked experts of a mixture, which are no layers of
+            their own. dropout and dora cannot be had on those.
         bias: Which biases are trained along.
         rslora: Scale by alpha / sqrt(r) instead (rsLoRA, arXiv:2312.03732).
         dora: Train magnitude and direction apart (DoRA, arXiv:2402.09353).

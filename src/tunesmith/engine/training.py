@@ -142,7 +142,10 @@ class StageTraining:
         model = session.model
         model.eval()
         if session.method is not None:
+            from tunesmith.nn.adapters import check_saved
+
             session.method.save(model, self.directory / "adapter")
+            check_saved(model, self.directory / "adapter")
         else:
             from tunesmith.nn.saving import save_model
 

@@ -7,6 +7,8 @@ nothing is an error, never ignored.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -110,7 +112,7 @@ def _all_linear(model: Any, experts: bool, stackable: str) -> Targets:
             left_out.append((name, "a router"))
         elif leaf in fused:
             left_out.append((name, "PEFT takes that name for the stacked experts of this model"))
-        elif why := _refused(model, leaf):
+        elif why := _refused(model, name):
             left_out.append((name, why))
         elif not is_linear(module):
             left_out.append((name, f"a {type(module).__name__} computes something else"))
@@ -150,7 +152,7 @@ def _named(model: Any, names: Sequence[str]) -> Targets:
                 continue
             stacks = _matching(fused[wanted].weight, weights)
             adaptable = []
-        refused = {why for name in adaptable if (why := _refused(model, name.rpartition(".")[2]))}
+        refused = {why for name in adaptable if (why := _refused(model, name))}
         if refused:
             problems.append(f"'{wanted}': {refused.pop()}; leave it out")
         elif adaptable or stacks:
@@ -254,16 +256,36 @@ def _fused(model: Any) -> dict[str, _Fused]:
     return {old: _Fused(new, tuple(fused.get(new, (old,)))) for old, new in mapping.items()}
 
 
-def _refused(model: Any, leaf: str) -> str:
-    """Return why PEFT does not adapt a layer of this name; "" if it does."""
+def _refused(model: Any, name: str) -> str:
+    """Return why an adapter on a layer would not act, or PEFT puts none there; "" if it does.
+
+    PEFT knows some such layers by name. Others show in the source of the module they are in: it
+    takes their weight and passes them by, as state space models hand it to a kernel.
+    """
     from peft import LoraConfig
     from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 
+    owner, _, leaf = name.rpartition(".")
+    why = "the module it is in reads its weight past the layer, so an adapter would not act"
     try:
         _check_lora_target_modules_mamba(LoraConfig(), model, leaf)
     except ValueError:
-        return "the state space model reads its weight past the layer, so an adapter would not act"
-    return ""
+        return why
+    holder: Any = type(model.get_submodule(owner))
+    source = _source(holder)
+    return why if re.search(rf"\bself\.{re.escape(leaf)}\.weight\b{_OF_NO_VALUE}", source) else ""
+
+
+_OF_NO_VALUE = r"(?!\s*\.\s*(dtype|device|shape|ndim|size|dim|numel|requires_grad|is_\w+)\b)"
+"""What may be asked of a weight without reading it."""
+
+
+@functools.cache
+def _source(cls: type) -> str:
+    try:
+        return inspect.getsource(cls)
+    except (OSError, TypeError):
+        return ""
 
 
 def _leaves(model: Any) -> list[str]:

@@ -71,4 +71,5 @@ class Method(ABC, Generic[C]):
 
     def save(self, model: Any, directory: Path) -> None:
         """Write the adapter in PEFT's own format, which stock PEFT opens."""
-        model.save_pretrained(directory)
+        # PEFT adds a whole embedding where one is adapted, which is the base's and would replace it
+        model.save_pretrained(directory, save_embedding_layers=False)

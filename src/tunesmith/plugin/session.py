@@ -124,6 +124,10 @@ class Session:
             return model
         set_seed(self.seed)  # however many numbers the loading has drawn
         if self.adapters:
+            from tunesmith.nn.adapters import check_loaded
+
             latest = list(self.adapters.values())[-1]
-            return self.method.load(model, latest)
+            loaded = self.method.load(model, latest)
+            check_loaded(loaded, latest)
+            return loaded
         return self.method.wrap(model)

@@ -1,0 +1,142 @@
+"""Adapters are counted on saving and on loading: by names, shapes and values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from tunesmith import Tuner
+from tunesmith.errors import ModelError, TunesmithError
+from tunesmith.nn.adapters import check_loaded, check_saved
+from tunesmith.testing.conformance import _shake
+from tunesmith.testing.tiny import tiny_llama
+
+FILE = "adapter_model.safetensors"
+ROWS = [
+    {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
+    for q, a in (("Who sings?", "The wren."), ("Who swims?", "The otter."))
+]
+
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "dora": {"use_dora": True},
+    "rslora": {"use_rslora": True},
+    "bias all": {"bias": "all"},
+    "bias lora_only": {"bias": "lora_only"},
+    "lora bias": {"lora_bias": True, "target_modules": ["q_proj"]},
+    "modules_to_save": {"modules_to_save": ["lm_head", "norm"]},
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "embedding trained whole": {"modules_to_save": ["embed_tokens"]},
+    "alpha and rank patterns": {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"v_proj": 9}},
+    "tokens": {"trainable_token_indices": [3, 7]},
+    "stacked": {"target_parameters": ["up_proj.weight"], "target_modules": ["q_proj"]},
+}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return tiny_llama(tmp_path / "base", attention_bias=True)
+
+
+def adapted(base: Path, **options: Any) -> Any:
+    settings = {"r": 4, "target_modules": ["q_proj", "v_proj", "up_proj"], **options}
+    model = AutoModelForCausalLM.from_pretrained(base)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
+    _shake(wrapped)
+    return wrapped
+
+
+def loaded(base: Path, directory: Path) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    return peft.PeftModel.from_pretrained(model, directory, is_trainable=True)
+
+
+def edited(directory: Path, edit: Any) -> None:
+    tensors = load_file(directory / FILE)
+    edit(tensors)
+    save_file(tensors, directory / FILE, metadata={"format": "pt"})
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_whatever_is_trained_goes_through_a_file_and_is_counted(
+    base: Path, tmp_path: Path, kind: str
+) -> None:
+    model = adapted(base, **KINDS[kind])
+    model.save_pretrained(tmp_path / "adapter")
+    check_saved(model, tmp_path / "adapter")
+    check_loaded(loaded(base, tmp_path / "adapter"), tmp_path / "adapter")
+
+
+class TestLoading:
+    @pytest.fixture
+    def adapter(self, base: Path, tmp_path: Path) -> Path:
+        adapted(base).save_pretrained(tmp_path / "adapter")
+        return tmp_path / "adapter"
+
+    @pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+    def test_a_missing_key_is_an_error_that_names_it(self, base: Path, adapter: Path) -> None:
+        """PEFT warns, and leaves the layer as it was made: B = 0, so that half an adapter acts."""
+        edited(adapter, lambda t: t.pop(sorted(t)[0]))
+        with pytest.raises(ModelError, match=r"layers.0.*lora_A.weight missing in the file"):
+            check_loaded(loaded(base, adapter), adapter)
+
+    def test_an_unknown_key_is_an_error_that_names_it(self, base: Path, adapter: Path) -> None:
+        edited(adapter, lambda t: t.update({"base_model.model.extra.lora_A.weight": torch.ones(1)}))
+        with pytest.raises(ModelError, match=r"extra\.lora_A\.weight not in the model"):
+            check_loaded(loaded(base, adapter), adapter)
+
+    def test_other_values_than_the_files_are_an_error(self, base: Path, adapter: Path) -> None:
+        model = loaded(base, adapter)
+        with torch.no_grad():
+            next(p for p in model.parameters() if p.requires_grad)[0, 0] += 1
+        with pytest.raises(ModelError, match=r"lora_A\.weight of other values"):
+            check_loaded(model, adapter)
+
+    def test_an_adapter_kept_in_16_bits_is_no_other(self, base: Path, adapter: Path) -> None:
+        edited(adapter, lambda t: t.update({k: v.bfloat16() for k, v in t.items()}))
+        check_loaded(loaded(base, adapter), adapter)
+
+    @pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+    def test_a_run_that_goes_on_from_a_broken_adapter_stops(
+        self, base: Path, tmp_path: Path
+    ) -> None:
+        options: dict[str, Any] = {"max_steps": 1, "batch_size": 2, "gradient_accumulation": 1}
+        pairs = [{"prompt": "Who?", "chosen": "I.", "rejected": "No."}] * 2
+        tuner = Tuner(str(base)).lora(r=2).sft(ROWS, **options)
+        done = tuner.run(tmp_path / "run", progress=False)
+        edited(Path(done.adapters["sft"]), lambda t: t.pop(sorted(t)[0]))
+        with pytest.raises(TunesmithError, match=r"missing in the file|changed"):
+            tuner.dpo(pairs, **options).run(tmp_path / "run", progress=False)
+
+
+class TestSaving:
+    def test_a_trained_tensor_that_peft_would_not_keep_is_an_error(
+        self, base: Path, tmp_path: Path
+    ) -> None:
+        model = adapted(base)
+        model.base_model.model.model.norm.weight.requires_grad_(True)
+        model.save_pretrained(tmp_path / "adapter")
+        with pytest.raises(ModelError, match=r"norm\.weight was trained and would not be kept"):
+            check_saved(model, tmp_path / "adapter")
+
+    def test_a_file_that_holds_something_else_is_an_error(self, base: Path, tmp_path: Path) -> None:
+        model = adapted(base)
+        model.save_pretrained(tmp_path / "adapter")
+        edited(tmp_path / "adapter", lambda t: t[sorted(t)[1]].mul_(2))
+        with pytest.raises(ModelError, match=r"not the one that was trained: .*of other values"):
+            check_saved(model, tmp_path / "adapter")
+
+    def test_half_a_file_is_an_error(self, base: Path, tmp_path: Path) -> None:
+        model = adapted(base)
+        model.save_pretrained(tmp_path / "adapter")
+        whole = (tmp_path / "adapter" / FILE).read_bytes()
+        (tmp_path / "adapter" / FILE).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ModelError, match="cannot be read"):
+            check_saved(model, tmp_path / "adapter")
