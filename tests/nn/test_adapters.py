@@ -11,18 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tunesmith import Tuner
-from tunesmith.errors import ModelError, TunesmithError
+from tunesmith.errors import ModelError
 from tunesmith.nn.adapters import check_loaded, check_saved
+from tunesmith.plugin.methods import Method
 from tunesmith.testing.conformance import _shake
-from tunesmith.testing.tiny import tiny_llama
+from tunesmith.testing.tiny import tiny_llama, tiny_session
 
 FILE = "adapter_model.safetensors"
-ROWS = [
-    {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
-    for q, a in (("Who sings?", "The wren."), ("Who swims?", "The otter."))
-]
-
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "dora": {"use_dora": True},
@@ -104,16 +99,20 @@ class TestLoading:
         check_loaded(loaded(base, adapter), adapter)
 
     @pytest.mark.filterwarnings("ignore:Found missing adapter keys")
-    def test_a_run_that_goes_on_from_a_broken_adapter_stops(
-        self, base: Path, tmp_path: Path
+    def test_a_session_that_goes_on_from_a_broken_adapter_stops(
+        self, base: Path, adapter: Path
     ) -> None:
-        options: dict[str, Any] = {"max_steps": 1, "batch_size": 2, "gradient_accumulation": 1}
-        pairs = [{"prompt": "Who?", "chosen": "I.", "rejected": "No."}] * 2
-        tuner = Tuner(str(base)).lora(r=2).sft(ROWS, **options)
-        done = tuner.run(tmp_path / "run", progress=False)
-        edited(Path(done.adapters["sft"]), lambda t: t.pop(sorted(t)[0]))
-        with pytest.raises(TunesmithError, match=r"missing in the file|changed"):
-            tuner.dpo(pairs, **options).run(tmp_path / "run", progress=False)
+        class Lora(Method[None]):
+            def peft_config(self, model: Any) -> Any:
+                return peft.LoraConfig.from_pretrained(adapter)
+
+        session = tiny_session(base, method=Lora(None))
+        session.use_adapter("sft", adapter)
+        assert session.model is not None
+        session.unload()
+        edited(adapter, lambda t: t.pop(sorted(t)[0]))
+        with pytest.raises(ModelError, match="missing in the file"):
+            assert session.model is not None
 
 
 class TestSaving:
