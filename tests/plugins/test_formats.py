@@ -436,3 +436,21 @@ def test_a_row_that_cannot_be_read_names_the_field_and_what_stood_there(reader, 
     with pytest.raises(RowError) as caught:
         reader.convert(row)
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('[{"name": "f", "name": "g"}]', "the key 'name' stands twice"),
+        ('[{"name": "f", "parameters": {"x": NaN}}]', "NaN is no JSON"),
+        ('[{"name": "f", "parameters": ' + "9" * 5000 + "}]", "a whole number of 5000 digits"),
+        ('[{"name": "\\ud800"}]', "half of a character"),
+        ("[" * 100_000, "nested more than 100 deep"),
+        ('[{"name": "f",\n]', r"at column \d"),
+    ],
+    ids=range(6),
+)
+def test_tools_given_as_json_text_are_read_as_strictly_as_a_file(text, problem):
+    row = {"messages": [{"role": "assistant", "content": "b"}], "tools": text}
+    with pytest.raises(RowError, match=f"field 'tools': got .*{problem}"):
+        MESSAGES.convert(row)

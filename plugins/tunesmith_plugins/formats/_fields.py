@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from tunesmith.data.sources import JsonError, parse_json
 from tunesmith.errors import RowError
 
 __all__ = ["NOTHING", "count", "from_json", "got", "no_label", "text", "without_nulls"]
@@ -39,6 +39,8 @@ def got(value: Any) -> str:
     if isinstance(value, Mapping):
         keys = ", ".join(map(str, value))
         return f"an object with the keys {keys}" if value else "an empty object"
+    if isinstance(value, bytes):
+        return f"{len(value):,} bytes that are no text"
     if isinstance(value, Sequence):
         return f"a list of {len(value)}" if value else "an empty list"
     return f"a {type(value).__name__}"
@@ -59,12 +61,13 @@ def from_json(value: str, field: str, expected: str) -> Any:
     found: Any = value
     while isinstance(found, str):
         try:
-            found = json.loads(found)
-        except json.JSONDecodeError as error:
-            problem = f"text that is not JSON ({error.msg.lower()} at column {error.colno})"
-            raise RowError(field, problem, expected) from error
-        except (ValueError, RecursionError) as error:
-            problem = f"JSON beyond what can be read ({error})"
+            found = parse_json(found)
+        except JsonError as error:
+            if error.position is None:
+                problem = f"JSON beyond what can be read ({error})"
+            else:
+                column = error.position - found.rfind("\n", 0, error.position)
+                problem = f"text that is not JSON ({error.problem} at column {column})"
             raise RowError(field, problem, expected) from error
     return found
 
