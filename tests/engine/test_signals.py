@@ -12,6 +12,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from tunesmith.engine.signals import Interrupted, Terminated, current, stoppable
 
 # runs the command line, and sends this very process a signal when a function is called again
 CHILD = """
-import importlib, os, sys
+import importlib, os, signal, sys
+# whoever starts this in the background of a shell starts it deaf to Ctrl-C
+signal.signal(signal.SIGINT, signal.default_int_handler)
 place, count, number, again, *arguments = sys.argv[1:]
 module, _, path = place.partition(":")
 *parents, name = path.split(".")
@@ -76,6 +79,13 @@ CASES = [
     for phase in PHASES
     for number in (signal.SIGINT, signal.SIGTERM)
 ]
+
+
+@pytest.fixture(autouse=True)
+def hears_ctrl_c() -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")

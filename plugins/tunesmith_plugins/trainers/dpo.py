@@ -230,7 +230,8 @@ def _trainer_class() -> Any:
             """Raise if the policy is not the reference, which it is before the first update."""
             chosen = inputs["reference_chosen_logps"]
             reference = torch.cat([chosen, inputs["reference_rejected_logps"]])
-            off = (logps.detach() - reference).abs()
+            logps = logps.detach()
+            off = (logps - reference).abs()
             # sums over tokens whose errors of rounding have nothing to do with each other; a 16-bit
             # model is off by some hundredths a token where rows are batched or padded otherwise
             exact = self.model.dtype == torch.float32 and not torch.is_autocast_enabled(

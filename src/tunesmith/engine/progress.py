@@ -48,6 +48,11 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         if state.global_step:
             self._recall(state)
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Have the last steps logged too, where they fill no window."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
     ) -> None:
