@@ -258,7 +258,7 @@ GPT_OSS = (
     "{%- endif -%}{%- set ns = namespace(last=-1) -%}{%- for m in messages -%}"
     "{%- if m.role == 'user' -%}{%- set ns.last = loop.index0 -%}{%- endif -%}{%- endfor -%}"
     "{%- for m in messages -%}{%- if m.role == 'assistant' -%}"
-    "{%- set thought = m.thinking or m.reasoning_content -%}"
+    "{%- set thought = m.thinking -%}"
     "{%- if thought and loop.index0 > ns.last -%}"
     "{{- '<|start|>assistant<|channel|>analysis<|message|>' + thought + '<|end|>' -}}"
     "{%- endif -%}{%- if m.tool_calls -%}{%- if m.tool_calls | length != 1 -%}"

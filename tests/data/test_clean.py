@@ -99,7 +99,7 @@ def test_rows_that_differ_in_role_tools_or_shape_are_no_duplicates(other):
         (Labeled([user("a")], [assistant("")], True), "the completion is blank"),
         (
             Conversation([user("a"), Message("assistant", "b", trained=False)]),
-            "no turn is to be learned",
+            "no turn is to be learned (weight 0)",
         ),
         (Prompt([user(" ")]), "the prompt is blank"),
         (Text("\n"), "the text is blank"),

@@ -136,6 +136,22 @@ def test_a_template_whose_ids_have_the_name_in_them_gets_it():
     assert 'functions.look:1 {"at": "Oslo"}' in trained
 
 
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize("read", ["reasoning_content", "thinking"])
+def test_a_thought_is_given_under_the_key_that_the_template_reads(key, read):
+    template = HEAD + "{{- '<think>' + m." + read + " + '</think>' if m." + read + " -}}"
+    template += "{{- m.content -}}" + TAIL
+    _, trained = rendered(template, ASKED, Message("assistant", "4", {key: "Two and two."}))
+    assert trained == "<think>Two and two.</think>4<|im_end|>"
+
+
+def test_a_thought_that_no_key_brings_into_the_template_is_an_error():
+    with pytest.raises(DataError, match="leaves out or rewrites part of this assistant turn"):
+        rendered(
+            HEAD + "{{- m.content -}}" + TAIL, ASKED, Message("assistant", "4", {"thinking": "x"})
+        )
+
+
 def test_what_a_template_refuses_for_another_reason_is_quoted():
     refusing = NINE.replace("{%- for m", "{{- raise_exception('no users') -}}{%- for m", 1)
     with pytest.raises(DataError, match="refuses this conversation: no users"):

@@ -10,6 +10,7 @@ import torch
 from tunesmith import Tuner
 from tunesmith.data.examples import Conversation, Message, Preference
 from tunesmith.engine.runner import run
+from tunesmith.errors import DataError
 from tunesmith.plugin.events import RowsCut, RowsDropped
 from tunesmith.plugin.metrics import MetricConfig
 from tunesmith.plugin.registry import registry
@@ -63,6 +64,23 @@ def test_pairs_are_listed_once_whichever_side_is_cut(tiny_model, tmp_path):
     [cut] = [event for event in events if isinstance(event, RowsCut)]
     assert (cut.count, where(cut.path)) == (3, ["row 2", "row 3", "row 4"])
     assert result.metrics["02-dpo"]["rows_cut"] == 3
+
+
+def test_every_row_that_the_template_refuses_is_named(tiny_model, tmp_path):
+    template = (
+        "{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('not that') }}"
+        "{% endif %}{{ m.role + m.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant{% endif %}"
+    )
+    rows = [{"instruction": "no" if n % 2 else "yes", "output": "a"} for n in range(16)]
+    tuner = (
+        Tuner(tiny_model, chat_template=template).lora(r=2).sft(rows, deduplicate=False, **SHORT)
+    )
+    with pytest.raises(DataError) as caught:
+        recorded(tuner, tmp_path / "run")
+    lines = str(caught.value).splitlines()
+    assert [line.split(":")[0] for line in lines[:5]] == [f"row {n}" for n in (2, 4, 6, 8, 10)]
+    assert lines[5:] == ["... and 3 more rows"]
 
 
 def test_a_run_in_which_nothing_is_cut_says_nothing_of_it(tiny_model, tmp_path):

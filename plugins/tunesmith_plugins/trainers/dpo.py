@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import attrs
 
@@ -15,7 +15,7 @@ from tunesmith.plugin.trainers import (
     FastTrainerConfig,
     Trainer,
     TrainingData,
-    reading,
+    rendered,
     training_arguments,
 )
 from tunesmith_plugins.trainers._counted import Measured, RowNames, counted_trainer_class
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
     import transformers
 
-    from tunesmith.data.examples import Preference, Sourced
+    from tunesmith.data.examples import Sourced
     from tunesmith.nn.head_logps import Headless
     from tunesmith.nn.own_loss import OwnLoss
     from tunesmith.plugin.session import Session
@@ -117,9 +117,7 @@ class DPO(Trainer[DPOConfig]):
 
         renderer = Renderer(session.tokenizer, self.config.max_length)
         pairs: list[Pair] = []
-        for row in rows:
-            with reading(row):
-                chosen, rejected = renderer.preference(cast("Preference", row.example))
+        for row, (chosen, rejected) in rendered(rows, renderer.preference):
             if chosen.trained == 0 or rejected.trained == 0:
                 data.drop(row.where, "no answer token left within max_length")
                 continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
@@ -13,7 +13,7 @@ from tunesmith.plugin.trainers import (
     FastTrainerConfig,
     Trainer,
     TrainingData,
-    reading,
+    rendered,
     training_arguments,
 )
 from tunesmith_plugins.trainers._counted import Measured, RowNames, counted_trainer_class
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     import transformers
 
-    from tunesmith.data.examples import Conversation, Sourced
+    from tunesmith.data.examples import Sourced
     from tunesmith.data.render import Rendered, Renderer
     from tunesmith.nn.head_logps import Headless
     from tunesmith.nn.own_loss import OwnLoss
@@ -149,14 +149,12 @@ def _render(
     renderer: Renderer, rows: Sequence[Sourced], data: TrainingData
 ) -> list[tuple[Rendered, str]]:
     """Return each row that leaves something to learn, rendered, and where it stands."""
-    rendered: list[tuple[Rendered, str]] = []
-    for row in rows:
-        with reading(row):
-            every = renderer.sequences(cast("Conversation", row.example))
+    used: list[tuple[Rendered, str]] = []
+    for row, every in rendered(rows, renderer.sequences):
         kept = [tokens for tokens in every if tokens.trained > 0]
         if not kept:
             data.drop(row.where, "no token to learn within max_length")
         elif len(kept) < len(every) or any(tokens.truncated for tokens in kept):
             data.cut(row.where, f"the answer is cut at max_length={renderer.max_length}")
-        rendered += [(tokens, row.where) for tokens in kept]
-    return rendered
+        used += [(tokens, row.where) for tokens in kept]
+    return used

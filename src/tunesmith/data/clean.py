@@ -153,30 +153,25 @@ def _emptiness(example: Any) -> str:
         case Text(text):
             return "" if text.strip() else "the text is blank"
         case Conversation(messages):
-            if _says(messages):
-                return ""
-            learned = any(message.role == "assistant" and message.trained for message in messages)
-            untrained = not learned and any(message.role == "assistant" for message in messages)
-            return "no turn is to be learned" if untrained else "no assistant turn says anything"
+            return _silence(messages, "no assistant turn says anything")
         case Preference(_, chosen, rejected):
-            if not _says(chosen):
-                return "chosen is blank"
-            if not _says(rejected):
-                return "rejected is blank"
+            for side, name in ((chosen, "chosen"), (rejected, "rejected")):
+                if silence := _silence(side, f"{name} is blank"):
+                    return silence
             return "chosen and rejected are equal" if _plain(chosen) == _plain(rejected) else ""
         case Labeled(_, completion):
-            return "" if _says(completion) else "the completion is blank"
+            return _silence(completion, "the completion is blank")
         case Prompt(prompt):
             blank = not any(message.content.strip() for message in prompt)
             return "the prompt is blank" if blank else ""
     return ""
 
 
-def _says(messages: Sequence[Message]) -> bool:
-    """Return whether a turn that is to be learned says or calls anything."""
-    return any(
-        message.role == "assistant"
-        and message.trained
-        and (message.content.strip() or message.extra.get("tool_calls"))
-        for message in messages
-    )
+def _silence(messages: Sequence[Message], reason: str) -> str:
+    """Return why there is nothing to learn in turns, or nothing if there is."""
+    answers = [message for message in messages if message.role == "assistant"]
+    learned = [message for message in answers if message.trained]
+    if answers and not learned:
+        return "no turn is to be learned (weight 0)"
+    says = any(message.content.strip() or message.extra.get("tool_calls") for message in learned)
+    return "" if says else reason

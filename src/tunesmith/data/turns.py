@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from tunesmith.data import templates
-from tunesmith.data.chat_template import needs_template
 from tunesmith.data.examples import Message
+from tunesmith.data.template_forms import THOUGHTS, FormedTemplate
 from tunesmith.data.token_borders import special_texts
-from tunesmith.data.tool_calls import FORMS, called, has_calls
+from tunesmith.data.tool_calls import called
 from tunesmith.errors import DataError
 
 if TYPE_CHECKING:
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Turn", "TurnReader"]
 
-_REASONING = ("reasoning_content", "reasoning", "thinking")
 _OTHER_TEMPLATE = 'drop these rows, or pass chat_template="chatml" or the path of a .jinja template'
 _OPENED = re.compile(r"<(think|thinking|thought|reasoning)>\s*\Z")
 """What a template leaves open for the model to think in, such as "<think>" and a new line."""
@@ -85,9 +83,8 @@ class TurnReader:
     """Reads the turns of a conversation off what a tokenizer's chat template writes."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
+        self._template = FormedTemplate(tokenizer)
         self.specials = special_texts(tokenizer)
-        self._form: int | None = None
         self._generation_prompt: str | None = None
         self._strips: bool | None = None
         self._shows_tools = False
@@ -99,25 +96,8 @@ class TurnReader:
         *,
         answer: bool = False,
     ) -> str:
-        """Return what the chat template writes, with the header of an answer if `answer`.
-
-        Errors: `DataError` for what the template raises, in every form that calls can be given in.
-        """
-        if not has_calls(messages):
-            return self._write(messages, tools, answer)
-        if self._form is None:
-            self._form = self._form_of_calls()
-        try:
-            return self._write(FORMS[self._form](messages), tools, answer)
-        except DataError:
-            for number, form in enumerate(FORMS):
-                try:
-                    text = self._write(form(messages), tools, answer)
-                except DataError:
-                    continue
-                self._form = number
-                return text
-            raise
+        """Return what the chat template writes, with the header of an answer if `answer`."""
+        return self._template.text(messages, tools, answer=answer)
 
     def turn(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], index: int
@@ -163,14 +143,6 @@ class TurnReader:
                     f"turn {index + 1}: the chat template leaves out this {message.role} turn "
                     f"(it says {message.content.strip()[:60]!r}); {_OTHER_TEMPLATE}"
                 )
-
-    def _write(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], answer: bool
-    ) -> str:
-        """Render messages; the one place where a chat template is run."""
-        needs_template(self.tokenizer)
-        written = [message.to_dict() for message in messages]
-        return templates.render(self.tokenizer, written, tools, answer=answer)
 
     def _answer(self, prompt: str, written: str, message: Message, index: int) -> str:
         """Return what follows the prompt in what is written with the answer."""
@@ -256,38 +228,18 @@ class TurnReader:
         if self._generation_prompt is None:
             probe = [Message("user", "a")]
             try:
-                without, header = self._write(probe, (), False), self._write(probe, (), True)
+                without, header = self.text(probe), self.text(probe, answer=True)
             except DataError:
                 return ""
             self._generation_prompt = header[_common_start(without, header) :]
         return self._generation_prompt
-
-    def _form_of_calls(self) -> int:
-        """Return the number of the first form in which the template writes all of a call.
-
-        Some refuse ids of another form than theirs, some write an id that has to have the name in
-        it, and some write arguments that are no text as Python prints them.
-        """
-        call = {"name": "f_zq", "arguments": {"zq": True}}
-        made = {"id": "call_0123456789", "type": "function", "function": call}
-        asks = [Message("user", "a"), Message("assistant", "", {"tool_calls": [made]})]
-        result = Message("tool", "b", {"tool_call_id": "call_0123456789", "name": "f_zq"})
-        for probe in ([*asks, result], asks):
-            for number, form in enumerate(FORMS):
-                try:
-                    text = self._write(form(probe), (), False)
-                except DataError:
-                    continue
-                if "f_zq" in text and str(call["arguments"]) not in text:
-                    return number
-        return 0
 
     def _strips_content(self) -> bool:
         """Return whether the template takes away the white space at the end of a content."""
         if self._strips is None:
             said = "a \n \n"
             try:
-                text = self._write([Message("user", "a"), Message("assistant", said)], (), False)
+                text = self.text([Message("user", "a"), Message("assistant", said)])
             except DataError:
                 return False
             self._strips = said not in text
@@ -313,7 +265,7 @@ def _thought(message: Message, tag: str, rest: str) -> str:
         space = "" if rest[:1].isspace() else after[: len(after) - len(after.lstrip())]
         thought = before.lstrip().removeprefix(f"<{tag}>").lstrip("\n")
         return thought + closed + space + rest
-    thoughts = [message.extra.get(key) for key in _REASONING]
+    thoughts = [message.extra.get(key) for key in THOUGHTS]
     thought = next((text for text in thoughts if isinstance(text, str)), "").strip("\n")
     return f"{thought}\n</{tag}>\n\n" + rest
 
@@ -340,7 +292,7 @@ def _check_kept(turn: Turn, index: int) -> None:
 def _lost(message: Message, written: str) -> str:
     """Return the first thing that a message says and a text does not, or nothing."""
     said = _without_space(written)
-    thoughts = [message.extra.get(key) for key in _REASONING]
+    thoughts = [message.extra.get(key) for key in THOUGHTS]
     for part in (message.content, *thoughts):
         if isinstance(part, str) and _without_space(part) not in said:
             return part

@@ -7,8 +7,7 @@ gradient accumulation, distribution, logging and resuming come with it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -29,7 +28,7 @@ __all__ = [
     "Trainer",
     "TrainerConfig",
     "TrainingData",
-    "reading",
+    "rendered",
     "training_arguments",
 ]
 
@@ -178,13 +177,33 @@ class FastTrainerConfig(TrainerConfig):
 C = TypeVar("C", bound=TrainerConfig)
 
 
-@contextmanager
-def reading(row: Sourced) -> Iterator[None]:
-    """Add where a row stands to a data error that is raised while it is rendered."""
-    try:
-        yield
-    except DataError as error:
-        raise DataError(f"{row.where}: {error}") from error
+R = TypeVar("R")
+
+SHOWN = 5
+"""Rows that are named of those that cannot be rendered."""
+LOOKED_AT = 100
+"""Rows that cannot be rendered after which no further ones are looked for."""
+
+
+def rendered(rows: Iterable[Sourced], render: Callable[[Any], R]) -> Iterator[tuple[Sourced, R]]:
+    """Yield each row with what `render` makes of its example.
+
+    Errors: `DataError`, after all rows were tried, that names those which cannot be rendered.
+    """
+    bad: list[str] = []
+    for row in rows:
+        try:
+            made = render(row.example)
+        except DataError as error:
+            bad.append(f"{row.where}: {error}")
+            if len(bad) == LOOKED_AT:
+                break
+            continue
+        yield row, made
+    if bad:
+        least = "at least " if len(bad) == LOOKED_AT else ""
+        more = [f"... and {least}{len(bad) - SHOWN} more rows"] if len(bad) > SHOWN else []
+        raise DataError("\n".join([*bad[:SHOWN], *more]))
 
 
 class Trainer(ABC, Generic[C]):
