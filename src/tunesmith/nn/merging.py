@@ -302,12 +302,10 @@ def _tied(base: Any, walk: _Walk) -> set[str] | None:
         if name in walk.weights and source in walk.weights
     }
     for name, source in twins.items():
-        one_module = walk.owners[name] == walk.owners[source]
-        adapted = bool(walk.adapted.keys() & {name, source})
-        one_tensor = walk.sources[name][-1:] == () or (
-            walk.sources[name][-1] is walk.sources[source][-1]
-        )
-        if not one_module and (adapted or not one_tensor):
+        if walk.owners[name] == walk.owners[source]:
+            continue  # a module that stands in two places
+        ours, theirs = ([id(tensor) for tensor in walk.sources[each]] for each in (name, source))
+        if ours != theirs:
             return None  # an adapter on one of two makes two weights of them
     return set(twins)
 
@@ -341,6 +339,11 @@ def _check_used(model: Any, walk: _Walk, weights: Mapping[str, Any]) -> None:
                 used[id(tensor)] += 1
     wrong: list[str] = []
     for name, tensor in adapter_tensors(model).items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ModelError(
+                f"{name} of the adapter holds NaN or Inf; merging needs finite numbers; its "
+                "training seems to have diverged: train it again with a lower learning_rate"
+            )
         times = used[id(tensor)]
         if times != 1:
             wrong.append(f"{name} ({times} times)" if times else name)
