@@ -121,9 +121,11 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def sync_tree(directory: Path) -> None:
-    """Sync every file and directory below and including this one."""
+def sync_tree(directory: Path, leave_out: str = "") -> None:
+    """Sync every file and directory below and including this one, but for a directory in it."""
     for folder, _, names in os.walk(directory, topdown=False):
+        if leave_out and Path(folder).is_relative_to(directory / leave_out):
+            continue
         for name in names:
             path = Path(folder, name)
             if path.is_symlink():

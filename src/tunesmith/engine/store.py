@@ -258,7 +258,7 @@ class RunStore:
             )
             write_text(partial / "stage.json", sealed(done.to_dict()))
             write_text(partial / CHECKED, json.dumps(marks(partial, done.files)))
-            sync_tree(partial)
+            sync_tree(partial, leave_out=CHECKPOINTS)  # synced as they were written
             publish(partial, final)
         self._tidy(done)
         return done
