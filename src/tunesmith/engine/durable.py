@@ -221,6 +221,8 @@ def told(
         number = error_number(error)
         named = getattr(error, "filename", None)
         where = Path(os.fsdecode(named)) if isinstance(named, (str, bytes)) else path
+        if any(map(DRAFT.fullmatch, where.parts)):
+            where = path  # the name that it would have got
         if number not in ADVICE or (
             within is not None and number not in WRITES_ONLY and not inside(where, within)
         ):

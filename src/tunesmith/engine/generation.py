@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from tunesmith.engine.alone import alone
 from tunesmith.engine.models import find_model, local_directory
 from tunesmith.engine.quiet import quiet_libraries
 from tunesmith.engine.session import open_session
+from tunesmith.engine.store import read_lock
 from tunesmith.errors import RunError
 from tunesmith.plugin.registry import registry
 from tunesmith.recipe import Recipe
@@ -26,7 +26,7 @@ def load_for_generation(
     import torch
 
     recipe = Recipe.from_yaml(run / "recipe.yaml")
-    lock = json.loads((run / "lock.json").read_text(encoding="utf-8"))
+    lock = read_lock(run)
     device = lock["device"] if torch.cuda.is_available() or lock["device"] == "cpu" else "cpu"
     if model_path is None and not adapters:
         raise RunError(f"{run}: holds no model and no adapter to generate with")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 import attrs
 
+from tunesmith.engine.durable import write_text
 from tunesmith.errors import RunError
 from tunesmith.recipe import Recipe
 from tunesmith.report.console import duration, main_metrics, number
@@ -37,17 +37,15 @@ Point = tuple[float, float]
 def write_report(run_directory: Path) -> Path:
     """Write `report.html` into a run directory from what lies there, and return its path.
 
-    Errors: `RunError` if there is no such directory.
+    Errors: `RunError` if there is no such directory, or it cannot be written.
     """
     run_directory = Path(run_directory)
     if not run_directory.is_dir():
         raise RunError(f"{run_directory}: no such run directory; give the directory of a run")
     page = _page(_read_run(run_directory))
     target = run_directory / "report.html"
-    fresh = target.with_name("report.html.tmp")
     # a lone surrogate, which JSON can hold and UTF-8 cannot, becomes a question mark
-    fresh.write_bytes(page.encode("utf-8", "replace"))
-    os.replace(fresh, target)
+    write_text(target, page.encode("utf-8", "replace").decode())
     return target
 
 
