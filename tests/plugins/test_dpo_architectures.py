@@ -73,7 +73,8 @@ FAMILIES = [
     "dbrx",
 ]
 SAMPLE = {"opt", "gpt2"}
-# the rates that lie in modules of their own are seen by their modules, the rest by nobody
+NEVER_RECOMPUTED = {"openai-gpt", "xlnet"}
+"""Families that do not support gradient checkpointing, and say so."""
 RATE = 0.3
 
 
@@ -85,7 +86,10 @@ def dropped_everywhere(config: Any) -> int:
         if hasattr(inner, "to_dict"):
             count += dropped_everywhere(inner)
         elif "drop" in name and isinstance(value, (int, float)) and not isinstance(value, bool):
-            setattr(config, name, RATE)
+            try:
+                setattr(config, name, RATE)
+            except Exception:  # one that takes whole numbers only
+                continue
             count += 1
     return count
 
@@ -116,7 +120,7 @@ def model_in(directory: Path, family: str) -> int:
 
 
 def dpo_trainer(directory: Path, *, adapter: bool = True, dropout: float = RATE, **options: Any):
-    method = Lora(LoraConfig(r=2, dropout=dropout)) if adapter else None
+    method = Lora(LoraConfig(r=2, dropout=dropout, experts=False)) if adapter else None
     session = tiny_session(directory, method=method)
     session.trains = True
     settings = {
@@ -142,10 +146,19 @@ def random_in_training(model: Any) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore")  # libraries have much to say of so many models
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "recomputed"])
 @pytest.mark.parametrize(
-    "family",
-    [pytest.param(each, marks=[] if each in SAMPLE else pytest.mark.slow) for each in FAMILIES],
+    ("family", "checkpointing"),
+    [
+        pytest.param(
+            each,
+            checkpointing,
+            id=f"{each}-{'recomputed' if checkpointing else 'stored'}",
+            marks=[] if each in SAMPLE else pytest.mark.slow,
+        )
+        for each in FAMILIES
+        for checkpointing in (False, True)
+        if not (checkpointing and each in NEVER_RECOMPUTED)
+    ],
 )
 def test_the_loss_of_the_first_step_is_ln_2(family, checkpointing, tmp_path):
     rates = model_in(tmp_path, family)
