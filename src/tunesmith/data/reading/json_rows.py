@@ -32,6 +32,9 @@ def json_rows(stream: Stream) -> Iterator[Row]:
 
     The rows of a list stand at the top or in an object beside nothing but single values.
     """
+    chunks = iter(lambda: stream.reader.read(_CHUNK), b"")
+    if stream.reader.peek().removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        return _document_rows(chunks, stream)
     lines = _bounded_lines(stream.reader)
     # the first line that is not blank says which; in a document it need not be a whole value
     head: list[bytes] = []
@@ -49,7 +52,7 @@ def json_rows(stream: Stream) -> Iterator[Row]:
     if not text:
         raise DataError(f"{stream.name}: the file is empty; expected a list of objects")
     if not _is_object(text):
-        return _document_rows(chain(head, iter(lambda: stream.reader.read(_CHUNK), b"")), stream)
+        return _document_rows(chain(head, chunks), stream)
     rows = _lines_rows(chain(head, lines), stream.name)
     first = list(islice(rows, 2))
     if len(first) == 1:
