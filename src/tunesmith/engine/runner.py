@@ -22,9 +22,10 @@ from tunesmith.engine.models import content_hash, local_directory
 from tunesmith.engine.plan import Plan, PlannedStep, make_plan
 from tunesmith.engine.quiet import quiet_libraries
 from tunesmith.engine.result import RunResult
+from tunesmith.engine.room import require_room_for_run
 from tunesmith.engine.session import open_session
 from tunesmith.engine.signals import current, outlook_of
-from tunesmith.engine.store import RunStore, Stage
+from tunesmith.engine.store import RunStore, Stage, finished_stages
 from tunesmith.engine.traces import recipe_text
 from tunesmith.engine.training import StageTraining
 from tunesmith.plugin.events import (
@@ -98,6 +99,7 @@ class _Runner:
         )
         device = self.plan.device
         assert device is not None
+        require_room_for_run(self.path, self._unfinished(fingerprints), base, device.precision)
         session = open_session(self.plan.recipe, base, device.name, device.precision)
         stages: list[Stage] = []
         for step in self.plan.steps:
@@ -127,6 +129,15 @@ class _Runner:
                 self.emit(
                     Warned(f"plugin {distribution} failed on {type(event).__name__}: {answer}")
                 )
+
+    def _unfinished(self, fingerprints: Mapping[int, str]) -> list[PlannedStep]:
+        """Return the steps that are still to be done; those that leave no stage are among them."""
+        done = {stage.name: stage.fingerprint for stage in finished_stages(self.path)}
+        return [
+            step
+            for step in self.plan.steps
+            if step.step.verb not in _STAGES or done.get(step.name) != fingerprints[step.number]
+        ]
 
     def _make(
         self, step: PlannedStep, fingerprint: str, session: Session, work: Callable[..., Any]

@@ -59,7 +59,15 @@ from tunesmith.engine.seals import (
 )
 from tunesmith.errors import RunError
 
-__all__ = ["RunStore", "Stage", "check_stage", "problem_with", "read_lock", "read_stages"]
+__all__ = [
+    "RunStore",
+    "Stage",
+    "check_stage",
+    "finished_stages",
+    "problem_with",
+    "read_lock",
+    "read_stages",
+]
 
 MARKER = "recipe.yaml"
 PARTIAL_MARK = "fingerprint"
@@ -357,10 +365,15 @@ def read_stages(path: Path) -> list[Stage]:
 
     Errors: `RunError` for the first that is not.
     """
-    stages = [_read_stage(directory) for directory in _stage_directories(path)]
+    stages = finished_stages(path)
     for stage in stages:
         check_stage(stage)
     return stages
+
+
+def finished_stages(path: Path) -> list[Stage]:
+    """Return what the records of a run directory's stages tell; their files are not looked at."""
+    return [_read_stage(directory) for directory in _stage_directories(path)]
 
 
 def check_stage(stage: Stage) -> None:

@@ -18,6 +18,7 @@ from tunesmith.engine.guards import guarded
 from tunesmith.engine.plan import PlannedStep
 from tunesmith.engine.progress import ProgressCallback, peak_memory_bytes
 from tunesmith.engine.resuming import Keeper, Pace, keep_checkpoints
+from tunesmith.engine.room import paced_by_room
 from tunesmith.engine.signals import current, stops_after_step
 from tunesmith.errors import DataError, RunError
 from tunesmith.plugin.events import Event, RowsCut, RowsDropped, Warned
@@ -129,6 +130,10 @@ class StageTraining:
         found = checkpoints.begin()
         # whoever asks for some gets those, and no others between them
         pace = None if self.step.config.save_steps else Pace()
+        short = paced_by_room(self.checkpoints, trainer.model, self.step.config)
+        if short is not None and pace is not None:
+            self._warn(f"{self.step.name}: {short}")
+            pace = None
         if found is not None:
             self._warn(f"{self.step.name} goes on from {found.path.name}")
         return keep_checkpoints(trainer, checkpoints, found, self._warn, pace)

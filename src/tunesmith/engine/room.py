@@ -1,0 +1,88 @@
+"""Disk space that a run will take, known before it begins: what it makes, and its checkpoints."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tunesmith.engine.checkpoints import KEPT
+from tunesmith.engine.durable import MARGIN, require_room, sized
+from tunesmith.engine.plan import PlannedStep
+from tunesmith.plugin.optimizers import optimizer_called
+
+__all__ = ["paced_by_room", "require_room_for_run"]
+
+ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+def require_room_for_run(
+    directory: Path, steps: Sequence[PlannedStep], base: Path, precision: str
+) -> None:
+    """Refuse a run whose full models do not fit where it is kept: trained ones and merged ones.
+
+    `steps` are those that are not finished, the method's among them. What an adapter takes is known
+    when it is on the model: see `paced_by_room`.
+    """
+    parameters = _parameters(base)
+    adapts = any(step.step.verb == "peft" for step in steps)
+    kept = peak = 0
+    for step in steps:
+        if step.step.verb == "export":
+            dtype = getattr(step.config, "dtype", "auto")
+            kept += parameters * ITEMSIZE.get(dtype, ITEMSIZE[precision])
+        elif step.step.verb == "train" and not adapts:
+            whole = parameters * ITEMSIZE["fp32"]
+            asked = KEPT * (whole + _states(step.config, parameters)) if _asks(step.config) else 0
+            # the last checkpoint stays until the model is written whole
+            peak = max(peak, kept + 2 * whole + asked)
+            kept += whole
+        peak = max(peak, kept)
+    if peak:
+        require_room(directory, peak, "what the run makes")
+
+
+def paced_by_room(directory: Path, model: Any, config: Any) -> str | None:
+    """Refuse a training whose weights do not fit; say why there is no room for more checkpoints.
+
+    Returns None where there is room for those that are taken by time, too.
+    """
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    count = sum(weight.numel() for weight in trained)
+    weights = sum(weight.numel() * weight.element_size() for weight in trained)
+    checkpoints = KEPT * (weights + _states(config, count))
+    need = 2 * weights + (checkpoints if _asks(config) else 0)
+    require_room(directory, need, "what the training keeps")
+    free = shutil.disk_usage(directory).free
+    if free >= 2 * weights + checkpoints + MARGIN:
+        return None
+    return (
+        f"no checkpoint is taken before the end: {KEPT} need {sized(checkpoints)} beside what is "
+        f"kept, and {sized(free)} are free in {directory}"
+    )
+
+
+def _asks(config: Any) -> bool:
+    """Return whether the options ask for checkpoints, as early stopping does for the best one."""
+    return bool(config.save_steps) or config.early_stopping is not None
+
+
+def _states(config: Any, parameters: int) -> int:
+    return math.ceil(optimizer_called(config.optimizer).state_bytes * parameters)
+
+
+def _parameters(base: Path) -> int:
+    """Return how many numbers the files of a model directory hold; 0 where that is not told."""
+    from safetensors import SafetensorError, safe_open
+
+    count = 0
+    for file in base.glob("*.safetensors"):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  # no mapping
+                    count += math.prod(tensors.get_slice(name).get_shape())
+        except (OSError, SafetensorError):
+            return 0  # loading says better what is wrong with it
+    return count
