@@ -166,8 +166,8 @@ class Verbs:
         eval_steps: Evaluate every so many optimizer steps; unset evaluates once an epoch.
         early_stopping: Stop after so many evaluations without a better eval loss, and keep the best
             weights.
-        save_steps: Keep a checkpoint every so many optimizer steps; unset keeps none but the
-            result.
+        save_steps: Take a checkpoint every so many optimizer steps, and keep the last two; unset,
+            one is taken every ten minutes or tenth of the steps, and none is kept but the result.
         logging_steps: Log every so many optimizer steps.
         loggers: tensorboard, wandb or none; nothing is ever sent anywhere unless named here.
         deduplicate: Drop rows that say exactly what an earlier row says; they are counted and
@@ -247,8 +247,8 @@ class Verbs:
         eval_steps: Evaluate every so many optimizer steps; unset evaluates once an epoch.
         early_stopping: Stop after so many evaluations without a better eval loss, and keep the best
             weights.
-        save_steps: Keep a checkpoint every so many optimizer steps; unset keeps none but the
-            result.
+        save_steps: Take a checkpoint every so many optimizer steps, and keep the last two; unset,
+            one is taken every ten minutes or tenth of the steps, and none is kept but the result.
         logging_steps: Log every so many optimizer steps.
         loggers: tensorboard, wandb or none; nothing is ever sent anywhere unless named here.
         deduplicate: Drop rows that say exactly what an earlier row says; they are counted and

@@ -102,7 +102,8 @@ class TrainerConfig:
     early_stopping: int | None = attrs.field(default=None, validator=at_least(1))
     """Stop after so many evaluations without a better eval loss, and keep the best weights."""
     save_steps: int | None = attrs.field(default=None, validator=at_least(1))
-    """Keep a checkpoint every so many optimizer steps; unset keeps none but the result."""
+    """Take a checkpoint every so many optimizer steps, and keep the last two; unset, one is taken
+    every ten minutes or tenth of the steps, and none is kept but the result."""
     logging_steps: int = attrs.field(default=1, validator=at_least(1))
     """Log every so many optimizer steps."""
     loggers: tuple[str, ...] = attrs.field(
