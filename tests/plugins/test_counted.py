@@ -206,3 +206,47 @@ def test_what_routers_cost_is_reported_beside_the_loss_of_dpo(tmp_path, preferen
     [row] = [row for row in logged(tmp_path / "run", "02-dpo") if "loss" in row]
     assert row["aux_loss"] > 0.5
     assert row["loss"] == pytest.approx(math.log(2) + row["aux_loss"], abs=1e-5)
+
+
+def test_held_out_rows_of_which_none_is_left_are_an_error(place, tmp_path):
+    from tunesmith.errors import DataError
+
+    (tmp_path / "blank.json").write_text(json.dumps([{"instruction": "say", "output": " "}]))
+    long = [{"instruction": "word " * 300, "output": "x"}]
+    (tmp_path / "long.json").write_text(json.dumps(long))
+    tuner = Tuner(place / "model", precision="fp32").lora(r=2)
+    for name, said in (("blank", "eval_data: every one of 1 rows"), ("long", "1 held-out rows")):
+        with pytest.raises(DataError, match=said):
+            tuner.sft(
+                place / "rows.json", eval_data=str(tmp_path / f"{name}.json"), max_length=256
+            ).run(tmp_path / name, progress=False)
+
+
+def test_a_base_of_bitsandbytes_learns_after_an_evaluation(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from tunesmith.testing.tiny import tiny_session
+    from tunesmith_plugins.methods.lora import Lora, LoraConfig
+    from tunesmith_plugins.quantizers.bitsandbytes import BitsAndBytes, BitsAndBytesConfig
+
+    session = tiny_session(
+        tmp_path,
+        quantizer=BitsAndBytes(BitsAndBytesConfig()),
+        method=Lora(LoraConfig(r=2)),
+        dtype=torch.bfloat16,
+        hidden_size=64,
+        intermediate_size=128,
+    )
+    model, ids = session.model, torch.arange(20)[None]
+    with torch.no_grad():
+        before = model.eval()(input_ids=ids).logits
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    # the first layer's adapter learns through every product above it
+    grads = {
+        name: float(weight.grad.abs().sum())
+        for name, weight in model.named_parameters()
+        if weight.grad is not None and "lora_B" in name
+    }
+    assert len(grads) == 14
+    assert all(grads.values())
+    with torch.no_grad():
+        assert torch.equal(model.eval()(input_ids=ids).logits, before)

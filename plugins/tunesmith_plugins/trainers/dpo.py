@@ -69,11 +69,15 @@ class DPO(Trainer[DPOConfig]):
         named = self._seen(self._render(session, data.train, data), session.seed)
         held_out = self._render(session, data.evaluation, data)
         train, evaluation = ([pair for pair, _ in pairs] for pairs in (named, held_out))
-        if not train:
-            raise DataError(
-                f"dpo: none of {len(data.train)} pairs fits max_length={self.config.max_length} "
-                "with an answer token left; raise max_length, or see the list of dropped rows"
-            )
+        for kept, given, what in (
+            (train, data.train, "pairs"),
+            (evaluation, data.evaluation, "held-out pairs"),
+        ):
+            if not kept and (given or kept is train):
+                raise DataError(
+                    f"dpo: none of {len(given)} {what} fits max_length={self.config.max_length} "
+                    "with an answer token left; raise max_length, or see the list of dropped rows"
+                )
         prepare(session, self.config)
         arguments = training_arguments(self, session, data, directory, label_names=["labels"])
         headless, own = loss_of_model(session, self.config, arguments)

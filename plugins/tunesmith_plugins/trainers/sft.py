@@ -73,11 +73,15 @@ class SFT(Trainer[SFTConfig]):
         renderer = Renderer(session.tokenizer, config.max_length, config.completion_only_loss)
         train = _render(renderer, data.train, data)
         evaluation = _render(renderer, data.evaluation, data)
-        if not train:
-            raise DataError(
-                f"sft: none of {len(data.train)} rows leaves a token to learn within max_length="
-                f"{config.max_length}; raise max_length, or see the list of dropped rows"
-            )
+        for kept, given, what in (
+            (train, data.train, "rows"),
+            (evaluation, data.evaluation, "held-out rows"),
+        ):
+            if not kept and (given or kept is train):
+                raise DataError(
+                    f"sft: none of {len(given)} {what} leaves a token to learn within max_length="
+                    f"{config.max_length}; raise max_length, or see the list of dropped rows"
+                )
         model = session.model
         prepare(session, config)
         pad = padding_id(session.tokenizer)

@@ -191,7 +191,13 @@ class StageTraining:
                 f"{step.data.description} was dropped: {drops.reasons}"
             )
         if step.eval_data is not None:
-            return rows, drop_empty(step.eval_data.examples, drops.add)
+            held_out = drop_empty(step.eval_data.examples, drops.add)
+            if not held_out:
+                raise DataError(
+                    f"{step.name}, eval_data: every one of {len(step.eval_data.examples)} rows of "
+                    f"{step.eval_data.description} was dropped: {drops.reasons}"
+                )
+            return rows, held_out
         if step.config.eval_split:
             return split(rows, step.config.eval_split, self.seed)
         return rows, []
