@@ -147,7 +147,7 @@ def test_a_gradient_that_is_nan_reaches_no_weight(tmp_path):
 
 
 def test_an_evaluation_inside_the_training_is_looked_at(tmp_path):
-    trainer = trainer_of(tmp_path, eval_steps=2)
+    trainer = trainer_of(tmp_path, eval_steps=2, eval_split=2)
     measure = trainer.measure
 
     def broken(model, inputs, *, training):
