@@ -167,19 +167,25 @@ class Renderer:
         last = whole.turn(wanted[-1])
         text = last.prompt + last.answer
         whole.check_shown(wanted[-1], text)
-        head, rest = self._tokens.parted(last.prompt, last.answer[: self._stop(last)])
-        ids = [*head, *rest]
-        labels = [IGNORE_INDEX] * len(head) + ids[len(head) :]
+        answer = last.answer[: self._stop(last)]
+        given = self._tokens.text(last.prompt + answer)
+        border = given.tokens_before(len(last.prompt))
+        if border is None:
+            head, rest = self._tokens.parted(last.prompt, answer)
+            ids, border = [*head, *rest], len(head)
+            given = self._tokens.text(last.prompt)
+        else:
+            ids = list(given.ids)
+        labels = [IGNORE_INDEX] * border + ids[border:]
         if last.ended:
             self._ignore_after_end(labels)
         else:
             self._add_eos(ids, labels)
         trained = {wanted[-1]}
-        given = self._tokens.text(last.prompt) if len(wanted) > 1 else None
         for index in wanted[:-1]:
             turn = whole.turn(index)
             end = turn.place(last.prompt, self._reader.specials)
-            if end is None or given is None:
+            if end is None:
                 continue
             start, stop = given.tokens_before(len(turn.prompt)), given.tokens_before(end)
             if start is not None and stop is not None:
