@@ -515,6 +515,14 @@ def test_an_option_that_no_file_can_hold_is_refused_where_it_is_given(options, p
         Step("peft", "lora", options)
 
 
+@pytest.mark.parametrize("value", [float("nan"), 10**5000, "\ud800"], ids=repr_type)
+def test_a_row_that_could_not_be_read_back_is_not_written(value):
+    recipe = Recipe("m", [Step("train", "sft", {}, [{"a": value}])])
+    for write in (recipe.to_yaml, recipe.to_json):
+        with pytest.raises(RecipeError, match=r"got .*(a recipe holds finite|half of a character)"):
+            write()
+
+
 def test_options_that_hold_themselves_are_refused():
     options: dict = {}
     options["a"] = options

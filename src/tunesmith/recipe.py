@@ -377,8 +377,13 @@ def _plain(value: Any) -> Any:
         return value
     for kind in (int, float):
         if isinstance(value, kind):  # a subclass too, such as numpy's, which YAML cannot write
-            return kind(value)
+            number = kind(value)
+            if not math.isfinite(number) if kind is float else int(number).bit_length() > _MAX_BITS:
+                raise RecipeError(f"got {_shown(number)}; a recipe holds finite numbers only")
+            return number
     if isinstance(value, str):
+        if not is_text(value):
+            raise RecipeError(f"got {_shown(value)}, which holds half of a character; mend it")
         return str.__str__(value)  # an enum's value, not its name
     raise RecipeError(
         f"got a {type(value).__name__} as an option; a recipe holds text, numbers, booleans, "

@@ -35,7 +35,7 @@ class JsonError(ValueError):
         self.problem = problem
         self.position = position
         """Character at which the text is no JSON; None where it is, and is refused."""
-        self.field = field.encode("utf-8", "backslashreplace").decode()
+        self.field = field[:200].encode("utf-8", "backslashreplace").decode()
         """Path of the value that is refused, such as "messages[2].content"; "" for the text."""
         super().__init__(f"field '{self.field}': {problem}" if field else problem)
 
@@ -99,10 +99,13 @@ def _decoded(strict: Callable[..., Any], marking: Callable[..., Any], *where: An
     except ValueError as refused:  # ours, or Python's for a number that is too long
         problem = str(refused)
     # read once more, with a mark in the place of what is refused, to find its field
-    value = marking(*where)
-    for field, found in _walk(value[0] if isinstance(value, tuple) else value):
-        if isinstance(found, _Mark):
-            raise JsonError(found.problem, field=field)
+    try:
+        value = marking(*where)
+        for field, found in _walk(value[0] if isinstance(value, tuple) else value):
+            if isinstance(found, _Mark):
+                raise JsonError(found.problem, field=field)
+    except RecursionError:  # the way through takes more of the stack than reading did
+        raise JsonError(_TOO_DEEP) from None
     raise JsonError(problem)
 
 

@@ -88,6 +88,8 @@ _BROKEN_ROWS: dict[str, bytes] = {
         "objects nested 900": _HALF + '"a", "x": ' + '{"a":' * 900 + "1" + "}" * 900 + "}",
         "nested 100,000": _HALF + "[" * 100_000 + "]" * 100_000 + "}",
         "nested 100,000 and open": _HALF + "[" * 100_000,
+        "NaN nested 400": _HALF + '"a", "x": ' + "[" * 400 + "NaN" + "]" * 400 + "}",
+        "equal keys nested 900": _HALF + '"a", "x": ' + '{"a":1,"a":' * 900 + "1" + "}" * 900 + "}",
         "high surrogate": _HALF + '"\\ud83d"}',
         "low surrogate": _HALF + '"x\\ude00"}',
         "pair the wrong way round": _HALF + '"\\ude00\\ud83d"}',

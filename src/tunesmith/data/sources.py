@@ -131,7 +131,7 @@ def describe(data: Any) -> str:
         kind = f" in the split '{split}'{kind}"
     try:
         count = len(data)
-    except TypeError:
+    except Exception:  # of whatever the object is made of; reading it tells what is wrong
         return f"rows of a {type(data).__name__}"
     return f"{count} row{'' if count == 1 else 's'}{kind}"
 
