@@ -37,7 +37,7 @@ SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 """Suffixes of the files that can be read; each may be followed by ".gz"."""
 
 _CHUNK = 1 << 18
-_BOMB_BYTES = 16_000_000
+_BOMB_BYTES = 8_000_000
 _BOMB_RATIO = 200
 """Text that was written by people packs to a third or a tenth; gzip can reach 1,000."""
 
@@ -342,7 +342,7 @@ def opened(file: File) -> Iterator[Stream]:
 def seekable(file: File, digests: list[bytes]) -> Iterator[Any]:
     """Open a file's content to be read in any order, and append its hash to `digests`.
 
-    Errors: `DataError` if the file changed between hashing and the end of reading.
+    Errors: `DataError` if the file changed between the beginning of reading and the end of hashing.
     """
     if file.packed:
         # seeking within a gzip file would unpack it from its beginning each time
@@ -353,9 +353,9 @@ def seekable(file: File, digests: list[bytes]) -> Iterator[Any]:
         return
     with file.path.open("rb") as raw:
         before = os.fstat(raw.fileno())
-        digests.append(hashlib.file_digest(raw, "sha256").digest())
-        raw.seek(0)
         yield raw
+        raw.seek(0)
+        digests.append(hashlib.file_digest(raw, "sha256").digest())
         after = os.fstat(raw.fileno())
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise DataError(f"{file.name}: changed while it was read; try again when it is whole")
