@@ -61,11 +61,11 @@ PHASES: dict[str, tuple[str, int, str, int | None]] = {
         "02-sft",
         2,
     ),
-    "a training's last step": ("transformers:Trainer.training_step", 8, "02-sft", STEPS),
+    "a training's last step": ("transformers:Trainer.training_step", 7, "02-sft", STEPS),
     "saving": ("peft:PeftModel.save_pretrained", 1, "02-sft", STEPS),
     "reference": ("tunesmith.data.pack:PreferenceCollator.__call__", 2, "03-dpo", None),
-    "training again": ("transformers:Trainer.training_step", 12, "03-dpo", 2),
-    "evaluating": ("tunesmith.nn.logps:completion_logps", 9, "04-evaluate-loss", None),
+    "training again": ("transformers:Trainer.training_step", 11, "03-dpo", 2),
+    "evaluating": ("tunesmith.nn.logps:completion_logps", 14, "04-evaluate-loss", None),
     "merging": ("tunesmith.nn.checkpoint:ShardWriter.add", 4, "05-merge", None),
 }
 SAMPLE = {("training", signal.SIGINT), ("merging", signal.SIGTERM)}
