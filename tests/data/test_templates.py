@@ -198,8 +198,11 @@ def test_every_rendering_of_transformers_is_bounded_too():
 
 def test_spans_marked_in_a_hostile_template_are_bounded():
     source = "{% generation %}a{% endgeneration %}" + HOSTILE["loops in loops"]
+    templates.bound_templates()
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = source
     with pytest.raises(TemplateLimitError):
-        templates.render_marked(tiny_tokenizer(), MESSAGES, (), source)
+        tokenizer.apply_chat_template(MESSAGES, return_dict=True, return_assistant_tokens_mask=True)
 
 
 @pytest.mark.parametrize("given", [None, HOSTILE["loops in loops"]])

@@ -34,7 +34,6 @@ __all__ = [
     "bound_templates",
     "probe",
     "render",
-    "render_marked",
     "template_errors",
 ]
 
@@ -90,31 +89,6 @@ def render(
             tokenize=False,
         )
     return text
-
-
-def render_marked(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Mapping[str, Any]],
-    tools: Sequence[Mapping[str, Any]],
-    template: str,
-) -> list[tuple[int, int]]:
-    """Return the spans, in characters, that a template marks with {% generation %}.
-
-    Errors: those of `render`.
-    """
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    bound_templates()
-    with template_errors():
-        _, spans = render_jinja_template(
-            conversations=[list(messages)],
-            tools=[dict(tool) for tool in tools] or None,
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            add_generation_prompt=False,
-            **tokenizer.special_tokens_map,
-        )
-    return [(start, end) for start, end in spans[0]]
 
 
 def probe(tokenizer: PreTrainedTokenizerBase) -> None:
