@@ -92,3 +92,62 @@ def test_doctor_reports_versions_kernels_and_what_is_missing(capsys, monkeypatch
 def test_without_a_command_the_help_is_shown(capsys):
     assert main([]) == 2
     assert "commands" in capsys.readouterr().out
+
+
+def fail(error):
+    def command(*_, **__):
+        raise error
+
+    return command
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (KeyError("nobody"), "KeyError: 'nobody'; nobody foresaw this"),
+        (ZeroDivisionError("one\ntwo"), "ZeroDivisionError: one; nobody foresaw this"),
+        (MemoryError(), "there is not enough memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "not enough memory"),
+    ],
+)
+def test_what_nobody_foresaw_is_one_line_and_a_file(
+    recipe_file, tmp_path, capsys, monkeypatch, error, said
+):
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("tunesmith.tuner.Tuner.run", fail(error))
+    assert main(["run", str(recipe_file), "--out", str(tmp_path / "run")]) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("tunesmith: ")
+    assert said in shown
+    assert len(shown.splitlines()) == 1
+    (kept,) = (tmp_path / "cache").glob("traceback-*.txt")
+    assert f"the traceback is in {kept}" in shown
+    assert "in command" in kept.read_text()
+
+
+def test_the_traceback_of_a_run_lies_in_its_directory(recipe_file, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "recipe.yaml").write_text("")
+    error = RuntimeError("odd")
+    error.add_note("in stage 03-sft")
+    monkeypatch.setattr("tunesmith.tuner.Tuner.run", fail(error))
+    assert main(["run", str(recipe_file), "--out", str(out)]) == 1
+    assert "RuntimeError: odd; in stage 03-sft" in capsys.readouterr().err
+    assert len(list(out.glob("traceback-*.txt"))) == 1
+
+
+def test_a_library_user_gets_what_nobody_foresaw_as_it_is(recipe_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("tunesmith.engine.runner.run", fail(KeyError("nobody")))
+    with pytest.raises(KeyError):
+        Tuner.from_yaml(recipe_file).run(tmp_path / "run", progress=False)
+
+
+def test_a_panic_in_rust_is_told_like_any_other_error(recipe_file, tmp_path, capsys, monkeypatch):
+    class PanicException(BaseException):  # its name
+        pass
+
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
+    monkeypatch.setattr("tunesmith.tuner.Tuner.explain", fail(PanicException("index out of range")))
+    assert main(["explain", str(recipe_file)]) == 1
+    assert "PanicException: index out of range" in capsys.readouterr().err

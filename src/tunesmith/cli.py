@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from tunesmith import __version__
 from tunesmith.engine.signals import Interrupted, Terminated, stoppable
 from tunesmith.errors import TunesmithError
+from tunesmith.unforeseen import unforeseen
 
 __all__ = ["main"]
 
@@ -37,7 +39,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("tunesmith: stopped", file=sys.stderr)
         return Interrupted.status
+    except BrokenPipeError:
+        # whoever read the output has read enough; Python would complain once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except SystemExit:
+        raise
+    except BaseException as error:
+        # also what Rust panics with, which is no Exception
+        print(f"tunesmith: {unforeseen(error, _run_directory(options))}", file=sys.stderr)
+        return 1
     return status
+
+
+def _run_directory(options: argparse.Namespace) -> Path | None:
+    """Return the run directory that a command was given, if there is one."""
+    given = getattr(options, "out", None) or getattr(options, "run", None)
+    return given if isinstance(given, Path) and (given / "recipe.yaml").is_file() else None
 
 
 def _parser() -> argparse.ArgumentParser:

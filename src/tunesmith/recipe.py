@@ -239,6 +239,8 @@ class Recipe:
     """"auto", "fp32", "bf16" or "fp16": the dtype the model computes in."""
     chat_template: str | None = None
     """Jinja source, the path of a .jinja file, or "chatml"; None keeps the tokenizer's own."""
+    trust_remote_code: bool = False
+    """Run the Python files that come with this model; nothing that is downloaded runs otherwise."""
 
     def __attrs_post_init__(self) -> None:
         whole = isinstance(self.seed, int) and not isinstance(self.seed, bool)
@@ -294,6 +296,11 @@ class Recipe:
             value = row.get(key)
             if key in row and (not isinstance(value, kinds) or isinstance(value, bool)):
                 problems.append(f"{where}: '{key}' is {_shown(value)}; expected {expected}")
+        trusted = row.get("trust_remote_code", False)
+        if not isinstance(trusted, bool):
+            problems.append(
+                f"{where}: 'trust_remote_code' is {_shown(trusted)}; expected true or false"
+            )
         steps: list[Step] = []
         listing = row.get("steps") or []
         if isinstance(listing, str) or not isinstance(listing, Sequence):

@@ -26,9 +26,10 @@ class Tuner(Verbs):
     """A recipe under construction: immutable and lazy, so branching from a prefix is safe.
 
     `model` is a hub id, a local Hugging Face directory, or a .gguf file. Nothing is read or loaded
-    before `explain()` or `run()`. Errors: each verb raises `OptionError` for options it does not
-    have or cannot take, and `UnknownPluginError` for a plugin that is not installed; what concerns
-    the whole (files, order of steps, the machine) `run()` raises as one `PlanError`.
+    before `explain()` or `run()`, and code that comes with a model is run only if
+    `trust_remote_code` says so for this one. Errors: each verb raises `OptionError` for options it
+    does not have or cannot take, and `UnknownPluginError` for a plugin that is not installed; what
+    concerns the whole (files, order of steps, the machine) `run()` raises as one `PlanError`.
     """
 
     __slots__ = ("_recipe",)
@@ -43,9 +44,19 @@ class Tuner(Verbs):
         device: str = "auto",
         precision: str = "auto",
         chat_template: str | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
+        if not isinstance(trust_remote_code, bool):
+            raise OptionError(
+                [f"trust_remote_code: got {trust_remote_code!r}; expected True or False"]
+            )
         recipe = Recipe(
-            str(model), seed=seed, device=device, precision=precision, chat_template=chat_template
+            str(model),
+            seed=seed,
+            device=device,
+            precision=precision,
+            chat_template=chat_template,
+            trust_remote_code=trust_remote_code,
         )
         object.__setattr__(self, "_recipe", recipe)
 
@@ -90,10 +101,13 @@ class Tuner(Verbs):
 
     def explain(self) -> Plan:
         """Print and return the plan: what will be done, what it will take, what is wrong."""
+        from tunesmith.engine.alone import alone
         from tunesmith.engine.plan import make_plan
         from tunesmith.plugin.registry import registry
 
-        plan = make_plan(self._recipe, registry())
+        # a skeleton is built on the meta device: a run beside it would be handed such tensors
+        with alone("looking at the model", brief=True):
+            plan = make_plan(self._recipe, registry())
         print(plan)
         return plan
 

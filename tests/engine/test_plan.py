@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 
 import pytest
+from safetensors.torch import load_file
 
 from tunesmith import Tuner
 from tunesmith.engine.plan import make_plan
@@ -145,9 +148,23 @@ def test_the_plan_reads_as_text_with_memory_and_time(tiny_model, alpaca_file, ca
 
 
 def test_explaining_reads_no_weights(tiny_model, alpaca_file, tmp_path):
-    bare = tmp_path / "config-only"
-    bare.mkdir()
-    (bare / "config.json").write_text((tiny_model / "config.json").read_text())
+    # an embedding of 40 GB that is a hole in a file: whoever reads it finds out
+    rows = 300_000_000
+    bare = tmp_path / "hollow"
+    shutil.copytree(tiny_model, bare)
+    config = json.loads((bare / "config.json").read_text())
+    (bare / "config.json").write_text(json.dumps({**config, "vocab_size": rows}))
+    offset, header = 0, {}
+    for key, tensor in load_file(tiny_model / "model.safetensors").items():
+        shape = [rows, 32] if "embed_tokens" in key else list(tensor.shape)
+        end = offset + 4 * math.prod(shape)
+        header[key] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    with (bare / "model.safetensors").open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + offset)
     plan = make_plan(Tuner(bare).lora().sft(alpaca_file).recipe, registry())
     assert plan.problems == ()
     assert plan.steps[1].estimate is not None
+    assert {tensor.device.type for tensor in plan.shapes.model.parameters()} == {"meta"}

@@ -8,6 +8,9 @@ from types import ModuleType
 
 import pytest
 
+from tunesmith.errors import OptionError
+from tunesmith.ops.machine import ISAS, check_environment
+
 
 def run_python(code: str, **env: str) -> str:
     done = subprocess.run(
@@ -30,8 +33,16 @@ def test_the_best_instruction_set_is_taken_unless_told_otherwise(native: ModuleT
         assert run_python(ISA_IN_USE, TUNESMITH_ISA=name) == name
 
 
-def test_an_instruction_set_that_is_not_here_is_passed_over(native: ModuleType) -> None:
-    assert run_python(ISA_IN_USE, TUNESMITH_ISA="z80") == native.isas()[0]
+def test_a_setting_that_names_nothing_is_refused(native: ModuleType) -> None:
+    for name, value in (("TUNESMITH_ISA", "z80"), ("TUNESMITH_NATIVE", "off")):
+        with pytest.raises(OptionError, match=f"{name}={value}: expected"):
+            check_environment({name: value})
+    refused = run_python(
+        "try: import tunesmith.ops\nexcept ValueError as error: print(error)",
+        TUNESMITH_ISA="avx1024",
+    )
+    assert refused.startswith("TUNESMITH_ISA=avx1024: expected one of amx_bf16, avx512_bf16")
+    assert native.isas() == [name for name in ISAS if name in native.isas()]
 
 
 def test_forcing_one_that_is_not_here_is_an_error_and_changes_nothing(native: ModuleType) -> None:

@@ -448,7 +448,8 @@ def test_without_a_quantize_step_the_plan_says_which_one_reads_it(
     for name, step in (("nf4", "nf4"), ("int8", "bitsandbytes")):
         (problem,) = plan_of(Tuner(theirs / name), alpaca_file).problems
         assert f'.quantize("{step}"): put that at the start' in problem
-    assert Quantizer(None).check_stored({"quant_method": "gptq"}, None) == ""
+    with pytest.raises(ModelError, match=r"stored quantized with gptq.*cannot be read here: .*pip"):
+        Quantizer(None).check_stored({"quant_method": "gptq", "bits": 4}, None)
 
 
 def test_of_a_model_that_is_not_here_yet_the_config_is_asked() -> None:

@@ -176,16 +176,17 @@ class NF4(Quantizer[NF4Config]):
 
 
 def _formats(directory: Path) -> Mapping[str, Format]:
-    from tunesmith.nn.checkpoint import stored_formats, weight_files
+    from tunesmith.nn.checkpoint import stored_formats
+    from tunesmith.nn.weight_files import weight_files
 
     return stored_formats(weight_files(directory))
 
 
 def _config_without_quantization(directory: Path) -> Any:
     """Return a model's config as it was before it was quantized: transformers goes by that."""
-    from transformers import AutoConfig
+    from tunesmith.nn.pretrained import load_config
 
-    config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    config = load_config(directory)
     for part in (config, config.get_text_config()):
         if hasattr(part, "quantization_config"):
             del part.quantization_config

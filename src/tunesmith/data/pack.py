@@ -33,12 +33,13 @@ TokenRow: TypeAlias = Rendered | Mapping[str, Sequence[int]]
 
 
 def padding_id(tokenizer: Any) -> int:
-    """Return the id to pad with: the tokenizer's own, or its eos where it has none.
+    """Return the id to pad with: the tokenizer's eos, or 0 where it has none.
 
-    Any id would do: padding is masked by position and never by what it is.
+    Any id that has a row in the embedding would do: padding is masked by position and never by what
+    it is. A pad token that was added to a tokenizer may have none.
     """
-    pad = tokenizer.pad_token_id
-    return int(tokenizer.eos_token_id if pad is None else pad)
+    eos = tokenizer.eos_token_id
+    return 0 if eos is None else int(eos)
 
 
 def pack(rows: Sequence[Rendered], max_length: int) -> list[list[Rendered]]:

@@ -96,6 +96,14 @@ def probe(tokenizer: PreTrainedTokenizerBase) -> None:
 
     Errors: `DataError` if it is not valid Jinja, `TemplateLimitError` if it is out of bounds.
     """
+    template = tokenizer.chat_template
+    named = template.values() if isinstance(template, Mapping) else (template,)
+    for source in named:
+        if not isinstance(source, str):
+            raise DataError(
+                f"the tokenizer's chat template is a {type(source).__name__}; expected Jinja "
+                "source as text; " + _OTHER_TEMPLATE
+            )
     try:
         render(tokenizer, [{"role": "user", "content": "a"}])
     except TemplateLimitError:

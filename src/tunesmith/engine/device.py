@@ -32,8 +32,9 @@ def find_device(name: str, precision: str) -> Device:
     """
     import torch
 
-    from tunesmith.ops.machine import cpu_multiplies_bf16
+    from tunesmith.ops.machine import check_environment, cpu_multiplies_bf16
 
+    check_environment()
     if name == "auto":
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"

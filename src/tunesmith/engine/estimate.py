@@ -16,7 +16,6 @@ import attrs
 
 from tunesmith.data.examples import Conversation, Preference, Sourced
 from tunesmith.engine.device import Device
-from tunesmith.engine.models import ModelSource, load_config
 from tunesmith.engine.speed import fuses_layers, speed_of_step
 from tunesmith.plugin.methods import Method
 from tunesmith.plugin.optimizers import optimizer_called
@@ -78,16 +77,10 @@ class Estimate:
         return self.weights_bytes + self.adapter_bytes + self.activations_bytes
 
 
-def model_shapes(source: ModelSource) -> Shapes:
-    """Return a model's shapes from its config."""
-    import torch
+def model_shapes(model: Any) -> Shapes:
+    """Return the shapes of a model, which may be on the meta device."""
     from torch import nn
-    from transformers import AutoModelForCausalLM
 
-    config = load_config(source)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    model.tie_weights()
     head = model.get_output_embeddings()
     linears = tuple(
         (module.out_features, module.in_features)
@@ -95,7 +88,7 @@ def model_shapes(source: ModelSource) -> Shapes:
         if isinstance(module, nn.Linear) and module is not head
     )
     total = sum(parameter.numel() for parameter in model.parameters())
-    text = config.get_text_config()
+    text = model.config.get_text_config()
     return Shapes(
         model,
         linears,

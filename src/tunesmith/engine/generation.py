@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tunesmith.data import templates
 from tunesmith.data.render import Renderer
 from tunesmith.engine.alone import alone
 from tunesmith.engine.models import find_model, local_directory
@@ -13,6 +14,7 @@ from tunesmith.engine.quiet import quiet_libraries
 from tunesmith.engine.session import open_session
 from tunesmith.engine.store import read_lock
 from tunesmith.errors import RunError
+from tunesmith.nn.pretrained import trusting
 from tunesmith.plugin.registry import registry
 from tunesmith.recipe import Recipe
 
@@ -31,7 +33,8 @@ def load_for_generation(
     if model_path is None and not adapters:
         raise RunError(f"{run}: holds no model and no adapter to generate with")
     base = model_path or local_directory(find_model(recipe.model))
-    session = open_session(recipe, base, device, lock["precision"])
+    with trusting(recipe.trust_remote_code), quiet_libraries():
+        session = open_session(recipe, base, device, lock["precision"])
     if model_path is None:
         for step in recipe.steps:
             if step.verb == "quantize":
@@ -42,7 +45,11 @@ def load_for_generation(
             session.use_adapter(label, directory)
     from tunesmith.nn import fused_layers
 
-    with alone(f"loading the model of {run} to generate with", brief=True), quiet_libraries():
+    with (
+        alone(f"loading the model of {run} to generate with", brief=True),
+        trusting(recipe.trust_remote_code),
+        quiet_libraries(),
+    ):
         model = session.model
     model.eval()
     fused_layers.use(model)
@@ -67,9 +74,8 @@ def generate(
     from tunesmith.nn import decoder
 
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    encoded = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    ).to(model.device)
+    text = templates.render(tokenizer, messages, answer=True)
+    encoded = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)
     options: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
         options |= {"temperature": temperature, "top_p": top_p}
@@ -88,5 +94,5 @@ def generate(
             **options,
         )
     new_tokens = output[0, encoded["input_ids"].shape[1] :]
-    text: str = tokenizer.decode(new_tokens, skip_special_tokens=True)
-    return text.strip()
+    answer: str = tokenizer.decode(new_tokens, skip_special_tokens=True)
+    return answer.strip()

@@ -15,19 +15,27 @@ from typing import Any
 
 import attrs
 
-from tunesmith.errors import ModelError, close_matches
+from tunesmith.engine.checks import ModelFindings
+from tunesmith.errors import ModelError, TunesmithError, close_matches
+from tunesmith.nn import pretrained
+from tunesmith.nn.gguf_header import check_gguf
+from tunesmith.nn.reading import model_errors
+from tunesmith.recipe import Recipe
 
 __all__ = [
     "ModelSource",
     "cache_directory",
     "content_hash",
+    "describe_model",
     "find_model",
-    "load_config",
+    "gguf_findings",
     "local_directory",
-    "stored_quantization",
+    "metadata_directory",
 ]
 
-HUB_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "tokenizer*")
+SMALL_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "tokenizer*")
+"""A model's files besides its weights."""
+_OTHER_FORM = "take the model as a Hugging Face directory instead"
 CONVERSION = 1
 """Raised when the conversion of .gguf files changes, so that old caches are left alone."""
 
@@ -95,11 +103,16 @@ def local_directory(source: ModelSource) -> Path:
     if source.kind == "gguf":
         assert source.path is not None
         return _converted_gguf(source.path)
+    return _downloaded(source, (*SMALL_PATTERNS, "*.safetensors"))
+
+
+def _downloaded(source: ModelSource, patterns: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    wanted = [*patterns, "*.py"] if pretrained.code_is_trusted() else list(patterns)
     try:
-        return Path(snapshot_download(source.name, allow_patterns=list(HUB_PATTERNS)))
+        return Path(snapshot_download(source.name, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(
@@ -108,46 +121,39 @@ def local_directory(source: ModelSource) -> Path:
         ) from error
 
 
-def load_config(source: ModelSource) -> Any:
-    """Return a model's transformers config, reading metadata only.
+def metadata_directory(source: ModelSource) -> Path:
+    """Return where a model's small files lie, downloading them for a hub id; for a .gguf, the file.
 
-    Errors: `ModelError` if it cannot be read or is of an architecture transformers does not know.
+    Errors: `ModelError` if it is not to be had, or the .gguf file's header does not fit it.
     """
+    if source.kind == "hub":
+        return _downloaded(source, SMALL_PATTERNS)
+    assert source.path is not None
+    if source.kind == "gguf":
+        check_gguf(source.path)
+    return source.path
+
+
+def gguf_findings(source: ModelSource) -> ModelFindings:
+    """Return what a .gguf file's metadata tells of a model: its config and its skeleton."""
+    assert source.path is not None
+    found = ModelFindings()
+    try:
+        found.config = _gguf_config(source.path)
+        found.skeleton = pretrained.skeleton(source.path.parent, found.config, compare=False)
+    except TunesmithError as error:
+        found.problems.append(str(error))
+    return found
+
+
+def _gguf_config(path: Path) -> Any:
     from transformers import AutoConfig
 
-    try:
-        if source.path is None:
-            return AutoConfig.from_pretrained(source.name)
-        if source.kind == "gguf":
-            return AutoConfig.from_pretrained(source.path.parent, gguf_file=source.path.name)
-        return AutoConfig.from_pretrained(source.path, local_files_only=True)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"model {source.name}: its config cannot be read: {reason}; check the name, and that "
-            "this transformers knows the architecture"
-        ) from error
-
-
-def stored_quantization(source: ModelSource) -> dict[str, Any] | None:
-    """Return the `quantization_config` of a model that is stored quantized; None for any other.
-
-    None as well where the config cannot be had: that is for `load_config` to say.
-    """
-    if source.kind == "gguf":
-        return None  # it is dequantized when it is converted
-    if source.path is not None:
-        from tunesmith.nn import checkpoint
-
-        return checkpoint.stored_quantization(source.path)
-    try:
-        config = load_config(source)
-    except ModelError:
-        return None
-    for part in (config, config.get_text_config()):
-        if found := getattr(part, "quantization_config", None):
-            return dict(found)
-    return None
+    with model_errors(f"model {path}: its metadata cannot be read", _OTHER_FORM):
+        config = AutoConfig.from_pretrained(
+            path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False
+        )
+    return pretrained.config_of(config, f"model {path}")
 
 
 def content_hash(directory: Path) -> str:
@@ -155,6 +161,24 @@ def content_hash(directory: Path) -> str:
     digest = hashlib.sha256()
     for file in _model_files(directory):
         digest.update(file.name.encode())
+        digest.update(file_hash(file).encode())
+    return digest.hexdigest()
+
+
+def describe_model(directory: Path, recipe: Recipe) -> dict[str, str | None]:
+    """Return what a lock keeps of a model: name, hash, and that of its code if that may run."""
+    return {
+        "name": recipe.model,
+        "sha256": content_hash(directory),
+        "code": _code_hash(directory) if recipe.trust_remote_code else None,
+    }
+
+
+def _code_hash(directory: Path) -> str:
+    """Return the sha256 over the names and bytes of the Python files beside a model."""
+    digest = hashlib.sha256()
+    for file in sorted(directory.rglob("*.py")):
+        digest.update(str(file.relative_to(directory)).encode())
         digest.update(file_hash(file).encode())
     return digest.hexdigest()
 
@@ -193,7 +217,7 @@ def _converted_gguf(path: Path) -> Path:
 
 def _convert_gguf(path: Path, target: Path) -> None:
     """Write a .gguf file as a Hugging Face directory in fp32, which loses nothing of it."""
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+    from transformers import AutoTokenizer, GenerationConfig
 
     try:
         import gguf  # noqa: F401
@@ -203,28 +227,26 @@ def _convert_gguf(path: Path, target: Path) -> None:
         raise MissingExtraError(
             "gguf", f"reading {path.name}", "install it with: pip install 'tunesmith[gguf]'"
         ) from error
-    try:
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except Exception as error:
-        raise ModelError(
-            f"model {path}: transformers cannot read this .gguf file: {error}; convert it to a "
-            "Hugging Face directory first"
-        ) from error
-    streamed = _stream_gguf(path, config)
-    if streamed is None:
-        _convert_whole(path, target)
-    else:
-        from tunesmith.nn.checkpoint import ShardWriter
+    check_gguf(path)
+    config = _gguf_config(path)
+    with model_errors(f"model {path}: transformers cannot read this .gguf file", _OTHER_FORM):
+        tokenizer = AutoTokenizer.from_pretrained(
+            path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False
+        )
+        streamed = _stream_gguf(path, config)
+        if streamed is None:
+            _convert_whole(path, target)
+        else:
+            from tunesmith.nn.checkpoint import ShardWriter
 
-        writer = ShardWriter(target)
-        for name, tensor in streamed:
-            writer.add(name, tensor)
-        writer.close()
-    config.dtype = "float32"
-    config.save_pretrained(target)
-    tokenizer.save_pretrained(target)
-    GenerationConfig.from_model_config(config).save_pretrained(target)
+            writer = ShardWriter(target)
+            for name, tensor in streamed:
+                writer.add(name, tensor)
+            writer.close()
+        config.dtype = "float32"
+        config.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+        GenerationConfig.from_model_config(config).save_pretrained(target)
 
 
 def _stream_gguf(path: Path, config: Any) -> Iterator[tuple[str, Any]] | None:
@@ -253,7 +275,7 @@ def _stream_gguf(path: Path, config: Any) -> Iterator[tuple[str, Any]] | None:
         return None
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     names = get_gguf_hf_weights_map(skeleton, processor)
     expected = {name: tensor.shape for name, tensor in skeleton.state_dict().items()}
     plan = [(tensor, names[tensor.name]) for tensor in reader.tensors if tensor.name in names]
@@ -285,7 +307,7 @@ def _dequantized(
 def _convert_whole(path: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {"gguf_file": path.name}
+    options: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
     try:
         from transformers import GgufConfig
 

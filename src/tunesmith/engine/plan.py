@@ -6,18 +6,17 @@ Everything that can be found wrong is found here, all of it at once, before a we
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
 
-from tunesmith.engine.alone import alone
+from tunesmith.engine.checks import ModelFindings, Use, examine
 from tunesmith.engine.dataset import LoadedData, load_data
 from tunesmith.engine.device import Device, find_device
 from tunesmith.engine.estimate import ITEMSIZE, Estimate, Shapes, estimate_step, model_shapes
-from tunesmith.engine.models import ModelSource, find_model, stored_quantization
+from tunesmith.engine.models import ModelSource, find_model, gguf_findings, metadata_directory
 from tunesmith.engine.quiet import quiet_libraries
 from tunesmith.engine.store import problem_with
 from tunesmith.errors import (
@@ -28,11 +27,14 @@ from tunesmith.errors import (
     PluginError,
     TunesmithError,
 )
+from tunesmith.nn.checkpoint import stored_quantization
+from tunesmith.nn.pretrained import trusting
+from tunesmith.nn.weight_files import weight_files
 from tunesmith.plugin.quantizers import Quantizer
 from tunesmith.plugin.registry import Registered, Registry
 from tunesmith.recipe import Recipe, Step
 
-__all__ = ["Plan", "PlannedStep", "make_plan"]
+__all__ = ["Plan", "PlannedStep", "check_base", "make_plan"]
 
 WITH_DATA = ("train", "evaluate")
 
@@ -99,14 +101,17 @@ def make_plan(
     """Resolve a recipe; problems are collected in the plan and not raised.
 
     `directory` is where the run shall go, checked too if given; `estimates=False` leaves out the
-    prediction of memory and time.
+    prediction of memory and time, and nothing that could be wrong.
     """
     problems: list[str] = []
     notes: list[str] = []
     model: ModelSource | None = None
+    directory_of_model: Path | None = None
     try:
         model = find_model(recipe.model)
-    except ModelError as error:
+        with trusting(recipe.trust_remote_code):
+            directory_of_model = metadata_directory(model)
+    except TunesmithError as error:
         problems.append(str(error))
     device = None
     try:
@@ -118,32 +123,25 @@ def make_plan(
         _planned(number, step, registry, problems) for number, step in enumerate(recipe.steps, 1)
     )
     quantizer = _quantizer(steps)
-    if model is not None:
-        steps = _with_stored(steps, model, quantizer, problems)
+    found: ModelFindings | None = None
+    if directory_of_model is not None:
+        assert model is not None
+        steps, found = _with_model(
+            recipe, steps, model, directory_of_model, quantizer, problems, notes
+        )
     if directory is not None and (problem := problem_with(directory)):
         problems.append(problem)
     shapes = None
-    if (
-        model is not None
-        and device is not None
-        and not problems
-        and (estimates or quantizer or any(step.step.verb == "peft" for step in steps))
-    ):
-        try:
-            # its skeleton is built on the meta device, and a run beside it would be handed such
-            # tensors; a run that asks for its own plan is alone already
-            by_itself = alone("predicting memory and time", brief=True)
-            with by_itself if estimates else nullcontext(), quiet_libraries():
-                shapes = model_shapes(model)
-        except ModelError as error:
-            problems.append(str(error))
-        except Exception as error:
-            notes.append(f"memory and time are not predicted: {type(error).__name__}: {error}")
-        if shapes is not None:
-            steps = _with_held(steps, shapes, device, quantizer, problems)
-            steps = _with_adapted(steps, shapes, problems)
-        if shapes is not None and estimates and not problems:
-            with quiet_libraries():
+    if found is not None and found.skeleton is not None and not problems:
+        with quiet_libraries():
+            try:
+                shapes = model_shapes(found.skeleton)
+            except Exception as error:
+                notes.append(f"memory and time are not predicted: {type(error).__name__}: {error}")
+            if shapes is not None and device is not None:
+                steps = _with_held(steps, shapes, device, quantizer, problems)
+                steps = _with_adapted(steps, shapes, problems)
+            if shapes is not None and device is not None and estimates and not problems:
                 steps = _with_estimates(steps, shapes, device, quantizer, notes)
     plan = Plan(recipe, model, device, steps, tuple(problems), tuple(notes), shapes)
     for distribution, answer in registry.each_hook("tunesmith_check_plan", plan=plan):
@@ -286,22 +284,78 @@ def _quantizer(steps: tuple[PlannedStep, ...]) -> Quantizer[Any] | None:
     return quantizer
 
 
+def check_base(plan: Plan, base: Path) -> None:
+    """Look at a model that was not here yet when the plan was made, now that it is.
+
+    Errors: `PlanError` with every problem, as `make_plan` finds them for a directory.
+    """
+    assert plan.model is not None
+    if plan.model.kind == "directory":
+        return
+    problems: list[str] = []
+    quantizer = _quantizer(plan.steps)
+    source = attrs.evolve(plan.model, kind="directory", path=base)
+    _with_model(plan.recipe, plan.steps, source, base, quantizer, problems, [])
+    if problems:
+        raise PlanError(problems)
+
+
+def _with_model(
+    recipe: Recipe,
+    steps: tuple[PlannedStep, ...],
+    model: ModelSource,
+    directory: Path,
+    quantizer: Quantizer[Any] | None,
+    problems: list[str],
+    notes: list[str],
+) -> tuple[tuple[PlannedStep, ...], ModelFindings | None]:
+    """Look at the model; return the steps, told how it is stored, and what was found."""
+    with trusting(recipe.trust_remote_code), quiet_libraries():
+        if model.kind == "gguf":  # its header was read; the rest can be told once it is converted
+            return steps, gguf_findings(model)
+        try:
+            stored = stored_quantization(directory)
+            here = bool(weight_files(directory)) or model.kind == "directory"
+        except ModelError as error:
+            problems.append(str(error))
+            return steps, None
+        found = examine(
+            directory,
+            chat_template=recipe.chat_template,
+            uses=[
+                Use(
+                    f"step {step.number} ({step.step.label})",
+                    getattr(step.config, "max_length", None),
+                    step.data.examples if step.data is not None else (),
+                )
+                for step in steps
+                if step.step.verb in WITH_DATA
+            ],
+            stored=stored is not None,
+            weights=here,
+        )
+        problems += found.problems
+        notes += found.notes
+        if stored is not None and found.skeleton is not None:
+            steps = _with_stored(steps, model, stored, directory, quantizer, problems)
+    return steps, found
+
+
 def _with_stored(
     steps: tuple[PlannedStep, ...],
     model: ModelSource,
+    stored: Mapping[str, Any],
+    directory: Path,
     quantizer: Quantizer[Any] | None,
     problems: list[str],
 ) -> tuple[PlannedStep, ...]:
     """Add how a model that is stored quantized is taken, or why it cannot be."""
-    stored = stored_quantization(model)
-    if stored is None:
-        return steps
     step = next((step for step in steps if step.step.verb == "quantize"), None)
     if step is not None and quantizer is None:
         return steps  # the step has a problem of its own
     here = f"model {model.name}" if step is None else f"step {step.number} ({step.step.label})"
     try:
-        text = (quantizer or Quantizer(None)).check_stored(stored, model.path)
+        text = (quantizer or Quantizer(None)).check_stored(stored, directory)
     except TunesmithError as error:
         problems.append(f"{here}: {error}")
         return steps

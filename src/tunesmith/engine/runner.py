@@ -18,8 +18,8 @@ import attrs
 
 from tunesmith.engine.alone import alone
 from tunesmith.engine.durable import told
-from tunesmith.engine.models import content_hash, local_directory
-from tunesmith.engine.plan import Plan, PlannedStep, make_plan
+from tunesmith.engine.models import describe_model, local_directory
+from tunesmith.engine.plan import Plan, PlannedStep, check_base, make_plan
 from tunesmith.engine.quiet import quiet_libraries
 from tunesmith.engine.result import RunResult
 from tunesmith.engine.room import require_room_for_run
@@ -28,6 +28,7 @@ from tunesmith.engine.signals import current, outlook_of
 from tunesmith.engine.store import RunStore, Stage, finished_stages
 from tunesmith.engine.traces import recipe_text
 from tunesmith.engine.training import StageTraining
+from tunesmith.nn.pretrained import trusting
 from tunesmith.plugin.events import (
     Event,
     RunFinished,
@@ -64,7 +65,11 @@ def run(
     with alone(f"the run in {directory}"):
         plan = make_plan(recipe, registry, directory=directory, estimates=False)
         plan.raise_if_problems()
-        with RunStore(directory) as store, quiet_libraries():
+        with (
+            RunStore(directory) as store,
+            quiet_libraries(),
+            trusting(recipe.trust_remote_code),
+        ):
             return _Runner(plan, registry, store, listeners).run()
 
 
@@ -87,6 +92,7 @@ class _Runner:
         self.emit(RunStarted(tuple(step.name for step in kept)))
         assert self.plan.model is not None
         base = local_directory(self.plan.model)
+        check_base(self.plan, base)
         lock = self._lock(base)
         fingerprints = self._fingerprints(lock)
         for name, target in self.store.supersede(
@@ -238,7 +244,7 @@ class _Runner:
             "platform": sys.platform,
             "device": self.plan.device.name,
             "precision": self.plan.device.precision,
-            "model": {"name": self.plan.recipe.model, "sha256": content_hash(base)},
+            "model": describe_model(base, self.plan.recipe),
             "plugins": plugins,
             "data": {
                 step.name: {
@@ -261,6 +267,7 @@ class _Runner:
         recipe = self.plan.recipe
         shared = {key: lock[key] for key in ("versions", "device", "precision")} | {
             "model": lock["model"]["sha256"],
+            "code": lock["model"]["code"],
             "seed": recipe.seed,
             "template": recipe.chat_template,
         }

@@ -16,12 +16,14 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 def open_session(recipe: Recipe, base: Path, device: str, precision: str) -> Session:
     """Return a session on a model directory; `precision` is "fp32", "bf16" or "fp16".
 
-    Errors: `DataError` for a chat template that is missing or cannot be read.
+    Errors: `DataError` for a chat template that is missing or cannot be read; `ModelError` for a
+    tokenizer that is missing or cannot be loaded.
     """
     import torch
-    from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+    from tunesmith.nn.pretrained import load_tokenizer
+
+    tokenizer = load_tokenizer(base)
     set_chat_template(tokenizer, recipe.chat_template)
     return Session(
         base=base,

@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 
 from tunesmith.errors import ModelError
 from tunesmith.nn.interchange import Format, format_key, read_format
+from tunesmith.nn.reading import AGAIN
 
-__all__ = ["ShardWriter", "stored_formats", "stored_quantization", "weight_files", "within"]
+__all__ = ["ShardWriter", "stored_formats", "stored_quantization", "within"]
 
 SHARD_BYTES = 2 * 1024**3
 
@@ -99,23 +100,19 @@ def stored_quantization(directory: Path) -> dict[str, Any] | None:
     """Return the `quantization_config` of a model directory's config.json; None if it has none."""
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None  # transformers says better what is wrong with it
-    for part in (config, config.get("text_config") or {}):
-        found: dict[str, Any] | None = part.get("quantization_config")
-        if found:
+    text = config.get("text_config") if isinstance(config, dict) else None
+    for part in (config, text):
+        found = part.get("quantization_config") if isinstance(part, dict) else None
+        if isinstance(found, dict) and found:
             return found
+        if found:
+            raise ModelError(
+                f"{directory / 'config.json'}: 'quantization_config' is {found!r}; expected an "
+                f"object with settings; {AGAIN}"
+            )
     return None
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """Return the safetensors files that transformers would load from a directory."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return [directory / name for name in sorted(set(names))]
-    whole = directory / "model.safetensors"
-    return [whole] if whole.is_file() else []
 
 
 def stored_formats(files: Iterable[Path]) -> dict[str, Format]:

@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from tunesmith.errors import OpError
+from tunesmith.errors import OpError, OptionError
 from tunesmith.ops import attention, elementwise, reference, schema
 from tunesmith.ops.dispatch import implement
-from tunesmith.ops.machine import cpu_flags, cpu_multiplies_bf16
+from tunesmith.ops.machine import check_environment, cpu_flags, cpu_multiplies_bf16
 from tunesmith.ops.reference import mean_absmax, no_autocast
 from tunesmith.ops.schema import NESTED_BLOCKSIZE, count_blocks
 
@@ -50,6 +50,7 @@ _Adapter = tuple[Tensor | None, Tensor | None, float, Tensor | None, float]
 
 # empty when the kernels are in use
 _why_not = ""
+check_environment()
 if os.environ.get("TUNESMITH_NATIVE") == "0":
     _why_not = "switched off by TUNESMITH_NATIVE=0"
 else:
@@ -57,6 +58,15 @@ else:
         from tunesmith import _native as kernels
     except ImportError as error:
         _why_not = f"not built: {error}"
+    else:
+        _wanted = os.environ.get("TUNESMITH_ISA")
+        if _wanted and _wanted not in kernels.isas():
+            raise OptionError(
+                [
+                    f"TUNESMITH_ISA={_wanted}: this CPU has not got it; it has: "
+                    f"{', '.join(kernels.isas())}"
+                ]
+            )
 
 
 # the numbers by which the kernels know dtypes, 4-bit types and activations; without kernels none

@@ -44,7 +44,8 @@ class Quantizer(Generic[C]):
         A plan asks for it, and only for such a model: `stored` is the `quantization_config` of its
         config.json, `directory` where it lies, or None if it is not here yet. Raises `ModelError`
         for one that cannot be used. Unless overridden, that is one of bitsandbytes, whose weights
-        `dense_weight` does not read; others are left to transformers.
+        `dense_weight` does not read; others are left to transformers, if what it reads them with is
+        there.
         """
         method = stored_method(stored)
         if method.startswith("bitsandbytes"):
@@ -54,7 +55,8 @@ class Quantizer(Generic[C]):
                 f"got a model that is stored quantized with {method}; its weights are read by "
                 f'.quantize("{reader}"): put that at the start'
             )
-        return ""
+        _check_reader(stored, method)
+        return f"{method}: taken as it is, by transformers"
 
     def split(self, model: Any) -> Split | None:
         """Say which of a model's weights will be held quantized, and why the others will not.
@@ -115,13 +117,30 @@ class Quantizer(Generic[C]):
     def from_pretrained(
         self, directory: Path, *, dtype: torch.dtype, device: torch.device, **options: Any
     ) -> PreTrainedModel:
-        """Return `AutoModelForCausalLM.from_pretrained(directory, ...)` without its chatter."""
-        from transformers import AutoModelForCausalLM
+        """Return the causal LM in a directory; `options` go to transformers' `from_pretrained`.
 
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, device_map={"": device}, local_files_only=True, **options
-        )
-        return model
+        It has every weight that its config needs and no other: `ModelError` names what does not
+        fit.
+        """
+        from tunesmith.nn.pretrained import load_causal_lm
+
+        return load_causal_lm(directory, dtype=dtype, device=device, **options)
+
+
+def _check_reader(stored: Mapping[str, Any], method: str) -> None:
+    """Raise `ModelError` unless transformers has what it reads this quantization with."""
+    import torch
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    from tunesmith.nn.reading import model_errors
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with model_errors(
+        f"got a model that is stored quantized with {method}, which cannot be read here",
+        "install what it needs, or start from the unquantized checkpoint",
+    ):
+        quantizer = AutoHfQuantizer.from_config(dict(stored), pre_quantized=True)
+        quantizer.validate_environment(dtype=torch.float32, device_map={"": device})
 
 
 def stored_method(stored: Mapping[str, Any]) -> str:
