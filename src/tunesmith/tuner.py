@@ -101,13 +101,10 @@ class Tuner(Verbs):
 
     def explain(self) -> Plan:
         """Print and return the plan: what will be done, what it will take, what is wrong."""
-        from tunesmith.engine.alone import alone
         from tunesmith.engine.plan import make_plan
         from tunesmith.plugin.registry import registry
 
-        # a skeleton is built on the meta device: a run beside it would be handed such tensors
-        with alone("looking at the model", brief=True):
-            plan = make_plan(self._recipe, registry())
+        plan = make_plan(self._recipe, registry())
         print(plan)
         return plan
 

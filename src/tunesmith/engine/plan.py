@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import attrs
 
+from tunesmith.engine.alone import alone
 from tunesmith.engine.checks import ModelFindings, Use, examine
 from tunesmith.engine.dataset import LoadedData, load_data
 from tunesmith.engine.device import Device, find_device
@@ -25,6 +27,7 @@ from tunesmith.errors import (
     OptionError,
     PlanError,
     PluginError,
+    RunError,
     TunesmithError,
 )
 from tunesmith.nn.checkpoint import stored_quantization
@@ -126,9 +129,16 @@ def make_plan(
     found: ModelFindings | None = None
     if directory_of_model is not None:
         assert model is not None
-        steps, found = _with_model(
-            recipe, steps, model, directory_of_model, quantizer, problems, notes
-        )
+        # its skeleton is built on the meta device, and a run beside it would be handed such
+        # tensors; a run that asks for its own plan is alone already
+        by_itself = alone("predicting memory and time", brief=True)
+        try:
+            with by_itself if estimates else nullcontext():
+                steps, found = _with_model(
+                    recipe, steps, model, directory_of_model, quantizer, problems, notes
+                )
+        except RunError as error:
+            notes.append(f"the model is not looked at, and memory and time are not told: {error}")
     if directory is not None and (problem := problem_with(directory)):
         problems.append(problem)
     shapes = None

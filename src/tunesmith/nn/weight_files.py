@@ -12,6 +12,8 @@ from tunesmith.nn.reading import AGAIN, read_object, reason
 
 __all__ = ["check_weight_files", "headers", "weight_files"]
 
+MOST_TENSORS = 100_000
+"""More than any file of a model holds, experts one by one included."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.distcp")
 
 
@@ -31,7 +33,8 @@ def weight_files(directory: Path) -> list[Path]:
         raise ModelError(f"{index}: has no 'weight_map' that says which file holds what; {AGAIN}")
     for key, name in weight_map.items():
         # a link in the hub's cache leads elsewhere; a name never does
-        if not isinstance(name, str) or Path(name).name != name or "\\" in name:
+        plain = isinstance(name, str) and Path(name).name == name and "\\" not in name
+        if not plain or name in ("", ".."):
             raise ModelError(
                 f"{index}: puts {key} into {name!r}; expected the name of a file in the same "
                 f"directory; {AGAIN}"
@@ -96,7 +99,10 @@ def _header(file: Path) -> dict[str, Any]:
     try:
         # not for torch, which would ask for memory for all of it
         with safe_open(file, framework="numpy") as opened:
-            for key in opened.keys():  # noqa: SIM118  # no mapping
+            keys = opened.keys()
+            if len(keys) > MOST_TENSORS:
+                raise ValueError(f"it counts {len(keys):,} tensors")
+            for key in keys:
                 part = opened.get_slice(key)
                 dtype = str_to_torch_dtype.get(part.get_dtype())
                 if dtype is None:
