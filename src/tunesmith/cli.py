@@ -11,7 +11,6 @@ from pathlib import Path
 from tunesmith import __version__
 from tunesmith.engine.signals import Interrupted, Terminated, stoppable
 from tunesmith.errors import TunesmithError
-from tunesmith.unforeseen import unforeseen
 
 __all__ = ["main"]
 
@@ -47,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise
     except BaseException as error:
         # also what Rust panics with, which is no Exception
+        from tunesmith.unforeseen import unforeseen
+
         print(f"tunesmith: {unforeseen(error, _run_directory(options))}", file=sys.stderr)
         return 1
     return status
