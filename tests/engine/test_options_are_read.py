@@ -117,7 +117,13 @@ def test_several_such_are_told_at_once():
     assert len(caught.value.problems) == 3
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        pytest.param(each, marks=[] if each == "cosine_with_min_lr" else pytest.mark.slow)
+        for each in SCHEDULERS
+    ],
+)
 def test_every_scheduler_that_is_offered_trains(scheduler, tiny_model, alpaca_file, tmp_path):
     tuner = Tuner(tiny_model, precision="fp32").lora(r=2)
     result = tuner.sft(alpaca_file, scheduler=scheduler, **QUICK).run(

@@ -71,7 +71,7 @@ CHAINS: dict[str, Chain] = {
         .dpo(p, eval_split=2, eval_steps=2, **QUICK)
     ),
 }
-SAMPLE = {"evaluate, full sft in bf16", "evaluate, sft and dpo with dropout in bf16, evaluate"}
+SAMPLE = {"evaluate, full sft in bf16"}
 
 
 def made(directory: Path, name: str) -> dict[str, Any]:

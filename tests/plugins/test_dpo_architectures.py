@@ -72,7 +72,7 @@ FAMILIES = [
     "phimoe",
     "dbrx",
 ]
-SAMPLE = {"opt", "gpt2"}
+SAMPLE = {"opt"}
 NEVER_RECOMPUTED = {"jetmoe", "openai-gpt", "xlnet"}
 """Families that do not support gradient checkpointing, and say so."""
 RATE = 0.3
