@@ -15,9 +15,10 @@ from typing import Any
 
 import attrs
 
-__all__ = ["BASES", "Outcome", "travel"]
+__all__ = ["BASES", "VERDICTS", "Outcome", "as_json", "travel"]
 
 BASES = ("plain", "nf4")
+VERDICTS = ("right", "refused", "wrong", "not tried")
 
 _TOPICS = ("moon", "thrush", "ferry", "bread")
 CONVERSATIONS = [
@@ -54,9 +55,14 @@ class Outcome:
     family: str
     base: str
     verdict: str
-    """"right", "refused" or "wrong"."""
+    """One of `VERDICTS`."""
     text: str = ""
-    """Why it was refused, or what is wrong."""
+    """Why it was refused or not tried, or what is wrong."""
+
+    @classmethod
+    def from_json(cls, line: str) -> Outcome:
+        """Return what `as_json` has written."""
+        return cls(**json.loads(line))
 
 
 class _WrongError(Exception):

@@ -222,7 +222,9 @@ def _activation_of(module: Any, act: Callable[[Tensor], Tensor]) -> str | None:
         if own is None:
             return None
         for name in ACTIVATIONS:
-            if _same(own, gated(gate, up, name)) and _same(act(gate), ACTIVATIONS[name](gate)):
+            if _same(own, gated(gate, up, name)) and _same(
+                _tried(act, gate), ACTIVATIONS[name](gate)
+            ):
                 return name
     return None
 

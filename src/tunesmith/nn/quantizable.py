@@ -27,13 +27,14 @@ from tunesmith.errors import ModelError
 from tunesmith.nn.checkpoint import within
 from tunesmith.nn.nf4_experts import experts_in
 
-__all__ = ["Kept", "Split", "described", "is_linear", "split", "tell"]
+__all__ = ["ENDS", "Kept", "Split", "described", "is_linear", "split", "tell"]
 
 _OUT, _IN = 6, 10
 # names of a setting that says how many experts a mixture has
 _COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _REST = ("norms, biases and the like", "they are small")
-_ENDS = ("embeddings and head", "as QLoRA leaves them")
+ENDS = "embeddings and head"
+_ENDS = (ENDS, "as QLoRA leaves them")
 _ROUTERS = ("routers", "they decide which expert a token goes to, and are small")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
