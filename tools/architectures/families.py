@@ -78,7 +78,7 @@ _MLA = {"num_key_value_heads": 4, "head_dim": 8, "qk_rope_head_dim": 8, "qk_nope
         "qk_head_dim": 16}  # fmt: skip
 _ONE_OF_EACH = {"layer_types": ["linear_attention", "full_attention"]}
 _GEMMA4 = {
-    "per_layer_config": None, "layer_types": ["sliding_attention", "full_attention"],
+    "per_layer_config": {"1": {"head_dim": 16}}, "layer_types": ["sliding_attention", "full_attention"],
     "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY,
 }  # fmt: skip
 
@@ -111,7 +111,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "deepseek_v4": {"o_groups": 2, "o_lora_rank": 8, "index_n_heads": 2, "index_head_dim": 8,
                     "index_topk": 16, "num_key_value_heads": 1, "compress_rates": {
                         "compressed_sparse_attention": 4, "heavily_compressed_attention": 8}},
-    "dots3_note": {"text_config": _DOTS3},
+    "dots3_note": {"text_config": _DOTS3, "vision_config": {"adapter_in_dim": 32}},
     "dots3_note_text": _DOTS3,
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
     "gemma3n_text": {"layer_types": ["sliding_attention", "full_attention"],
