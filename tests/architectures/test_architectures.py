@@ -15,7 +15,6 @@ SAMPLE = [
     "falcon",  # linear layers of a class of its own
     "gpt2",  # weights the other way round
     "gpt_oss",  # experts with biases, the other way round
-    "mixtral",  # experts that PEFT adapts by itself
     "qwen3_5_text",  # queries with a gate
 ]
 

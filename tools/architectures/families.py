@@ -78,12 +78,14 @@ _MLA = {"num_key_value_heads": 4, "head_dim": 8, "qk_rope_head_dim": 8, "qk_nope
         "qk_head_dim": 16}  # fmt: skip
 _ONE_OF_EACH = {"layer_types": ["linear_attention", "full_attention"]}
 _GEMMA4 = {
-    "per_layer_config": {"1": {"head_dim": 16}}, "layer_types": ["sliding_attention", "full_attention"],
+    "per_layer_config": {"1": {"head_dim": 16}},
+    "layer_types": ["sliding_attention", "full_attention"],
     "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY,
 }  # fmt: skip
 
 _DOTS3 = {"num_key_value_heads": 4, "head_dim": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
-          "per_layer_config": None, "index_topk": 16, "index_head_dim": 16, "index_n_heads": 2,
+          "per_layer_config": {"1": {"v_head_dim": 16}}, "index_topk": 16,
+          "index_head_dim": 16, "index_n_heads": 2,
           "shared_experts_intermediate_size": 32}  # fmt: skip
 _QWEN4 = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 16,
           "indexer_compress_ratio": 4, "ngram_vocab_size_base": 300, "ple_embed_dim": 32,
@@ -123,6 +125,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gemma4_text": _GEMMA4,
     "gemma4_unified": {"text_config": _GEMMA4},
     "gemma4_unified_text": _GEMMA4,
+    "glm4_moe_lite": _MLA,
     "glm_moe_dsa": {**_MLA, "index_topk": 16, "index_head_dim": 16, "index_n_heads": 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 128},
     "gptj": {"rotary_dim": 4},
@@ -165,6 +168,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
 _AUDIO = "a decoder of audio codes, not of text"
 _ASSISTANT = "drafts tokens from the hidden states of another model"
 NOT_TEXT: dict[str, str] = {
+    "git": "captions images: its own loss leaves out as many tokens as an image has",
     "gemma3n": "needs the package timm for its eyes; gemma3n_text stands for its language model",
     "gemma4_assistant": _ASSISTANT,
     "gemma4_unified_assistant": _ASSISTANT,

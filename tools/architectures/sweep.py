@@ -24,22 +24,28 @@ def in_processes(names: list[str], bases: list[str]) -> Iterator[Outcome]:
     for start in range(0, len(names), GROUP):
         left = names[start : start + GROUP]
         while left:
-            ran = subprocess.run(
+            finished: set[str] = set()
+            with subprocess.Popen(
                 [sys.executable, "-m", "tools.architectures", "--inner", *flags, *left],
                 cwd=ROOT,
                 stdout=subprocess.PIPE,
                 text=True,
-                check=False,
-            )
-            lines = [line for line in ran.stdout.splitlines() if line.startswith("{")]
-            found = [Outcome.from_json(line) for line in lines]
-            done = {name for name in left if sum(o.family == name for o in found) == len(bases)}
-            yield from (outcome for outcome in found if outcome.family in done)
-            left = [name for name in left if name not in done]
+            ) as running:
+                assert running.stdout is not None
+                found: list[Outcome] = []
+                for line in running.stdout:
+                    if not line.startswith("{"):
+                        continue  # a family's own chatter
+                    found.append(Outcome.from_json(line))
+                    if len(found) == len(bases):  # all of a family
+                        yield from found
+                        finished.add(found[0].family)
+                        found = []
+            left = [name for name in left if name not in finished]
             if left:
-                if ran.returncode == 0:
+                if running.returncode == 0:
                     raise RuntimeError(f"no outcome for {', '.join(left)}")
-                text = f"the process ended with {ran.returncode}"
+                text = f"the process ended with {running.returncode}"
                 yield from (Outcome(left[0], base, "wrong", text) for base in bases)
                 left = left[1:]
 
