@@ -137,6 +137,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "longcat_flash": {**_MLA, "zero_expert_num": 2},
     "mamba2": {"num_heads": 8, "n_groups": 1},
+    "minicpm3": _MLA,
     "ministral": {"head_dim": 8},
     "nemotron": {"num_key_value_heads": 2},
     "qwen4_exp": {"text_config": _QWEN4},
