@@ -241,3 +241,14 @@ def test_hooks_and_projections_put_in_later_are_called() -> None:
     loss_and_gradients(model)
     assert seen == ["up", "block"]
     assert block.down_proj.weight.grad is not None
+
+
+def test_a_rotary_embedding_that_is_called_with_less_is_the_files_own(own_rotary: None) -> None:
+    def own(q: Tensor, k: Any = None, cos: Any = None, sin: Any = None) -> Any:
+        turned = modeling_llama.apply_rotary_pos_emb(q, q if k is None else k, cos, sin)
+        return turned if k is not None else turned[0]
+
+    fused = fused_layers._fused_rotary(own)
+    q, cos, sin = torch.randn(1, 2, 5, 8), torch.randn(1, 5, 8), torch.randn(1, 5, 8)
+    torch.testing.assert_close(fused(q, cos=cos, sin=sin), own(q, cos=cos, sin=sin))
+    torch.testing.assert_close(fused(q, q, cos, sin), own(q, q, cos, sin))

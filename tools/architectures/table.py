@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -75,5 +76,6 @@ def _remark(each: dict[str, Outcome]) -> str:
 
 
 def _short(text: str) -> str:
-    text = " ".join(text.replace("|", "/").split())
+    # where the model lay is nobody's concern
+    text = " ".join(re.sub(r"(/[\w.-]+){2,}", "...", text.replace("|", "/")).split())
     return text if len(text) <= 240 else f"{text[:237]}..."

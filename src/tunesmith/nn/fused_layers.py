@@ -256,9 +256,13 @@ def _fuse_rotary(module: types.ModuleType) -> None:
 
 def _fused_rotary(own: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(own)
-    def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs or not _suits(q, k, cos, sin) or not _fits_rotary(q, k, cos, sin):
-            return own(q, k, cos, sin, *args, **kwargs)
+    def apply(*args: Any, **kwargs: Any) -> Any:
+        # a file may call its own with less, such as only queries, or with names
+        if kwargs or len(args) != 4 or not all(isinstance(each, Tensor) for each in args):
+            return own(*args, **kwargs)
+        q, k, cos, sin = args
+        if not _suits(q, k, cos, sin) or not _fits_rotary(q, k, cos, sin):
+            return own(q, k, cos, sin)
         # [rows, tokens, heads, head size] is how they lie in memory
         return tuple(rotary(x.transpose(1, 2), cos, sin).transpose(1, 2) for x in (q, k))
 
