@@ -60,7 +60,7 @@ def read() -> dict[tuple[str, str], str]:
     found: dict[tuple[str, str], str] = {}
     for line in PAGE.read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if len(cells) == 3 + len(BASES) and cells[2] in VERDICTS:
+        if len(cells) == 3 + len(BASES) and cells[0] and cells[2] in VERDICTS:
             family, _, *verdicts, _ = cells
             found |= {
                 (family, base): verdict for base, verdict in zip(BASES, verdicts, strict=True)
