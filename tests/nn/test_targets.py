@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from transformers import Qwen2MoeConfig as Qwen2Moe
 from tunesmith import Tuner
 from tunesmith.errors import ModelError, PlanError
 from tunesmith.nn.targets import Targets, find_targets
+from tunesmith.plugin.methods import Method
 from tunesmith.testing.tiny import tiny_llama
 
 SIZES: dict[str, Any] = {
@@ -207,3 +209,22 @@ class TestInAPlan:
         plan = str(Tuner(str(tiny_llama(tmp_path / "base"))).lora().sft(ROWS).explain())
         assert "adapts   14 layers (down_proj, gate_proj," in plan
         assert "not lm_head: the head" in plan
+
+
+def test_a_name_that_peft_would_pass_over_is_told_for_any_method() -> None:
+    """A method that hands its targets to PEFT as they are is checked all the same."""
+
+    class Plain(Method[None]):
+        def peft_config(self, model: Any) -> Any:
+            return peft.LoraConfig(target_modules=["q_proj", "v_porj"], task_type="CAUSAL_LM")
+
+    assert Plain(None).check(llama()) == ("targets: 'v_porj' matches no layer of this model",)
+
+
+def test_what_peft_refuses_is_told_before_a_weight_is_read() -> None:
+    class Refused(Method[None]):
+        def peft_config(self, model: Any) -> Any:
+            return peft.LoraConfig(target_modules=["act_fn"], task_type="CAUSAL_LM")
+
+    (problem,) = Refused(None).check(llama())
+    assert problem.startswith("PEFT refuses this model: ValueError: Target module")

@@ -9,8 +9,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, DeepseekV3Config, GPT2Config, MixtralConfig
 
 from tunesmith.errors import ModelError
 from tunesmith.nn import merging, proof, saving
@@ -390,3 +390,37 @@ class TestLogits:
         logits = [torch.randn(20, 50)]
         with pytest.raises(ModelError, match="does not compute"):
             proof.compare_logits(logits, [logits[0] * float("nan")], 1e-1)
+
+
+def test_what_a_model_computes_in_fp32_is_not_rounded(tmp_path: Path) -> None:
+    """DeepSeek's bias that decides between experts, which 16 bits would make another one."""
+    config = DeepseekV3Config(
+        vocab_size=271,
+        hidden_size=32,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+    )
+    base = saved(tmp_path / "base", config)
+    tensors = load_file(base / "model.safetensors")
+    name = next(key for key in tensors if "e_score_correction_bias" in key)
+    tensors[name] = torch.tensor([0.1234567, 0.7654321, 0.3, 0.0])
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    session = tiny_session(base, dtype=torch.bfloat16)
+    (tmp_path / "out").mkdir()
+    Merge(MergeConfig()).export(session, tmp_path / "out")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert merged[name].equal(tensors[name])
+    assert merged["model.norm.weight"].dtype == torch.bfloat16

@@ -54,7 +54,12 @@ class Merge(Exporter[MergeConfig]):
         from tunesmith.nn.checkpoint import ShardWriter
         from tunesmith.nn.merging import merging
         from tunesmith.nn.proof import Proof, row_logits
-        from tunesmith.nn.saving import checkpoint_names, not_opened, save_description
+        from tunesmith.nn.saving import (
+            checkpoint_names,
+            in_fp32,
+            not_opened,
+            save_description,
+        )
 
         model = session.model
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -62,7 +67,7 @@ class Merge(Exporter[MergeConfig]):
         rows = _rows(session) if self.config.verify else []
         expected = row_logits(model, rows)
         merged = merging(model, session.quantizer)
-        proof = Proof(merged, session.quantizer, dtype)
+        proof = Proof(merged, session.quantizer, dtype, in_fp32(base, dtype))
         writer = ShardWriter(directory, int(self.config.shard_gb * 1024**3))
         for name, weight in checkpoint_names(base, proof.weights()):
             writer.add(name, weight)

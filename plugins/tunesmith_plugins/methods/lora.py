@@ -52,11 +52,8 @@ class Lora(Method[LoraConfig]):
 
     def targets(self, model: PreTrainedModel) -> Targets:
         """Return what of a model is adapted. Errors: `ModelError` for names it does not have."""
-        from tunesmith.nn.merging import skeleton_of
         from tunesmith.nn.targets import find_targets
 
-        if model.device.type != "meta":  # names are those of the model without a quantizer
-            model = skeleton_of(model)
         config = self.config
         cannot = (
             f"dropout={config.dropout:g} needs one"

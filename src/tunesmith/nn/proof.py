@@ -22,6 +22,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import ModelError
+from tunesmith.nn.checkpoint import within
 from tunesmith.nn.merging import Adapted, Dense, Merging, dense_shell, standing_in
 
 __all__ = ["Proof", "compare_logits", "row_logits", "tolerance"]
@@ -37,10 +38,14 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
 class Proof:
     """Looks at each weight as it is written, and keeps what the opened model is compared with."""
 
-    def __init__(self, merging: Merging, dense: Dense, dtype: torch.dtype) -> None:
+    def __init__(
+        self, merging: Merging, dense: Dense, dtype: torch.dtype, in_fp32: Sequence[str] = ()
+    ) -> None:
         self.merging = merging
         self.dense = dense
         self.dtype = dtype
+        self.in_fp32 = in_fp32
+        """Names of modules that the model computes in fp32 whatever its dtype."""
         self.digests: dict[str, str] = {}
 
     def weights(self) -> Mapping[str, Callable[[], torch.Tensor]]:
@@ -52,11 +57,16 @@ class Proof:
             value = make()
             if name in self.merging.adapted:
                 check_weight(name, self.merging.adapted[name], value, self.dense)
-            saved = value.to(self.dtype) if value.is_floating_point() else value
+            saved = self._saved(name, value)
             self.digests[name] = _digest(saved)
             return saved
 
         return looked_at
+
+    def _saved(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        if not value.is_floating_point():
+            return value
+        return value.to(torch.float32 if _within_any(name, self.in_fp32) else self.dtype)
 
     def compare_weights(self, opened: Any) -> None:
         """Compare every weight of the model that was opened with what was to be written.
@@ -72,8 +82,7 @@ class Proof:
             if source not in self.digests:
                 wrong.append(f"{name} (was not written)")
                 continue
-            saved = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
-            if _digest(saved) != self.digests[source]:
+            if _digest(self._saved(source, tensor)) != self.digests[source]:
                 wrong.append(name)
         wrong += [f"{name} (is not there)" for name in self.digests if name not in state]
         if wrong:
@@ -179,6 +188,10 @@ def _evaluated(module: nn.Module) -> Iterator[None]:
     finally:
         for each, mode in modes:
             each.training = mode
+
+
+def _within_any(name: str, modules: Sequence[str]) -> bool:
+    return any(within(name, module) for module in modules)
 
 
 def _digest(tensor: torch.Tensor) -> str:

@@ -30,6 +30,7 @@ from tunesmith.nn.checkpoint import SHARD_BYTES, ShardWriter
 __all__ = [
     "Weights",
     "checkpoint_names",
+    "in_fp32",
     "not_opened",
     "plain_weights",
     "save_description",
@@ -142,6 +143,17 @@ def save_description(
             f"the weights are whole, in {directory}; not written beside them: {reasons}; copy "
             f"what is missing from {source} to use them"
         ) from failed[0][1]
+
+
+def in_fp32(model: Any, dtype: torch.dtype) -> tuple[str, ...]:
+    """Return the names of modules that transformers loads in fp32 when it loads in `dtype`.
+
+    Rounded to 16 bits they would be other weights: such as what decides between experts.
+    """
+    names = list(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        names += getattr(model, "_keep_in_fp32_modules", None) or ()
+    return tuple(names)
 
 
 def plain_weights(model: Any) -> dict[str, Callable[[], torch.Tensor]]:

@@ -69,9 +69,16 @@ def find_targets(
     `wanted` is "all-linear", one name, a regular expression that whole names match, or several
     names; a name is the end of a module's or a parameter's full name, from a dot on. `experts`
     says whether "all-linear" takes stacked experts in; `stackable`, if not empty, why the method
-    cannot adapt them. Errors: `ModelError` for a name that matches nothing, with near ones, or
-    something that cannot be adapted.
+    cannot adapt them. A model in memory is looked at as it is without quantizer and adapters.
+    Errors: `ModelError` for a name that matches nothing, with near ones, or something that cannot
+    be adapted.
     """
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    if model.device.type != "meta":
+        from tunesmith.nn.merging import skeleton_of
+
+        model = skeleton_of(model)
     if wanted == ALL_LINEAR:
         found = _all_linear(model, experts, stackable)
     else:

@@ -39,12 +39,14 @@ class Method(ABC, Generic[C]):
         from tunesmith.errors import TunesmithError
 
         try:
-            self.wrap(model).unload()
+            wrapped = self.wrap(model)
+            unmatched = _unmatched(wrapped)
+            wrapped.unload()
         except TunesmithError as error:
             return tuple(str(error).splitlines())
         except Exception as error:
             return (f"PEFT refuses this model: {type(error).__name__}: {error}",)
-        return ()
+        return tuple(f"targets: '{name}' matches no layer of this model" for name in unmatched)
 
     def describe(self, model: PreTrainedModel) -> str:
         """Return in a line what of a model is adapted and what is not; "" says nothing.
@@ -73,3 +75,21 @@ class Method(ABC, Generic[C]):
         """Write the adapter in PEFT's own format, which stock PEFT opens."""
         # PEFT adds a whole embedding where one is adapted, which is the base's and would replace it
         model.save_pretrained(directory, save_embedding_layers=False)
+
+
+def _unmatched(model: Any) -> list[str]:
+    """Return the names among a method's targets that PEFT has silently found nothing for."""
+    found = [
+        *getattr(model.base_model, "targeted_module_names", ()),
+        *getattr(model.base_model, "targeted_parameter_names", ()),
+    ]
+    wanted: set[str] = set()
+    for config in model.peft_config.values():
+        for names in ("target_modules", "target_parameters"):
+            given = getattr(config, names, None)
+            wanted.update(given if isinstance(given, (list, set, tuple)) else ())
+    return sorted(
+        name
+        for name in wanted
+        if not any(each == name or each.endswith(f".{name}") for each in found)
+    )

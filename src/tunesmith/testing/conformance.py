@@ -411,20 +411,26 @@ class MethodConformance(PluginConformance):
         self, instance: Any, base: Any, tmp_path: Path
     ) -> None:
         """The same values, and the same parameters trainable as when it was fresh."""
+        from tunesmith.nn.adapters import check_loaded
+
         expected = self.saved(instance, base, tmp_path / "adapter")
         loaded = instance.load(base(), tmp_path / "adapter")
         self.assert_equal(_logits(loaded), expected)
+        check_loaded(loaded, tmp_path / "adapter")
         fresh = set(_trainable(instance.wrap(base())))
         assert set(_trainable(loaded)) == fresh, "load trains other parameters than wrap"
 
     def saved(self, instance: Any, base: Any, directory: Path) -> Any:
         """Save an adapter that says something and return the logits it gives."""
+        from tunesmith.nn.adapters import check_saved
+
         model = instance.wrap(base())
         _shake(model)
         logits = _logits(model)
         distance = float((logits - _logits(base())).abs().max())
         assert distance > 10 * self.tolerance, "the adapter has no effect on the model's output"
         instance.save(model, directory)
+        check_saved(model, directory)
         return logits
 
     def assert_equal(self, ours: Any, theirs: Any) -> None:

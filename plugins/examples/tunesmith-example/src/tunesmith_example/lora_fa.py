@@ -43,16 +43,18 @@ class LoraFA(Method[LoraFAConfig]):
         import peft
 
         from tunesmith.nn import lora_linear
+        from tunesmith.nn.targets import find_targets
 
         config = self.config
-        targets = config.targets
+        targets = find_targets(model, config.targets, experts=False)
         # registered, its layers are the fused ones, whatever the quantizer
         return lora_linear.register(
             peft.LoraConfig(
                 r=config.r,
                 lora_alpha=2 * config.r if config.alpha is None else config.alpha,
                 lora_dropout=config.dropout,
-                target_modules=targets if isinstance(targets, str) else list(targets),
+                target_modules=list(targets.modules),
+                target_parameters=list(targets.parameters) or None,
                 task_type="CAUSAL_LM",
             )
         )
