@@ -196,10 +196,11 @@ class TestStackedExperts:
 class TestInAPlan:
     @pytest.mark.parametrize("targets", [("q_proj", "v_porj"), ("c_attn",), "self_attn"])
     def test_names_that_do_not_fit_are_found_before_a_weight_is_read(
-        self, tmp_path: Path, targets: Any
+        self, tmp_path: Path, targets: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         base = tiny_llama(tmp_path / "base")
-        (base / "model.safetensors").write_bytes(b"not read")
+        # whoever loads the weights fails
+        monkeypatch.setattr("tunesmith.nn.pretrained.load_causal_lm", None)
         tuner = Tuner(str(base)).lora(targets=targets).sft(ROWS)
         with pytest.raises(PlanError, match=r"step 1 \(lora\): targets: "):
             tuner.run(tmp_path / "run", progress=False)
