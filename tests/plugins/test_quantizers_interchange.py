@@ -522,7 +522,7 @@ def test_a_config_that_promises_4_bits_over_plain_weights_is_refused(
 ) -> None:
     directory = shutil.copytree(base, tmp_path / "model")
     shutil.copy(theirs / "nf4" / "config.json", directory / "config.json")
-    with pytest.raises(ModelError, match="says that this model is stored in 4 bits, and no weight"):
+    with pytest.raises(ModelError, match="says that it is stored in 4 bits, and no weight"):
         NF4(NF4Config()).load(directory, dtype=torch.float32, device=CPU)
 
 

@@ -52,23 +52,25 @@ def examine(
     *,
     chat_template: str | None,
     uses: Iterable[Use],
-    stored: bool,
+    stored: Mapping[str, Any] | None,
     weights: bool = True,
 ) -> ModelFindings:
     """Look at a model directory: config, weights' headers, tokenizer, and how they fit.
 
-    `stored` says that the weights are stored quantized, so their shapes are not the config's;
-    `weights=False` that they are not here yet. Nothing is raised.
+    `stored` says how the weights are stored quantized, if they are: then their shapes are not the
+    config's. `weights=False` says that they are not here yet. Nothing is raised.
     """
     found = ModelFindings()
     used = list(uses)
     try:
         found.config = pretrained.load_config(directory)
         _check_kind(directory, found.config)
-        if weights:
+        if weights and stored is not None:
+            pretrained.check_stored_weights(directory, stored)
+        elif weights:
             check_weight_files(directory)
         found.skeleton = pretrained.skeleton(
-            directory, found.config, compare=weights and not stored
+            directory, found.config, compare=weights and stored is None
         )
         _check_one_way(directory, found.skeleton)
     except ModelError as error:

@@ -341,7 +341,7 @@ def _with_model(
                 for step in steps
                 if step.step.verb in WITH_DATA
             ],
-            stored=stored is not None,
+            stored=stored,
             weights=here,
         )
         problems += found.problems

@@ -170,7 +170,9 @@ class _NF4Loader(HfQuantizer):  # type: ignore[misc]
             for name, layer in layers.items()
             for own in (("weight",) if isinstance(layer, NF4Linear) else layer.stacks)
         }
-        if left := sorted(self.targets.keys() - held):
+        left = sorted(self.targets.keys() - held)
+        # a stored weight may come by another name than the layer that it is renamed to
+        if left and not (self.pre_quantized and len(held) >= len(self.targets)):
             left = [name.removesuffix(".weight") for name in left]
             more = f" and {len(left) - 1} more layers" if len(left) > 1 else ""
             if self.pre_quantized:

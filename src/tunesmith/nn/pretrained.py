@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import ModelError
+from tunesmith.nn.checkpoint import stored_quantization
 from tunesmith.nn.reading import AGAIN, TOKENIZER_BYTES, model_errors, read_object, reason
 from tunesmith.nn.weight_files import check_weight_files, headers
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_keys",
+    "check_stored_weights",
     "code_is_trusted",
     "config_of",
     "load_causal_lm",
@@ -252,7 +254,12 @@ def load_causal_lm(
         options["config"] = load_config(directory)
     config = options["config"]
     what = f"model {directory}"
-    check_weight_files(directory)
+    stored = stored_quantization(directory)
+    if stored is None:
+        # some quantizers take a weight of any shape, and transformers one of any type
+        skeleton(directory, config)
+    else:
+        check_stored_weights(directory, stored)
     generation, _ = load_generation_config(directory)
     with (
         model_errors(
@@ -326,6 +333,19 @@ def skeleton(directory: Path, config: PreTrainedConfig, *, compare: bool = True)
             "says nothing of a quantization; take it from its source again"
         )
     return model
+
+
+def check_stored_weights(directory: Path, stored: Mapping[str, Any]) -> None:
+    """Raise `ModelError` if what is said to be quantized by bitsandbytes is plain weights."""
+    method = stored.get("quant_method") or "bitsandbytes"
+    if method == "bitsandbytes" and all(map(_is_float, headers(directory).values())):
+        bits = 8 if stored.get("load_in_8bit") else 4
+        raise ModelError(
+            f"model {directory}: config.json says that it is stored in {bits} bits, and no weight "
+            "in its safetensors files is; take quantization_config out of it, or take the model "
+            "from its source again"
+        )
+    check_weight_files(directory)
 
 
 def _is_float(tensor: torch.Tensor) -> bool:

@@ -36,6 +36,11 @@ class Quantizer(Generic[C]):
 
     def load(self, directory: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
         """Return the causal LM in a Hugging Face directory, computing in `dtype` on `device`."""
+        from tunesmith.nn.checkpoint import stored_quantization
+
+        stored = stored_quantization(directory)
+        if stored is not None:
+            self.check_stored(stored, directory)
         return self.from_pretrained(directory, dtype=dtype, device=device)
 
     def check_stored(self, stored: Mapping[str, Any], directory: Path | None) -> str:
