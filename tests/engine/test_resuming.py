@@ -25,10 +25,11 @@ KINDS = {
     },
     "early stopping by steps": {
         "max_steps": 9,
-        "learning_rate": 0.3,
+        "learning_rate": 0.1,
+        "scheduler": "constant",
         "eval_split": 3,
         "early_stopping": 2,
-        "eval_steps": 2,
+        "eval_steps": 1,
     },
     "evaluated each epoch": {"epochs": 2, "eval_split": 2, "batch_size": 4},
     "packing": {"epochs": 3, "packing": True, "max_length": 64},

@@ -67,8 +67,8 @@ def draft_of(path: Path) -> Path:
 def write_text(path: Path, text: str) -> None:
     """Write a file that is there as it was, or whole."""
     draft = draft_of(path)
-    draft.unlink(missing_ok=True)
     with told(path):
+        draft.unlink(missing_ok=True)
         try:
             with created(draft) as stream:
                 stream.write(text.encode())
@@ -219,8 +219,7 @@ def told(
         raise
     except Exception as error:
         number = error_number(error)
-        named = getattr(error, "filename", None)
-        where = Path(os.fsdecode(named)) if isinstance(named, (str, bytes)) else path
+        where = _place(error) or path
         if any(map(DRAFT.fullmatch, where.parts)):
             where = path  # the name that it would have got
         if number not in ADVICE or (
@@ -246,6 +245,15 @@ def error_number(error: BaseException) -> int | None:
             return int(found[1])
         seen = seen.__cause__
     return None
+
+
+def _place(error: BaseException) -> Path | None:
+    """Return the path that an error names, also of a library that has it in its text only."""
+    named = getattr(error, "filename", None)
+    if isinstance(named, (str, bytes)):
+        return Path(os.fsdecode(named))
+    found = re.search(r'at path "([^"]+)"', str(error))
+    return Path(found[1]) if found else None
 
 
 def _and(text: str) -> str:
