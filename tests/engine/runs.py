@@ -23,6 +23,8 @@ CLOCKED = {
     "eval_runtime",
     "eval_samples_per_second",
     "eval_steps_per_second",
+    "train_runtime",
+    "train_tokens_per_second",
     "sha256",
 }
 """What no two runs have in common."""
@@ -37,6 +39,12 @@ def made(directory: Path) -> dict[str, Any]:
             continue
         if file.name == "stage.json":
             found[name] = _without_clocks(json.loads(file.read_text()))
+        elif file.name == "trainer_state.json":
+            state = json.loads(file.read_text())
+            state["log_history"] = [_without_clocks(row) for row in state["log_history"]]
+            found[name] = state
+        elif file.name == "checkpoint.json":  # it has the hash of the file with the clocks
+            found[name] = sorted(json.loads(file.read_text())["files"])
         elif file.name == "log.jsonl":
             found[name] = [
                 _without_clocks(json.loads(row)) for row in file.read_text().split("\n") if row

@@ -69,7 +69,8 @@ int happens(const char* operation, const std::string& path, bool removes = false
   // a full disk lets files be removed, and one that is read-only nothing at all
   if (counted < at || (removes && number != EROFS && number != EACCES)) return 0;
   // what is open may be written to on, whatever the permissions have become
-  bool open_already = strcmp(operation, "write") == 0 || strcmp(operation, "fsync") == 0;
+  bool open_already = strcmp(operation, "write") == 0 || strcmp(operation, "fsync") == 0 ||
+                      strcmp(operation, "truncate") == 0;
   if (open_already && number == EACCES) return 0;
   if (number == EFBIG && strcmp(operation, "write") != 0) return 0;
   return number;
