@@ -195,12 +195,9 @@ HEAD_CASES: dict[str, Damage] = {
 CASES = {**STAGE_CASES, **HEAD_CASES}
 SAMPLE = {
     "stage.json cut short",
-    "stage.json gone",
     "name a path",
     "weights flipped",
-    "weights replaced",
     "the stage a link",
-    "lock.json a list",
     "recipe.yaml a directory",
 }
 
@@ -274,7 +271,7 @@ def test_a_report_is_written_of_any_directory_that_lets_it(damaged):
     indirect=True,
 )
 def test_running_in_a_damaged_directory_mends_it_or_says_what_to_do(damaged, recipe, finished):
-    before = {path: path.read_bytes() for path in damaged.parent.rglob("*.safetensors")}
+    before = weights_in(damaged.parent)
     events: list = []
     refused = ""
     try:
@@ -294,5 +291,10 @@ def test_running_in_a_damaged_directory_mends_it_or_says_what_to_do(damaged, rec
         assert (damaged / ADAPTER / "adapter_model.safetensors").read_bytes() == one.read_bytes()
         RunResult.open(damaged)
     # whatever was there is there still, here or aside
-    left = [path.read_bytes() for path in damaged.parent.rglob("*.safetensors")]
-    assert all(data in left for data in before.values())
+    left = weights_in(damaged.parent)
+    assert all(data in left for data in before)
+
+
+def weights_in(directory: Path) -> list[bytes]:
+    files = [path for path in directory.rglob("*.safetensors") if path.is_file()]
+    return [path.read_bytes() for path in files]

@@ -52,7 +52,7 @@ PAIRS = {
     "dpo, logged every second step": {"epochs": 2, "logging_steps": 2, "batch_size": 4},
     "dpo, evaluated": {"epochs": 2, "eval_split": 2, "batch_size": 4},
 }
-SAMPLE = {"constant, one step left over", "dropout, accumulation", "early stopping"}
+SAMPLE = {"constant, one step left over", "dropout, accumulation", "early stopping by steps"}
 
 
 def recipe_of(kind: str, model: Path, rows: Path, pairs: Path):
