@@ -233,7 +233,8 @@ EVIL = "<script>alert('x')</script>\"onload=\"x&amp;"
 
 def test_text_from_anywhere_is_escaped(run):
     names = f'data: "{EVIL[:8]}"'
-    write(run / "recipe.yaml", json.dumps({"model": EVIL, "steps": [{"train": EVIL}]}))
+    steps = [{"train": "sft", "data": EVIL}]
+    write(run / "recipe.yaml", json.dumps({"model": EVIL, "steps": steps}))
     write(run / "lock.json", {EVIL: {EVIL: EVIL}})
     write(run / "stages/02-sft/dropped.jsonl", [{"where": EVIL, "reason": EVIL}])
     record = stage(EVIL, EVIL, EVIL, 1, {EVIL: EVIL}, **{EVIL: [EVIL]})
