@@ -119,9 +119,16 @@ def model_in(directory: Path, family: str) -> int:
     return rates
 
 
-def dpo_trainer(directory: Path, *, adapter: bool = True, dropout: float = RATE, **options: Any):
+def dpo_trainer(
+    directory: Path,
+    *,
+    adapter: bool = True,
+    dropout: float = RATE,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+):
     method = Lora(LoraConfig(r=2, dropout=dropout, experts=False)) if adapter else None
-    session = tiny_session(directory, method=method)
+    session = tiny_session(directory, method=method, dtype=dtype)
     session.trains = True
     settings = {
         "batch_size": 2,
@@ -176,6 +183,17 @@ def test_the_loss_of_the_first_step_is_ln_2(family, checkpointing, tmp_path):
     assert first["grad_norm"] > 0
     assert second["loss"] != pytest.approx(math.log(2), abs=1e-6)
     assert any(not torch.equal(*pair) for pair in zip(before, weights, strict=True))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_reference_of_mixed_precision_is_taken_in_mixed_precision(checkpointing, tmp_path):
+    options = {"adapter": False, "dtype": torch.bfloat16, "gradient_checkpointing": checkpointing}
+    trainer = dpo_trainer(tmp_path, learning_rate=1e-3, **options)
+    assert trainer.accelerator.mixed_precision == "bf16"
+    trainer.train()
+    first, second = [row for row in trainer.state.log_history if "loss" in row]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-3)
+    assert second["loss"] < first["loss"]
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])

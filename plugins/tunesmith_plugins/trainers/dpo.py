@@ -174,7 +174,8 @@ def _trainer_class() -> Any:
                 for start in range(0, len(ordered), size):
                     batch_pairs = ordered[start : start + size]
                     batch = self._prepare_inputs(self.data_collator(batch_pairs))
-                    with self.compute_loss_context_manager():
+                    # in mixed precision the trainer wraps the model once it trains, and not before
+                    with self.accelerator.autocast():
                         logps, _ = self._logps(model, batch)
                     chosen, rejected = logps.cpu().chunk(2)
                     for pair, good, bad in zip(batch_pairs, chosen, rejected, strict=True):
@@ -236,9 +237,8 @@ def _trainer_class() -> Any:
             off = (logps - reference).abs()
             # sums over tokens whose errors of rounding have nothing to do with each other; a 16-bit
             # model is off by some hundredths a token where rows are batched or padded otherwise
-            exact = self.model.dtype == torch.float32 and not torch.is_autocast_enabled(
-                logps.device.type
-            )
+            mixed = self.accelerator.mixed_precision != "no"
+            exact = self.model.dtype == torch.float32 and not mixed
             each, share = (1e-3, 1e-4) if exact else (0.15, 5e-3)
             allowed = each * counts.to(off).sqrt() + share * reference.abs()
             # not the other way round: what is no number is told where the loss is looked at
