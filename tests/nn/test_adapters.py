@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from tools.architectures.families import make_model
 from tunesmith.errors import ModelError
-from tunesmith.nn.adapters import check_loaded, check_saved
+from tunesmith.nn.adapters import check_loaded, check_saved, open_adapter
 from tunesmith.plugin.methods import Method
 from tunesmith.testing.conformance import _shake
 from tunesmith.testing.tiny import tiny_llama, tiny_session
@@ -67,6 +68,18 @@ def test_whatever_is_trained_goes_through_a_file_and_is_counted(
     model.save_pretrained(tmp_path / "adapter")
     check_saved(model, tmp_path / "adapter")
     check_loaded(loaded(base, tmp_path / "adapter"), tmp_path / "adapter")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_names_that_are_right_already_are_not_changed_as_those_of_old_checkpoints(
+    tmp_path: Path,
+) -> None:
+    """For transformers' pattern `mlp.shared_expert.` ends in any character, in PEFT as well."""
+    make_model("laguna", tmp_path / "base")
+    experts = ["shared_experts.gate_proj", "shared_experts.down_proj"]
+    adapted(tmp_path / "base", target_modules=experts).save_pretrained(tmp_path / "adapter")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    check_loaded(open_adapter(model, tmp_path / "adapter"), tmp_path / "adapter")
 
 
 class TestLoading:

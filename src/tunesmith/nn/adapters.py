@@ -12,13 +12,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
+from transformers import PreTrainedModel
 
 from tunesmith.errors import ModelError
 from tunesmith.nn.merging import adapter_tensors
 
-__all__ = ["check_loaded", "check_saved"]
+__all__ = ["check_loaded", "check_saved", "open_adapter"]
+
+
+def open_adapter(
+    model: PreTrainedModel, directory: Path, config: PeftConfig | None = None
+) -> PeftModel:
+    """Return the model with the adapter saved in `directory`, ready to be trained on.
+
+    `config` is used in place of the one in the directory. An adapter with the model's own names is
+    loaded under them: PEFT changes names as transformers does those of old checkpoints, and some of
+    its patterns (Laguna's `mlp.shared_expert.`) meet names that are right already.
+    """
+    wrapped: PeftModel = PeftModel.from_pretrained(
+        model, directory, is_trainable=True, config=config, local_files_only=True
+    )
+    path = directory / SAFETENSORS_WEIGHTS_NAME
+    if path.is_file():
+        held = adapter_tensors(wrapped)
+        with safe_open(path, framework="pt") as file, torch.no_grad():
+            if set(file.keys()) == set(held):
+                for name, tensor in held.items():
+                    stored = file.get_tensor(name)
+                    if tensor.shape == stored.shape and not _same(tensor, stored):
+                        tensor.copy_(stored)
+    return wrapped
 
 
 def check_saved(model: Any, directory: Path) -> None:

@@ -20,9 +20,11 @@ from peft import LoraConfig, PeftModel
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from tunesmith.errors import ModelError, OpError
 from tunesmith.nn import lora_experts
+from tunesmith.nn.adapters import open_adapter
 from tunesmith.nn.nf4_experts import NF4Experts
 from tunesmith.nn.nf4_linear import NF4Linear, autocast, frozen_arguments
 from tunesmith.ops import frozen_linear, quantize_4bit
@@ -51,15 +53,10 @@ def register(config: LoraConfig) -> LoraConfig:
     return config
 
 
-def load(model: nn.Module, directory: Path) -> PeftModel:
+def load(model: PreTrainedModel, directory: Path) -> PeftModel:
     """Return the model with the LoRA adapter saved in `directory`, ready to be trained on."""
-    return PeftModel.from_pretrained(
-        model,
-        directory,
-        is_trainable=True,
-        config=register(LoraConfig.from_pretrained(directory, local_files_only=True)),
-        local_files_only=True,
-    )
+    config = register(LoraConfig.from_pretrained(directory, local_files_only=True))
+    return open_adapter(model, directory, config)
 
 
 class LoraLinear(lora.Linear):  # type: ignore[misc]

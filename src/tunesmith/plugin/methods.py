@@ -64,12 +64,9 @@ class Method(ABC, Generic[C]):
 
     def load(self, model: PreTrainedModel, directory: Path) -> PeftModel:
         """Return the model with the adapter saved in `directory`, ready to be trained on."""
-        from peft import PeftModel
+        from tunesmith.nn.adapters import open_adapter
 
-        wrapped: PeftModel = PeftModel.from_pretrained(
-            model, directory, is_trainable=True, local_files_only=True
-        )
-        return wrapped
+        return open_adapter(model, directory)
 
     def save(self, model: Any, directory: Path) -> None:
         """Write the adapter in PEFT's own format, which stock PEFT opens."""
