@@ -161,6 +161,26 @@ def test_what_is_no_causal_model_is_told_so(tmp_path, config, said):
     assert any(said in problem for problem in problems)
 
 
+@pytest.mark.parametrize(
+    ("family", "said"),
+    [
+        ("cpmant", "an encoder: each token sees those after it"),
+        ("gemma4_unified_assistant", "drafts tokens from the hidden states of another one"),
+        ("git", "captions images"),
+        ("musicgen", "a decoder of audio codes"),
+        ("musicgen_melody", "a decoder of audio codes"),
+        ("prophetnet", "computes a token otherwise where rows of its batch are longer"),
+        ("reformer", "trained on rows of one length alone"),
+        ("xlnet", "an encoder: each token sees those after it"),
+    ],
+)
+def test_what_opens_as_a_language_model_and_is_none_is_told_so(model, family, said):
+    config = transformers.AutoConfig.for_model(family)
+    (model / "config.json").write_text(json.dumps({**config.to_diff_dict(), "model_type": family}))
+    problems = plan_of(model).problems
+    assert any(f"is a {family}, " in problem and said in problem for problem in problems)
+
+
 def test_a_decoder_whose_config_says_nothing_of_decoding_is_taken(tmp_path):
     config = transformers.GPTNeoXConfig(**SMALL, intermediate_size=32)
     assert plan_of(saved(tmp_path / "model", config)).problems == ()

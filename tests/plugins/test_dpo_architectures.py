@@ -62,7 +62,6 @@ FAMILIES = [
     "deepseek_v3",
     "jamba",
     "openai-gpt",
-    "xlnet",
     "roberta",
     "bert",
     "electra",
@@ -73,7 +72,7 @@ FAMILIES = [
     "dbrx",
 ]
 SAMPLE = {"opt"}
-NEVER_RECOMPUTED = {"jetmoe", "openai-gpt", "xlnet"}
+NEVER_RECOMPUTED = {"jetmoe", "openai-gpt"}
 """Families that do not support gradient checkpointing, and say so."""
 RATE = 0.3
 

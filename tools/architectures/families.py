@@ -169,7 +169,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
 _AUDIO = "a decoder of audio codes, not of text"
 _ASSISTANT = "drafts tokens from the hidden states of another model"
 NOT_TEXT: dict[str, str] = {
-    "git": "captions images: its own loss leaves out as many tokens as an image has",
     "gemma3n": "needs the package timm for its eyes; gemma3n_text stands for its language model",
     "gemma4_assistant": _ASSISTANT,
     "gemma4_unified_assistant": _ASSISTANT,

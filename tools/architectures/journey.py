@@ -75,7 +75,7 @@ def travel(family: str, base: str, model: Path, work: Path) -> Outcome:
 
     shutil.rmtree(work, ignore_errors=True)
     try:
-        _travel(base, model, work)
+        remark = _travel(base, model, work)
     except PlanError as error:
         return Outcome(family, base, "refused", "; ".join(error.problems))
     except _WrongError as wrong:
@@ -87,10 +87,11 @@ def travel(family: str, base: str, model: Path, work: Path) -> Outcome:
         return Outcome(family, base, "wrong", " ".join(text.split()))
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return Outcome(family, base, "right")
+    return Outcome(family, base, "right", remark)
 
 
-def _travel(base: str, model: Path, work: Path) -> None:
+def _travel(base: str, model: Path, work: Path) -> str:
+    """Raise for what does not hold; return what could not be asked."""
     tuner = _tuner(base, model)
     sft = tuner.sft(CONVERSATIONS, save_steps=1, **TRAINING)
     whole = (
@@ -111,7 +112,7 @@ def _travel(base: str, model: Path, work: Path) -> None:
     if result.model_path is None:
         raise _WrongError("there is no merged model")
     _check_resuming(sft, result.adapters["sft"], work / "again")
-    _check_reloading(result.model_path, merged, values["sft"]["loss_first"])
+    return _check_reloading(result.model_path, merged, values["sft"]["loss_first"])
 
 
 def _tuner(base: str, model: Path) -> Any:
@@ -145,8 +146,11 @@ def _check_resuming(tuner: Any, expected: Path, work: Path) -> None:
         raise _WrongError("a training that was interrupted and resumed ends in another adapter")
 
 
-def _check_reloading(merged: Path, loss: float, before: float) -> None:
-    """Open the merged model as stock transformers does; decode by us and by it."""
+def _check_reloading(merged: Path, loss: float, before: float) -> str:
+    """Open the merged model as stock transformers does; decode by us and by it.
+
+    Returns why it could not be decoded, if stock transformers cannot do so on its own.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -171,11 +175,15 @@ def _check_reloading(merged: Path, loss: float, before: float) -> None:
         "eos_token_id": tokenizer.eos_token_id,
     }
     with torch.no_grad():
-        theirs = model.generate(**given)
+        try:
+            theirs = model.generate(**given)
+        except Exception as error:  # in transformers' own code for this family
+            return f"stock transformers does not generate: {type(error).__name__}: {error}"
         fused_layers.use(model)
         ours = decoder.generate(model, **given)
     if ours.tolist() != theirs.tolist():
         raise _WrongError(f"greedy decoding gives {ours.tolist()}, transformers {theirs.tolist()}")
+    return ""
 
 
 def as_json(outcome: Outcome) -> str:

@@ -60,12 +60,14 @@ def loss_of_model(
 ) -> tuple[Headless | None, OwnLoss]:
     """Return the model in two parts, or None where the loss is not taken so, and its own loss.
 
-    Which it is, and why, is logged.
+    Which it is, and why, is logged. Raises ModelError for a model whose tokens see later ones.
     """
+    from tunesmith.nn.causality import check_causal
     from tunesmith.nn.head_logps import split_head
     from tunesmith.nn.own_loss import own_loss
 
     log = logging.getLogger("tunesmith")
+    check_causal(session.model)
     own = own_loss(session.model)
     if not config.chunked_loss:
         found: Headless | str = "chunked_loss is off"

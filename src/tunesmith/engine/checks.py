@@ -94,7 +94,32 @@ def examine(
     return found
 
 
+_SEES_AHEAD = (
+    "an encoder: each token sees those after it, and predicting them teaches nothing; take a "
+    "causal language model"
+)
+_NO_TEXT = "a decoder of audio codes; take a model of text"
+_DRAFTS = "a model that drafts tokens from the hidden states of another one; train that other one"
+_UNFIT: Mapping[str, str] = {
+    "cpmant": _SEES_AHEAD,
+    "gemma4_assistant": _DRAFTS,
+    "gemma4_unified_assistant": _DRAFTS,
+    "git": "a model that captions images, and its loss leaves out as many tokens as an image has; "
+    "take a model of text",
+    "musicgen": _NO_TEXT,
+    "musicgen_melody": _NO_TEXT,
+    "prophetnet": "a decoder that computes a token otherwise where rows of its batch are longer; "
+    "take a model whose rows stand alone",
+    "reformer": "trained on rows of one length alone, the product of its axial_pos_shape; take a "
+    "model that takes rows of any length",
+    "xlnet": _SEES_AHEAD,
+}
+"""Families that transformers opens as causal language models and that none can be trained as."""
+
+
 def _check_kind(directory: Path, config: Any) -> None:
+    if unfit := _UNFIT.get(config.model_type):
+        raise ModelError(f"model {directory}: is a {config.model_type}, {unfit}")
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(
             f"model {directory}: is a {config.model_type}, an encoder-decoder; a causal language "
@@ -112,12 +137,8 @@ def _check_one_way(directory: Path, model: Any) -> None:
     """Raise `ModelError` for a model whose tokens see what comes after them, as in an encoder."""
     config = model.config
     encoder = getattr(config, "is_decoder", None) is False and "is_decoder=True" in _source(model)
-    two_ways = getattr(config, "causal", None) is False or config.model_type == "xlnet"
-    if encoder or two_ways:
-        raise ModelError(
-            f"model {directory}: is a {config.model_type}, an encoder: each token sees those after "
-            "it, and predicting them teaches nothing; take a causal language model"
-        )
+    if encoder or getattr(config, "causal", None) is False:
+        raise ModelError(f"model {directory}: is a {config.model_type}, {_SEES_AHEAD}")
 
 
 def _source(model: Any) -> str:

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from tunesmith.data.render import IGNORE_INDEX
 from tunesmith.errors import OpError
-from tunesmith.nn.own_loss import OwnLoss, own_loss
+from tunesmith.nn.own_loss import OwnLoss, as_in_training, own_loss
 from tunesmith.ops.elementwise import logps_
 from tunesmith.ops.native import pooled_empty
 
@@ -160,25 +160,17 @@ def split_head(model: Any, own: OwnLoss | None = None) -> Headless | str:
 def _difference(model: Any, headless: Headless) -> float:
     """Return how far the logits of both ways are apart on a few tokens; 0 if they are the same.
 
-    Both passes are as in training, with the same random numbers: some layers change their weights
-    when they are first used in eval mode.
+    Both passes are as in training, with the same random numbers.
     """
     weight = headless.head.weight
     tokens = (
         torch.arange(1, 9, device=weight.device).mul(7919).remainder(len(weight))[None]
     )  # [1, 8]
-    modes = [(module, module.training) for module in model.modules()]
-    model.train()
-    devices = [weight.device] if weight.device.type == "cuda" else []
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices):
-            torch.manual_seed(0)
-            logits = model(input_ids=tokens, use_cache=False).logits
-            torch.manual_seed(0)
-            ours = headless.head(headless.body(input_ids=tokens, use_cache=False)[0])
-    finally:
-        for module, training in modes:
-            module.training = training
+    with as_in_training(model):
+        torch.manual_seed(0)
+        logits = model(input_ids=tokens, use_cache=False).logits
+        torch.manual_seed(0)
+        ours = headless.head(headless.body(input_ids=tokens, use_cache=False)[0])
     if logits.shape != ours.shape:
         return float("inf")
     off = (logits.float() - ours.float()).abs().max()

@@ -8,6 +8,8 @@ against its own place, since its labels were once shifted by the one who called 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import attrs
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from tunesmith.data.render import IGNORE_INDEX
 
-__all__ = ["OwnLoss", "mean_nll", "own_loss", "trial_batch"]
+__all__ = ["OwnLoss", "as_in_training", "mean_nll", "own_loss", "trial_batch"]
 
 
 @attrs.frozen
@@ -48,19 +50,14 @@ def own_loss(model: Any) -> OwnLoss:
     """
     inputs, labels = trial_batch(model)
     others = torch.where(labels == IGNORE_INDEX, labels, labels.flip(0).clamp_min(0))
-    modes = [(module, module.training) for module in model.modules()]
-    model.train()
     try:
-        with torch.no_grad(), torch.random.fork_rng([d for d in _devices(labels) if d]):
+        with as_in_training(model):
             answers = []
             for asked in (labels, others):
                 torch.manual_seed(0)
                 answers.append(model(**inputs, labels=asked, use_cache=False))
     except TypeError:  # its forward takes no labels
         return NONE
-    finally:
-        for module, training in modes:
-            module.training = training
     if any(getattr(answer, "loss", None) is None for answer in answers):
         return NONE
     if any(getattr(answer, "logits", None) is None for answer in answers):
@@ -114,5 +111,19 @@ def trial_batch(model: Any) -> tuple[dict[str, Tensor], Tensor]:
     return {"input_ids": ids, "attention_mask": mask}, labels
 
 
-def _devices(tensor: Tensor) -> list[Any]:
-    return [tensor.device] if tensor.device.type == "cuda" else []
+@contextmanager
+def as_in_training(model: Any) -> Iterator[None]:
+    """Let a model be asked as it is in training, without gradients, and leave it as it was.
+
+    Some layers change their weights when they are first used in eval mode. Random numbers drawn
+    within are no others' loss.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    device = next(model.parameters()).device
+    model.train()
+    try:
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
