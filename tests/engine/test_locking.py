@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -96,3 +97,20 @@ def test_a_run_killed_as_it_began_leaves_a_directory_that_can_be_used(tmp_path):
     assert problem_with(tmp_path) is None
     with RunStore(tmp_path):
         assert not (tmp_path / ".recipe.yaml.123.draft").exists()
+
+
+def test_a_directory_that_is_made_while_it_is_looked_at_is_no_file(tmp_path, monkeypatch):
+    place = tmp_path / "run"
+
+    def asked(before):
+        def answer(path, *args, **kwargs):
+            known = before(path, *args, **kwargs)
+            if Path(path) == place:
+                os.makedirs(place, exist_ok=True)  # another process, just now
+            return known
+
+        return answer
+
+    monkeypatch.setattr(Path, "is_dir", asked(Path.is_dir))
+    monkeypatch.setattr(os.path, "lexists", asked(os.path.lexists))
+    assert problem_with(place) is None

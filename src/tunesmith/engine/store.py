@@ -132,7 +132,10 @@ class Stage:
 def problem_with(directory: Path) -> str | None:
     """Return why a directory cannot be a run directory, or None; leaves no trace."""
     try:
-        if directory.is_dir():
+        # asked in this order: another process may be making it at this moment
+        if os.path.lexists(directory):
+            if not directory.is_dir():
+                return f"run directory {directory}: is a file; choose another path"
             # a run that has just begun, or was killed as it began, has left no more than this
             foreign = not (directory / MARKER).exists() and not (directory / MARKER).is_symlink()
             if foreign and (others := [e for e in directory.iterdir() if not _own(e.name)]):
@@ -140,8 +143,6 @@ def problem_with(directory: Path) -> str | None:
                     f"run directory {directory}: is not empty and holds no run ({MARKER} is "
                     f"missing, {others[0].name} is there); choose another directory"
                 )
-        elif os.path.lexists(directory):
-            return f"run directory {directory}: is a file; choose another path"
         nearest = directory
         while not nearest.exists():
             nearest = nearest.parent
