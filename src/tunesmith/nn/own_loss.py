@@ -118,12 +118,13 @@ def as_in_training(model: Any) -> Iterator[None]:
     Some layers change their weights when they are first used in eval mode. Random numbers drawn
     within are no others' loss.
     """
-    modes = [(module, module.training) for module in model.modules()]
+    own = model.training
+    modes = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
     model.train()
     try:
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module in model.modules():  # some may be new: BigBird makes layers when first asked
+            module.training = modes.get(module, own)
