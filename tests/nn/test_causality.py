@@ -27,7 +27,9 @@ def make(family: str, **changed: object) -> torch.nn.Module:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("family", ["llama", "mamba", "mixtral", "gpt_oss", "opt", "bert", "big_bird"])
+@pytest.mark.parametrize(
+    "family", ["llama", "mamba", "mixtral", "gpt_oss", "opt", "bert", "big_bird"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_causal_model_is_one_and_is_left_as_it_was(family: str, dtype: torch.dtype) -> None:
     model = make(family).to(dtype)

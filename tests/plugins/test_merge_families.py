@@ -110,4 +110,4 @@ def test_the_merged_model_has_the_adapters_loss(
     adapted = loss(peft.PeftModel.from_pretrained(plain, result.adapters["sft"]))
     assert merged == pytest.approx(adapted, abs=allowed)
     # far more than is allowed: a lost update would show
-    assert abs(adapted - untrained) > 5 * allowed, "the adapter says too little"
+    assert abs(adapted - untrained) > 4 * allowed, "the adapter says too little"
