@@ -51,6 +51,13 @@ def test_an_adapter_that_adds_tokens_is_not_taken_for_a_look_ahead() -> None:
     check_causal(get_peft_model(make("llama"), config))
 
 
+def test_a_model_that_gives_no_numbers_is_left_to_who_can_say_why() -> None:
+    model = make("llama")
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    check_causal(model)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("family", "changed"),
