@@ -61,9 +61,7 @@ def import_libraries(contestant: str) -> None:
 def load_base(job: Job) -> Any:
     """Return the base model, quantized if the contestant does that, without an adapter."""
     if job.contestant == OURS:
-        session = _session(job)
-        session.method = None
-        return session.model
+        return attrs.evolve(_session(job), method=None).model
     from transformers import AutoModelForCausalLM
 
     options = _loading(job)
@@ -123,9 +121,8 @@ def _session(job: Job) -> Any:
     precision = "fp32" if job.contestant == OURS_FP32 else job.precision
     session = open_session(recipe, Path(job.model), job.device, precision)
     if job.quantized:
-        session.use_quantizer(NF4(NF4Config()))
-    session.use_method(Lora(LoraConfig(r=RANK, alpha=ALPHA)))
-    return session
+        session = session.with_quantizer(NF4(NF4Config()))
+    return session.with_method(Lora(LoraConfig(r=RANK, alpha=ALPHA)))
 
 
 def _ours(job: Job, rows: Sequence[tuple[str, ...]], steps: int, packing: bool) -> Training:
@@ -146,8 +143,7 @@ def _ours(job: Job, rows: Sequence[tuple[str, ...]], steps: int, packing: bool) 
         "max_grad_norm": 1.0,
         "gradient_checkpointing": job.checkpointing,
     }
-    session = _session(job)
-    session.trains = True
+    session = _session(job).at_work(trains=True)
     made: list[Any]
     trainer: Any
     if sft:

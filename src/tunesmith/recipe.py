@@ -33,20 +33,75 @@ from tunesmith.errors import RecipeError, close_matches, listed
 from tunesmith.recipe_text import MAX_BYTES, MAX_VALUES, parse_recipe, recipe_text
 from tunesmith.strict_json import MAX_DEPTH, MAX_DIGITS, is_text
 
-__all__ = ["KIND_OF_VERB", "RECIPE_VERSION", "VERBS", "Recipe", "Step", "is_name", "plain"]
+__all__ = ["RECIPE_VERSION", "VERBS", "Recipe", "Step", "Verb", "is_name", "plain", "stage_name"]
 
 RECIPE_VERSION = 1
 
-KIND_OF_VERB: dict[str, str] = {
-    "quantize": "quantizers",
-    "peft": "methods",
-    "train": "trainers",
-    "evaluate": "metrics",
-    "export": "exporters",
-}
-"""Which plugin kind serves which verb."""
 
-VERBS = tuple(KIND_OF_VERB)
+@attrs.frozen
+class Verb:
+    """What a step of a recipe can be: a row of `VERBS`. Nothing asks for a verb by its name."""
+
+    kind: str
+    """Which plugin kind serves it."""
+    work: str
+    """Lazy path "package.module:Class" of what does it."""
+    takes_data: bool = False
+    leaves_stage: bool = False
+    """Whether its work is kept, and not done again; if not, it only says what is done later."""
+    is_link: bool = True
+    """Whether what comes after it depends on it."""
+    labelled: bool = False
+    """Whether a step's label begins with the verb; if not, it is the plugin's name alone."""
+    once: str = ""
+    """What to do about a second one on the same base; empty where there may be more."""
+    not_after: Mapping[str, str] = attrs.field(factory=dict)
+    """Verbs that may not come before it on the same base, and what to do about it."""
+    needs: Mapping[str, tuple[str, str]] = attrs.field(factory=dict)
+    """Where a verb came before it, which other one has to stand between, and why and how."""
+
+
+VERBS: dict[str, Verb] = {
+    "quantize": Verb(
+        "quantizers",
+        "tunesmith.engine.steps:Quantize",
+        labelled=True,
+        once="a model is quantized once: leave one of them out",
+        not_after=dict.fromkeys(
+            ("peft", "train"), "how weights are loaded is decided first: put it at the start"
+        ),
+    ),
+    "peft": Verb(
+        "methods",
+        "tunesmith.engine.steps:Peft",
+        once="one method a base: leave one of them out",
+        not_after={"train": "all weights were trained by then; put the method before it"},
+    ),
+    "train": Verb(
+        "trainers",
+        "tunesmith.engine.steps:Train",
+        takes_data=True,
+        leaves_stage=True,
+        needs={
+            "quantize": (
+                "peft",
+                "quantized weights cannot be trained; add a method such as .lora() before it, or "
+                "leave the quantize step out",
+            )
+        },
+    ),
+    "evaluate": Verb(
+        "metrics",
+        "tunesmith.engine.steps:Evaluate",
+        takes_data=True,
+        leaves_stage=True,
+        is_link=False,
+        labelled=True,
+    ),
+    "export": Verb("exporters", "tunesmith.engine.steps:Export", leaves_stage=True),
+}
+"""Every verb by its name, in the order of a usual recipe. "The same base" in their rules is what
+was loaded at first, or by the last export that made a model to go on from."""
 
 _DATA_KEYS = ("data", "format")
 
@@ -151,13 +206,13 @@ class Step:
     @property
     def kind(self) -> str:
         """Plugin kind that serves this step."""
-        return KIND_OF_VERB[self.verb]
+        return VERBS[self.verb].kind
 
     @property
     def label(self) -> str:
         """Short name for people and directories, such as "quantize-nf4", "lora" or "sft"."""
         name = self.plugin.rpartition(":")[2]
-        return name if self.verb in {"peft", "train", "export"} else f"{self.verb}-{name}"
+        return f"{self.verb}-{name}" if VERBS[self.verb].labelled else name
 
     def to_dict(self) -> dict[str, Any]:
         """Return the step as a mapping of plain values; refuse data that a file cannot hold."""
@@ -209,6 +264,11 @@ class Step:
         except RecipeError as error:
             raise RecipeError(f"{where}: {error}") from error
         return step
+
+
+def stage_name(number: int, step: Step) -> str:
+    """Return the name of the stage that a recipe's step of a number becomes, such as "03-sft"."""
+    return f"{number:02d}-{step.label}"
 
 
 def _check_keys(row: Mapping[Any, Any], where: str) -> None:

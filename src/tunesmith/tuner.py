@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 import attrs
 
 from tunesmith.errors import OptionError
-from tunesmith.recipe import Recipe, Step
+from tunesmith.recipe import VERBS, Recipe, Step
 from tunesmith.report.kept import reported
 from tunesmith.verbs import Verbs
 
@@ -169,9 +169,8 @@ class Tuner(Verbs):
         """Check a step's options against its plugin's config class and return it appended."""
         from tunesmith.plugin.options import given_options
         from tunesmith.plugin.registry import registry
-        from tunesmith.recipe import KIND_OF_VERB
 
-        kind = KIND_OF_VERB[verb]
+        kind = VERBS[verb].kind
         if isinstance(plugin, str):
             name = plugin
         elif attrs.has(type(plugin)):

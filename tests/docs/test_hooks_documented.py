@@ -131,8 +131,8 @@ def test_the_guides_quantizer_method_trainer_metric_and_exporter_work_together(r
         tmp_path / "base",
         quantizer=made(run_block, "quantizers"),
         method=made(run_block, "methods"),
+        trains=True,
     )
-    session.trains = True
     rows = [Sourced(example, "here") for example in tiny_examples("conversation")]
     number = next(n for n, block in enumerate(BLOCKS) if "def tunesmith_trainers(" in block)
     (item,) = run_block(number)
@@ -141,9 +141,10 @@ def test_the_guides_quantizer_method_trainer_metric_and_exporter_work_together(r
     assert built.args.label_smoothing_factor == 0.1
     built.train()
     measured = made(run_block, "metrics").measure(session, tiny_examples("conversation"))
-    assert measured["answer_length"] > 1
+    assert measured.values["answer_length"] > 1
     (tmp_path / "out").mkdir()
-    made(run_block, "exporters").export(session, tmp_path / "out")
+    made_of = made(run_block, "exporters").export(session, tmp_path / "out")
+    assert made_of == {"adapter": tmp_path / "out"}
     assert (tmp_path / "out" / "adapter_config.json").exists()
 
 

@@ -102,7 +102,7 @@ def test_metrics_count_what_is_cut_and_what_is_left_out(tmp_path):
     config = MetricConfig(max_length=64)
     talks = [Conversation([*ask, *short]), Conversation([*ask, *long]), Conversation([*far, *long])]
     with torch.no_grad():
-        measured = Loss(config).measure(session, talks)
+        measured = Loss(config).measure(session, talks).values
     assert (measured["rows_cut"], measured["rows_dropped"]) == (1, 1)
     pairs = [
         Preference(ask, short, long),
@@ -111,7 +111,7 @@ def test_metrics_count_what_is_cut_and_what_is_left_out(tmp_path):
         Preference(far, short, long),
     ]
     with torch.no_grad():
-        counted = PreferenceAccuracy(config).measure(session, pairs)
+        counted = PreferenceAccuracy(config).measure(session, pairs).values
     assert (counted["pairs"], counted["pairs_cut"], counted["pairs_dropped"]) == (3, 2, 1)
 
 

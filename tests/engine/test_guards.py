@@ -100,8 +100,7 @@ class Breaks:
 def trainer_of(tmp_path: Path, **options: Any):
     from tunesmith.data.examples import Sourced
 
-    session = tiny_session(tmp_path / "model", method=Lora(LoraConfig(r=2)))
-    session.trains = True
+    session = tiny_session(tmp_path / "model", method=Lora(LoraConfig(r=2)), trains=True)
     rows = [
         Sourced(each, f"t.jsonl, row {n}")
         for n, each in enumerate(tiny_examples("conversation"), 1)
@@ -185,7 +184,7 @@ def test_a_likely_loss_of_hundreds_of_nats_is_no_fault(tmp_path):
     session = tiny_session(tmp_path / "model")
     with torch.no_grad():
         session.model.model.norm.weight.mul_(1e5)
-        values = Loss(MetricConfig()).measure(session, tiny_examples("conversation"))
+        values = Loss(MetricConfig()).measure(session, tiny_examples("conversation")).values
     assert values["loss"] > 1000
     assert math.isfinite(values["perplexity"])
     json.dumps(values, allow_nan=False)

@@ -470,7 +470,7 @@ def test_a_row_that_the_template_cannot_hold_is_named_before_any_weight_is_read(
             ]
         },
     ]
-    monkeypatch.setattr("tunesmith.nn.pretrained.load_causal_lm", None)  # whoever calls it fails
+    monkeypatch.setattr("tunesmith.nn.pretrained.load_model", None)  # whoever calls it fails
     with pytest.raises(ValueError, match=r"row 2: .*tool"):
         recorded(Tuner(tiny_model).lora(r=2).sft(rows, max_steps=1, **QUICK), tmp_path / "run")
 

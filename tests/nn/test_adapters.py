@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from tools.architectures.families import make_model
 from tunesmith.errors import ModelError
 from tunesmith.nn.adapters import check_loaded, check_saved, open_adapter
-from tunesmith.plugin.methods import Method
+from tunesmith.plugin.methods import PeftMethod
 from tunesmith.testing.conformance import _shake
 from tunesmith.testing.tiny import tiny_llama, tiny_session
 
@@ -115,12 +115,11 @@ class TestLoading:
     def test_a_session_that_goes_on_from_a_broken_adapter_stops(
         self, base: Path, adapter: Path
     ) -> None:
-        class Lora(Method[None]):
+        class Lora(PeftMethod[None]):
             def peft_config(self, model: Any) -> Any:
                 return peft.LoraConfig.from_pretrained(adapter)
 
-        session = tiny_session(base, method=Lora(None))
-        session.use_adapter("sft", adapter)
+        session = tiny_session(base, method=Lora(None)).with_adapter("sft", adapter)
         assert session.model is not None
         session.unload()
         edited(adapter, lambda t: t.pop(sorted(t)[0]))

@@ -73,8 +73,7 @@ def test_a_model_that_sees_ahead_is_refused(
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_trainer_asks_before_it_trains(tmp_path: Path) -> None:
-    session = tiny_session(tmp_path / "model")
-    session.trains = True
+    session = tiny_session(tmp_path / "model", trains=True)
     mask = "transformers.models.llama.modeling_llama.create_causal_mask"
     rows = [Sourced(each, f"row {n}") for n, each in enumerate(tiny_examples("conversation"))]
     data = TrainingData(rows, [], lambda *_: None)

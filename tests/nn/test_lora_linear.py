@@ -24,6 +24,7 @@ peft = pytest.importorskip("peft")
 from peft.tuners import lora  # noqa: E402
 
 from tunesmith.nn import lora_linear  # noqa: E402
+from tunesmith.nn.adapters import open_adapter  # noqa: E402
 from tunesmith.nn.lora_linear import LoraLinear  # noqa: E402
 
 BASES = ("nf4", "fp4", "plain")
@@ -469,7 +470,8 @@ def test_an_adapter_goes_to_stock_peft_and_back(base: str, tmp_path: Path) -> No
     assert all(torch.equal(ours_state[key], other_state[key]) for key in ours_state)
 
     other.save_pretrained(tmp_path / "theirs")
-    back = lora_linear.load(Net(base, torch.float32), tmp_path / "theirs")
+    config = lora_linear.register(peft.LoraConfig.from_pretrained(tmp_path / "theirs"))
+    back = open_adapter(Net(base, torch.float32), tmp_path / "theirs", config)
     assert len(layers(back)) == 2
     trained = {name for name, p in back.named_parameters() if p.requires_grad}
     assert trained == {name for name, _ in model.named_parameters() if "lora_" in name}
@@ -512,7 +514,7 @@ def test_the_lora_method_wraps_and_loads_with_it(tiny_model: Path, tmp_path: Pat
     assert len(layers(model)) == 14
     fill(model)
     method.save(model, tmp_path)
-    again = method.load(base(), tmp_path)
+    again = method.load(base(), tmp_path, trainable=True)
     assert len(layers(again)) == 14
     assert any(p.requires_grad for p in again.parameters())
     with torch.no_grad():

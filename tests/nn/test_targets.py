@@ -21,7 +21,7 @@ from transformers import Qwen2MoeConfig as Qwen2Moe
 from tunesmith import Tuner
 from tunesmith.errors import ModelError, PlanError
 from tunesmith.nn.targets import Targets, find_targets
-from tunesmith.plugin.methods import Method
+from tunesmith.plugin.methods import PeftMethod
 from tunesmith.testing.tiny import tiny_llama
 
 SIZES: dict[str, Any] = {
@@ -200,7 +200,7 @@ class TestInAPlan:
     ) -> None:
         base = tiny_llama(tmp_path / "base")
         # whoever loads the weights fails
-        monkeypatch.setattr("tunesmith.nn.pretrained.load_causal_lm", None)
+        monkeypatch.setattr("tunesmith.nn.pretrained.load_model", None)
         tuner = Tuner(str(base)).lora(targets=targets).sft(ROWS)
         with pytest.raises(PlanError, match=r"step 1 \(lora\): targets: "):
             tuner.run(tmp_path / "run", progress=False)
@@ -215,7 +215,7 @@ class TestInAPlan:
 def test_a_name_that_peft_would_pass_over_is_told_for_any_method() -> None:
     """A method that hands its targets to PEFT as they are is checked all the same."""
 
-    class Plain(Method[None]):
+    class Plain(PeftMethod[None]):
         def peft_config(self, model: Any) -> Any:
             return peft.LoraConfig(target_modules=["q_proj", "v_porj"], task_type="CAUSAL_LM")
 
@@ -223,7 +223,7 @@ def test_a_name_that_peft_would_pass_over_is_told_for_any_method() -> None:
 
 
 def test_what_peft_refuses_is_told_before_a_weight_is_read() -> None:
-    class Refused(Method[None]):
+    class Refused(PeftMethod[None]):
         def peft_config(self, model: Any) -> Any:
             return peft.LoraConfig(target_modules=["act_fn"], task_type="CAUSAL_LM")
 

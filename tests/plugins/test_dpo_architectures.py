@@ -127,8 +127,7 @@ def dpo_trainer(
     **options: Any,
 ):
     method = Lora(LoraConfig(r=2, dropout=dropout, experts=False)) if adapter else None
-    session = tiny_session(directory, method=method, dtype=dtype)
-    session.trains = True
+    session = tiny_session(directory, method=method, dtype=dtype, trains=True)
     settings = {
         "batch_size": 2,
         "gradient_accumulation": 2,

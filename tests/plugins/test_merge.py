@@ -15,10 +15,9 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, GPT2Config, Mix
 from tunesmith.errors import ModelError
 from tunesmith.nn import merging, proof, saving
 from tunesmith.nn.checkpoint import ShardWriter
-from tunesmith.nn.lora_linear import register
 from tunesmith.nn.merging import Adapted
 from tunesmith.nn.proof import row_logits
-from tunesmith.plugin.methods import Method
+from tunesmith.plugin.methods import PeftMethod
 from tunesmith.plugin.session import Session
 from tunesmith.testing.tiny import tiny_llama, tiny_session, tiny_tokenizer
 from tunesmith_plugins.exporters.merge import Merge, MergeConfig
@@ -32,12 +31,12 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 STACKS = ["gate_up_proj", "down_proj"]
 
 
-class Lora(Method[dict[str, Any]]):
+class Lora(PeftMethod[dict[str, Any]]):
     """PEFT's LoRA with any of its options, over layers of ours."""
 
     def peft_config(self, model: Any) -> Any:
         options = {"r": 4, "lora_alpha": 8, "target_modules": LINEAR, **self.config}
-        return register(peft.LoraConfig(task_type="CAUSAL_LM", **options))
+        return peft.LoraConfig(**options)
 
 
 def llama(directory: Path) -> Path:
@@ -101,8 +100,7 @@ def session_on(
             if parameter.requires_grad:
                 parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
     method.save(session.model, place / "adapter")
-    session.use_adapter("sft", place / "adapter")
-    return session
+    return session.with_adapter("sft", place / "adapter")
 
 
 def exported(session: Session, place: Path, **options: Any) -> Any:
@@ -215,7 +213,7 @@ def test_without_verifying_it_writes_the_same_files(tmp_path: Path) -> None:
 def test_an_adapter_of_nan_is_not_merged(tmp_path: Path) -> None:
     session = session_on(tmp_path, "llama")
     with torch.no_grad():
-        next(p for p in session.model.parameters() if p.requires_grad)[0, 0] = float("nan")
+        next(p for n, p in session.model.named_parameters() if "lora_A" in n)[0, 0] = float("nan")
     with pytest.raises(ModelError, match=r"lora_A.* holds NaN or Inf"):
         exported(session, tmp_path / "out", verify=False)
 

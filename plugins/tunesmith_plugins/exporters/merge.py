@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,10 @@ class Merge(Exporter[MergeConfig]):
     would leave out a tensor of the adapter, or whose result computes something else, fails.
     """
 
-    def export(self, session: Session, directory: Path) -> Path:
+    makes_model = True
+    merges = True
+
+    def export(self, session: Session, directory: Path) -> Mapping[str, Path]:
         """Write the merged model and return its directory."""
         from tunesmith.nn.checkpoint import ShardWriter
         from tunesmith.nn.merging import merging
@@ -66,7 +70,9 @@ class Merge(Exporter[MergeConfig]):
         dtype = self._dtype(session)
         rows = _rows(session) if self.config.verify else []
         expected = row_logits(model, rows)
-        merged = merging(model, session.quantizer)
+        method = session.method
+        merge = merging if method is None else method.merge
+        merged = merge(model, session.quantizer)
         proof = Proof(merged, session.quantizer, dtype, in_fp32(base, dtype))
         writer = ShardWriter(directory, int(self.config.shard_gb * 1024**3))
         for name, weight in checkpoint_names(base, proof.weights()):
@@ -78,12 +84,12 @@ class Merge(Exporter[MergeConfig]):
         if problem := not_opened(type(base), directory):
             raise ModelError(f"stock transformers does not take the merged model: {problem}")
         if self.config.verify:
-            held = model if session.method is not None and not session.adapters else None
+            held = model if session.method is not None and session.current is None else None
             del model, base, merged, proof.merging
             if held is None:  # what was trained is on the disk: make room
                 session.unload()
             self._compare(session, directory, proof, rows, expected)
-        return directory
+        return {"model": directory}
 
     def _compare(
         self, session: Session, directory: Path, proof: Proof, rows: Any, expected: Any

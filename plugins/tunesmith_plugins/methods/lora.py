@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import attrs
 
-from tunesmith.plugin.methods import Method
+from tunesmith.plugin.methods import PeftMethod
 from tunesmith.plugin.options import at_least, between, one_of
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ class LoraConfig:
     """Train magnitude and direction apart (DoRA, arXiv:2402.09353)."""
 
 
-class Lora(Method[LoraConfig]):
+class Lora(PeftMethod[LoraConfig]):
     """y = W x + (alpha / r) B A x, with A and B trained and W frozen.
 
     Linear layers become `tunesmith.nn.lora_linear.LoraLinear`, which does both in one pass.
@@ -72,26 +71,15 @@ class Lora(Method[LoraConfig]):
         """Return PEFT's LoraConfig, which names every layer that is adapted."""
         import peft
 
-        from tunesmith.nn import lora_linear
-
         config = self.config
         targets = self.targets(model)
-        return lora_linear.register(
-            peft.LoraConfig(
-                r=config.r,
-                lora_alpha=2 * config.r if config.alpha is None else config.alpha,
-                lora_dropout=config.dropout,
-                target_modules=list(targets.modules),
-                target_parameters=list(targets.parameters) or None,
-                bias=config.bias,
-                use_rslora=config.rslora,
-                use_dora=config.dora,
-                task_type="CAUSAL_LM",
-            )
+        return peft.LoraConfig(
+            r=config.r,
+            lora_alpha=2 * config.r if config.alpha is None else config.alpha,
+            lora_dropout=config.dropout,
+            target_modules=list(targets.modules),
+            target_parameters=list(targets.parameters) or None,
+            bias=config.bias,
+            use_rslora=config.rslora,
+            use_dora=config.dora,
         )
-
-    def load(self, model: PreTrainedModel, directory: Path) -> peft.PeftModel:
-        """Return the model with the adapter saved in `directory`, ready to be trained on."""
-        from tunesmith.nn import lora_linear
-
-        return lora_linear.load(model, directory)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tunesmith.data.examples import Conversation
 from tunesmith.errors import DataError
-from tunesmith.plugin.metrics import Metric, MetricConfig
+from tunesmith.plugin.metrics import Measured, Metric, MetricConfig
 
 if TYPE_CHECKING:
     from tunesmith.plugin.session import Session
@@ -24,7 +24,7 @@ class Loss(Metric[MetricConfig]):
     with no answer token within max_length.
     """
 
-    def measure(self, session: Session, examples: Sequence[Conversation]) -> Mapping[str, float]:
+    def measure(self, session: Session, examples: Sequence[Conversation]) -> Measured:
         """Return loss, perplexity, the number of tokens they are over, and of rows left out."""
         from tunesmith.data.pack import PaddingCollator, padding_id
         from tunesmith.data.render import Renderer
@@ -55,10 +55,11 @@ class Loss(Metric[MetricConfig]):
         loss = total / tokens
         # as much as a float holds where it is more: infinity would be told as a broken model's
         perplexity = math.exp(min(loss, math.log(sys.float_info.max)))
-        return {
+        values = {
             "loss": loss,
             "perplexity": perplexity,
             "tokens": float(tokens),
             "rows_cut": float(cut),
             "rows_dropped": float(dropped),
         }
+        return Measured(values)

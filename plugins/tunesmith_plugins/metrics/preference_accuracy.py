@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tunesmith.data.examples import Preference
 from tunesmith.errors import DataError
-from tunesmith.plugin.metrics import Metric, MetricConfig
+from tunesmith.plugin.metrics import Measured, Metric, MetricConfig
 
 if TYPE_CHECKING:
     from tunesmith.plugin.session import Session
@@ -22,7 +22,7 @@ class PreferenceAccuracy(Metric[MetricConfig]):
     answer token within max_length.
     """
 
-    def measure(self, session: Session, examples: Sequence[Preference]) -> Mapping[str, float]:
+    def measure(self, session: Session, examples: Sequence[Preference]) -> Measured:
         """Return accuracy, mean margin, and numbers of pairs; a tie is no success."""
         from tunesmith.data.pack import PreferenceCollator, padding_id
         from tunesmith.data.render import Renderer
@@ -48,7 +48,7 @@ class PreferenceAccuracy(Metric[MetricConfig]):
             logps, _ = completion_logps(session.model, **moved)
             chosen_logps, rejected_logps = logps.chunk(2)
             margins.extend((chosen_logps - rejected_logps).tolist())
-        return {
+        values = {
             "accuracy": sum(margin > 0 for margin in margins) / len(margins),
             "margin": sum(margins) / len(margins),
             "pairs": float(len(margins)),
@@ -57,3 +57,4 @@ class PreferenceAccuracy(Metric[MetricConfig]):
             ),
             "pairs_dropped": float(len(rendered) - len(pairs)),
         }
+        return Measured(values)

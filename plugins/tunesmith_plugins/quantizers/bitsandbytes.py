@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from tunesmith.errors import ModelError, OptionError
+from tunesmith.nn.tasks import CAUSAL_LM, Task
 from tunesmith.plugin.options import one_of
 from tunesmith.plugin.quantizers import Quantizer, stored_method
 
@@ -55,7 +56,14 @@ class BitsAndBytes(Quantizer[BitsAndBytesConfig]):
         self.own_error = 0.25 if config.bits == 8 else 0.1
         self.nested = config.nested is not False
 
-    def load(self, directory: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    def load(
+        self,
+        directory: Path,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        task: Task = CAUSAL_LM,
+    ) -> PreTrainedModel:
         """Return the model with bitsandbytes' linear layers."""
         import transformers
 
@@ -64,7 +72,7 @@ class BitsAndBytes(Quantizer[BitsAndBytesConfig]):
         stored = stored_quantization(directory)
         if stored is not None:
             self.check_stored(stored, directory)
-            model = self.from_pretrained(directory, dtype=dtype, device=device)
+            model = self.from_pretrained(directory, dtype=dtype, device=device, task=task)
             return _frozen(model)
         four = self.config.bits == 4
         config = transformers.BitsAndBytesConfig(
@@ -75,7 +83,7 @@ class BitsAndBytes(Quantizer[BitsAndBytesConfig]):
             bnb_4bit_compute_dtype=dtype,
         )
         model = self.from_pretrained(
-            directory, dtype=dtype, device=device, quantization_config=config
+            directory, dtype=dtype, device=device, task=task, quantization_config=config
         )
         return _frozen(model)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import attrs
 
 from tunesmith.errors import ModelError
+from tunesmith.nn.tasks import CAUSAL_LM, Task
 from tunesmith.plugin.options import one_of
 from tunesmith.plugin.quantizers import Quantizer, stored_method
 
@@ -56,7 +57,14 @@ class NF4(Quantizer[NF4Config]):
         self.blocksize = config.blocksize or 64
         self.nested = config.nested is not False
 
-    def load(self, directory: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    def load(
+        self,
+        directory: Path,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        task: Task = CAUSAL_LM,
+    ) -> PreTrainedModel:
         """Quantize while loading: one tensor at a time is read, quantized and let go."""
         from tunesmith.nn.checkpoint import stored_quantization
         from tunesmith.nn.loading import NF4LoadConfig, own_errors
@@ -75,7 +83,12 @@ class NF4(Quantizer[NF4Config]):
         )
         with own_errors():
             return self.from_pretrained(
-                directory, dtype=dtype, device=device, quantization_config=config, **options
+                directory,
+                dtype=dtype,
+                device=device,
+                task=task,
+                quantization_config=config,
+                **options,
             )
 
     def split(self, model: Any) -> Split:

@@ -50,6 +50,11 @@ class SFTConfig(FastTrainerConfig):
     completion_only_loss: bool = True
     """Learn the assistant's turns only; false learns every token."""
 
+    @property
+    def packs(self) -> bool:
+        """Whether several rows are put into one sequence."""
+        return self.packing
+
 
 class SFT(Trainer[SFTConfig]):
     """Minimises the mean negative log-likelihood of the trained tokens of a batch."""

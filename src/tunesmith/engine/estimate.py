@@ -109,6 +109,7 @@ def estimate_step(
 ) -> Estimate:
     """Predict one training step's memory in bytes and time in seconds."""
     itemsize = ITEMSIZE[device.precision]
+    full = method is None or method.trains_base
     if quantizer is not None:
         found = quantizer.split(shapes.model)
         held = list(shapes.linears if found is None else found.targets.values())
@@ -117,17 +118,17 @@ def estimate_step(
         # one layer at a time, or one expert, is dequantized for its product
         workspace = max(shape[-2] * shape[-1] for shape in held) * itemsize
     else:
-        weights = shapes.parameters * (4 if method is None else itemsize)
+        weights = shapes.parameters * (4 if full else itemsize)
         workspace = 0
     if method is not None:
         wrapped = method.wrap(shapes.model)
         trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
-        wrapped.unload()  # the skeleton is used again for the next step
+        method.unwrap(wrapped)  # the skeleton is used again for the next step
     else:
         trainable = shapes.parameters
     # fp32 weight (held already by full fine-tuning), gradient, and what the optimizer keeps
     states = optimizer_called(config.optimizer).state_bytes
-    adapter = trainable * (4 * (2 if method is not None else 1) + states)
+    adapter = trainable * (4 * (1 if full else 2) + states)
 
     lengths = [_tokens(row) for row in examples]
     longest = min(max(lengths), config.max_length)
@@ -140,7 +141,7 @@ def estimate_step(
     # layer keeps its input and s = x At, and no copies of its input; fused norms and gated blocks
     # keep what comes in and nothing in between
     linear_inputs = sum(into for _, into in shapes.linears) / max(1, shapes.layers)
-    between = 0.8 if fuses_layers(config, device, method is not None) else 4.5
+    between = 0.8 if fuses_layers(config, device, not full) else 4.5
     a_layer = batch_tokens * itemsize * (1.6 * linear_inputs + between * shapes.hidden)
     kept = shapes.layers * batch_tokens * itemsize * shapes.hidden
     # a layer that is recomputed holds its activations and their gradients, and the allocator much
@@ -174,7 +175,7 @@ def estimate_step(
         steps=steps,
         seconds=seconds,
         trainable=trainable,
-        speed=speed_of_step(config, shapes.model, device, adapter=method is not None),
+        speed=speed_of_step(config, shapes.model, device, adapter=not full),
     )
 
 

@@ -12,7 +12,8 @@ from tunesmith.engine.alone import alone
 from tunesmith.engine.models import find_model, local_directory
 from tunesmith.engine.quiet import quiet_libraries
 from tunesmith.engine.session import open_session
-from tunesmith.engine.store import read_lock
+from tunesmith.engine.steps import fold
+from tunesmith.engine.store import Stage, read_lock
 from tunesmith.errors import RunError
 from tunesmith.nn.pretrained import trusting
 from tunesmith.plugin.registry import registry
@@ -21,28 +22,20 @@ from tunesmith.recipe import Recipe
 __all__ = ["generate", "load_for_generation"]
 
 
-def load_for_generation(
-    run: Path, model_path: Path | None, adapters: Mapping[str, Path]
-) -> tuple[Any, Any]:
-    """Return (model, tokenizer): a run's last full model, else its last adapter on its base."""
+def load_for_generation(run: Path, stages: Sequence[Stage]) -> tuple[Any, Any]:
+    """Return (model, tokenizer) as they stand after the last stage of a run: base and adapter."""
     import torch
 
     recipe = Recipe.from_yaml(run / "recipe.yaml")
     lock = read_lock(run)
     device = lock["device"] if torch.cuda.is_available() or lock["device"] == "cpu" else "cpu"
-    if model_path is None and not adapters:
+    if not any(stage.model or stage.adapter for stage in stages):
         raise RunError(f"{run}: holds no model and no adapter to generate with")
-    base = model_path or local_directory(find_model(recipe.model))
+    models = [stage.model for stage in stages if stage.model is not None]
+    base = models[-1] if models else local_directory(find_model(recipe.model))
     with trusting(recipe.trust_remote_code), quiet_libraries():
         session = open_session(recipe, base, device, lock["precision"])
-    if model_path is None:
-        for step in recipe.steps:
-            if step.verb == "quantize":
-                session.use_quantizer(registry().build(step))
-            elif step.verb == "peft":
-                session.use_method(registry().build(step))
-        for label, directory in adapters.items():
-            session.use_adapter(label, directory)
+        session = fold(recipe, session, {stage.name: stage for stage in stages}, registry())
     from tunesmith.nn import fused_layers
 
     with (

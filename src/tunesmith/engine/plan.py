@@ -19,6 +19,7 @@ from tunesmith.engine.dataset import LoadedData, load_data
 from tunesmith.engine.device import Device, find_device
 from tunesmith.engine.estimate import ITEMSIZE, Estimate, Shapes, estimate_step, model_shapes
 from tunesmith.engine.models import ModelSource, find_model, gguf_findings, metadata_directory
+from tunesmith.engine.order import order_problems
 from tunesmith.engine.quiet import quiet_libraries
 from tunesmith.engine.store import problem_with
 from tunesmith.errors import (
@@ -35,11 +36,9 @@ from tunesmith.nn.pretrained import trusting
 from tunesmith.nn.weight_files import weight_files
 from tunesmith.plugin.quantizers import Quantizer
 from tunesmith.plugin.registry import Registered, Registry
-from tunesmith.recipe import Recipe, Step
+from tunesmith.recipe import VERBS, Recipe, Step, Verb, stage_name
 
 __all__ = ["Plan", "PlannedStep", "check_base", "make_plan"]
-
-WITH_DATA = ("train", "evaluate")
 
 
 @attrs.frozen
@@ -63,7 +62,24 @@ class PlannedStep:
     @property
     def name(self) -> str:
         """Name of the stage that the step becomes, such as "03-sft"."""
-        return f"{self.number:02d}-{self.step.label}"
+        return stage_name(self.number, self.step)
+
+    @property
+    def here(self) -> str:
+        """The step as problems name it, such as "step 3 (sft)"."""
+        return f"step {self.number} ({self.step.label})"
+
+    @property
+    def verb(self) -> Verb:
+        """The row of its verb."""
+        return VERBS[self.step.verb]
+
+    def flag(self, name: str) -> Any:
+        """Return what its implementation says of itself; None where it could not be loaded."""
+        try:
+            return getattr(self.plugin.load(), name, None) if self.plugin is not None else None
+        except (PluginError, ImportError):
+            return None
 
 
 @attrs.frozen
@@ -121,10 +137,10 @@ def make_plan(
         device = find_device(recipe.device, recipe.precision)
     except OptionError as error:
         problems.extend(error.problems)
-    problems += _order_problems(recipe)
     steps = tuple(
         _planned(number, step, registry, problems) for number, step in enumerate(recipe.steps, 1)
     )
+    problems += order_problems(steps)
     quantizer = _quantizer(steps)
     found: ModelFindings | None = None
     if directory_of_model is not None:
@@ -162,52 +178,6 @@ def make_plan(
     return attrs.evolve(plan, problems=tuple(problems), notes=tuple(notes))
 
 
-def _order_problems(recipe: Recipe) -> list[str]:
-    """Say which steps stand where they cannot."""
-    if not recipe.steps:
-        return ["the recipe has no steps; add one, such as .sft(data)"]
-    problems: list[str] = []
-    seen: dict[str, int] = {}
-    for number, step in enumerate(recipe.steps, 1):
-        here = f"step {number} ({step.label})"
-
-        def after(verb: str, here: str = here) -> str:
-            first = seen[verb]
-            return f"{here}: comes after step {first} ({recipe.steps[first - 1].label})"
-
-        if step.verb == "quantize":
-            if "quantize" in seen:
-                problems.append(
-                    f"{after('quantize')}; a model is quantized once: leave one of them out"
-                )
-            elif early := [verb for verb in ("peft", "train", "export") if verb in seen]:
-                problems.append(
-                    f"{after(early[0])}; how weights are loaded is decided first: "
-                    "put it at the start"
-                )
-        if step.verb == "peft":
-            if "peft" in seen:
-                problems.append(f"{after('peft')}; one method a run: leave one of them out")
-            elif "train" in seen:
-                problems.append(
-                    f"{after('train')}, which trains all weights; put the method before it"
-                )
-            elif "export" in seen:
-                problems.append(f"{after('export')}; nothing is trained after an export")
-        if step.verb == "train":
-            if "export" in seen:
-                problems.append(
-                    f"{after('export')}; nothing is trained after an export: put it before"
-                )
-            if "quantize" in seen and "peft" not in seen:
-                problems.append(
-                    f"{here}: quantized weights cannot be trained; add a method such as .lora() "
-                    "before it, or leave the quantize step out"
-                )
-        seen.setdefault(step.verb, number)
-    return problems
-
-
 def _planned(number: int, step: Step, registry: Registry, problems: list[str]) -> PlannedStep:
     """Resolve one step; add what is wrong with it to `problems`."""
     here = f"step {number} ({step.label})"
@@ -225,7 +195,7 @@ def _planned(number: int, step: Step, registry: Registry, problems: list[str]) -
             plugin.load()
         except (PluginError, ImportError) as error:
             problems.append(f"{here}: {error}")
-    if step.verb in WITH_DATA:
+    if VERBS[step.verb].takes_data:
         data = _loaded(here, step.data, step.format, plugin, registry, problems)
         held_out = getattr(config, "eval_data", None)
         if held_out is not None:
@@ -284,13 +254,10 @@ def _missing_packages(plugin: Registered, config: Any) -> list[str]:
 
 def _quantizer(steps: tuple[PlannedStep, ...]) -> Quantizer[Any] | None:
     """Return the quantizer; None if there is no such step, or it has a problem of its own."""
-    step = next((step for step in steps if step.step.verb == "quantize"), None)
-    if step is None or step.plugin is None or step.config is None:
+    step = _first(steps, "quantizers")
+    if step is None or step.config is None:
         return None
-    try:
-        quantizer: Quantizer[Any] = step.plugin.load()(step.config)
-    except (PluginError, ImportError):
-        return None
+    quantizer: Quantizer[Any] | None = _built(step)
     return quantizer
 
 
@@ -334,12 +301,12 @@ def _with_model(
             chat_template=recipe.chat_template,
             uses=[
                 Use(
-                    f"step {step.number} ({step.step.label})",
+                    step.here,
                     getattr(step.config, "max_length", None),
                     step.data.examples if step.data is not None else (),
                 )
                 for step in steps
-                if step.step.verb in WITH_DATA
+                if step.verb.takes_data
             ],
             stored=stored,
             weights=here,
@@ -360,10 +327,10 @@ def _with_stored(
     problems: list[str],
 ) -> tuple[PlannedStep, ...]:
     """Add how a model that is stored quantized is taken, or why it cannot be."""
-    step = next((step for step in steps if step.step.verb == "quantize"), None)
+    step = _first(steps, "quantizers")
     if step is not None and quantizer is None:
         return steps  # the step has a problem of its own
-    here = f"model {model.name}" if step is None else f"step {step.number} ({step.step.label})"
+    here = f"model {model.name}" if step is None else step.here
     try:
         text = (quantizer or Quantizer(None)).check_stored(stored, directory)
     except TunesmithError as error:
@@ -380,13 +347,13 @@ def _with_held(
     problems: list[str],
 ) -> tuple[PlannedStep, ...]:
     """Add what a quantizer holds of the model, or why it can hold nothing."""
-    step = next((step for step in steps if step.step.verb == "quantize"), None)
+    step = _first(steps, "quantizers")
     if step is None or quantizer is None or step.stored:
         return steps
     try:
         found = quantizer.split(shapes.model)
     except TunesmithError as error:
-        problems.append(f"step {step.number} ({step.step.label}): {error}")
+        problems.append(f"{step.here}: {error}")
         return steps
     if found is None:
         return steps
@@ -402,17 +369,17 @@ def _with_adapted(
     steps: tuple[PlannedStep, ...], shapes: Shapes, problems: list[str]
 ) -> tuple[PlannedStep, ...]:
     """Add what a method adapts of the model, or why it cannot."""
-    step = next((step for step in steps if step.step.verb == "peft"), None)
-    if step is None:
-        return steps
-    method = _built(steps, "peft")
-    with quiet_libraries():
-        found = method.check(shapes.model)
-    problems += [f"step {step.number} ({step.step.label}): {problem}" for problem in found]
-    if found:
-        return steps
-    text = method.describe(shapes.model)
-    return tuple(attrs.evolve(each, adapts=text) if each is step else each for each in steps)
+    done: list[PlannedStep] = []
+    for step in steps:
+        if step.verb.kind == "methods" and step.config is not None:
+            method = _built(step)
+            with quiet_libraries():
+                found = method.check(shapes.model)
+                text = "" if found else method.describe(shapes.model)
+            problems += [f"{step.here}: {problem}" for problem in found]
+            step = attrs.evolve(step, adapts=text)
+        done.append(step)
+    return tuple(done)
 
 
 def _with_estimates(
@@ -422,13 +389,24 @@ def _with_estimates(
     quantizer: Quantizer[Any] | None,
     notes: list[str],
 ) -> tuple[PlannedStep, ...]:
-    method = _built(steps, "peft")
     done: list[PlannedStep] = []
+    by_kind: dict[str, Any] = {"quantizers": None, "methods": None}
     for step in steps:
-        if step.step.verb == "train" and step.data is not None:
+        if step.verb.kind in by_kind:
+            first = step.verb.kind == "quantizers" and by_kind["quantizers"] is None
+            # the first one has been told how the model is stored
+            by_kind[step.verb.kind] = quantizer if first and quantizer else _built(step)
+        if step.flag("makes_model"):
+            by_kind = dict.fromkeys(by_kind)
+        if step.verb.kind == "trainers" and step.data is not None:
             try:
                 found = estimate_step(
-                    step.config, step.data.examples, quantizer, method, shapes, device
+                    step.config,
+                    step.data.examples,
+                    by_kind["quantizers"],
+                    by_kind["methods"],
+                    shapes,
+                    device,
                 )
             except Exception as error:
                 notes.append(f"{step.name}: not predicted: {type(error).__name__}: {error}")
@@ -444,9 +422,15 @@ def _with_estimates(
     return tuple(done)
 
 
-def _built(steps: tuple[PlannedStep, ...], verb: str) -> Any:
-    """Return the implementation of the step with this verb, or None if there is no such step."""
-    for step in steps:
-        if step.step.verb == verb and step.plugin is not None:
-            return step.plugin.load()(step.config)
-    return None
+def _first(steps: tuple[PlannedStep, ...], kind: str) -> PlannedStep | None:
+    """Return the first step that a plugin of a kind does."""
+    return next((step for step in steps if step.verb.kind == kind), None)
+
+
+def _built(step: PlannedStep) -> Any:
+    """Return the implementation of a step, or None if it cannot be loaded."""
+    assert step.plugin is not None
+    try:
+        return step.plugin.load()(step.config)
+    except (PluginError, ImportError):
+        return None

@@ -25,6 +25,19 @@ LAST_SHARE = 0.1
 LOSS_OVER = "loss_over"
 """Logged by a trainer that counts: how many trained tokens or pairs `loss` is the mean over."""
 
+BESIDE = CLOCKS | {
+    "epoch",
+    "grad_norm",
+    "learning_rate",
+    "loss",
+    LOSS_OVER,
+    "num_input_tokens_seen",
+    "step",
+    "step_time",
+    "train_loss",
+}
+"""What is logged beside a training's figures; of these the loss is told as a mean."""
+
 
 class ProgressCallback(TrainerCallback):  # type: ignore[misc]
     """Emits a Progress event at each log and writes it to log.jsonl."""
@@ -90,7 +103,7 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         found |= {
             key: value
             for key, value in self.last.items()
-            if key.startswith(("eval_", "rewards/")) and not key.endswith(("per_second", "runtime"))
+            if key not in BESIDE and not key.endswith(("per_second", "runtime"))
         }
         found["tokens"] = float(self.tokens)
         found["tokens_per_second"] = (self.tokens - self.first_tokens) / elapsed

@@ -69,7 +69,7 @@ class RunResult:
     ) -> str:
         """Return the model's answer to a prompt, or to a list of chat messages.
 
-        The last full model is used, else the last adapter on its base. `temperature=0` takes the
+        The model is used as it stands after the last step. `temperature=0` takes the
         likeliest token each time. The model is loaded at the first call and kept.
         """
         if not self._loaded:
@@ -89,5 +89,5 @@ class RunResult:
     def _load(self) -> dict[str, Any]:
         from tunesmith.engine.generation import load_for_generation
 
-        model, tokenizer = load_for_generation(self.path, self.model_path, self.adapters)
+        model, tokenizer = load_for_generation(self.path, self.stages)
         return {"model": model, "tokenizer": tokenizer}

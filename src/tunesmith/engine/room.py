@@ -27,18 +27,22 @@ def require_room_for_run(
     when it is on the model: see `paced_by_room`.
     """
     parameters = _parameters(base)
-    adapts = any(step.step.verb == "peft" for step in steps)
+    adapts = False
     kept = peak = 0
     for step in steps:
-        if step.step.verb == "export":
+        if step.verb.kind == "methods":
+            adapts = not step.flag("saves_model")
+        elif step.verb.kind == "exporters" and step.flag("merges"):
             dtype = getattr(step.config, "dtype", "auto")
             kept += parameters * ITEMSIZE.get(dtype, ITEMSIZE[precision])
-        elif step.step.verb == "train" and not adapts:
+        elif step.verb.kind == "trainers" and not adapts:
             whole = parameters * ITEMSIZE["fp32"]
             asked = KEPT * (whole + _states(step.config, parameters)) if _asks(step.config) else 0
             # the last checkpoint stays until the model is written whole
             peak = max(peak, kept + 2 * whole + asked)
             kept += whole
+        if step.flag("makes_model"):
+            adapts = False
         peak = max(peak, kept)
     if peak:
         require_room(directory, peak, "what the run makes")

@@ -58,6 +58,7 @@ from tunesmith.engine.seals import (
     unsealed,
 )
 from tunesmith.errors import RunError
+from tunesmith.recipe import VERBS
 
 __all__ = [
     "RunStore",
@@ -88,7 +89,6 @@ UNHASHED = (
     "tensorboard",
 )
 """What a stage may do without, or what is told from itself."""
-STAGE_VERBS = ("train", "evaluate", "export")
 
 
 @attrs.frozen
@@ -106,19 +106,25 @@ class Stage:
     seconds: float = 0.0
     finished: str = ""
     """ISO 8601 time, UTC."""
+    artefacts: Mapping[str, str] = attrs.field(factory=dict)
+    """What others may find again, by name: paths in the stage's directory, with "/"."""
     files: Files = attrs.field(factory=dict)
     """Size and SHA-256 of everything that was made, by its path in the stage's directory."""
 
     @property
+    def paths(self) -> Mapping[str, Path]:
+        """Where each artefact lies."""
+        return {name: self.path / place for name, place in self.artefacts.items()}
+
+    @property
     def adapter(self) -> Path | None:
-        """Directory of the adapter that the stage trained, in PEFT's format."""
-        trained = any(file.startswith("adapter/") for file in self.files)
-        return self.path / "adapter" if trained else None
+        """Directory of the adapter that the stage trained."""
+        return self.paths.get("adapter")
 
     @property
     def model(self) -> Path | None:
-        """Directory of the full model that the stage made, if it made one."""
-        return self.path / "model" if "model/config.json" in self.files else None
+        """Directory of the full model that the stage made, if it made one to go on from."""
+        return self.paths.get("model")
 
     def to_dict(self) -> dict[str, Any]:
         """Return what stage.json holds."""
@@ -459,6 +465,7 @@ def _stage(directory: Path, row: dict[str, Any]) -> Stage:
         "metrics": dict,
         "seconds": (int, float),
         "finished": str,
+        "artefacts": dict,
         "files": dict,
     }
     for name in kinds.keys() - row.keys():
@@ -472,12 +479,16 @@ def _stage(directory: Path, row: dict[str, Any]) -> Stage:
         raise ValueError(f"it names the stage {row['name']!r:.80}")
     if not FINGERPRINT.fullmatch(row["fingerprint"]):
         raise ValueError(f"its fingerprint is {row['fingerprint']!r:.80}")
-    if row["verb"] not in STAGE_VERBS:
+    if row["verb"] not in VERBS or not VERBS[row["verb"]].leaves_stage:
         raise ValueError(f"its verb is {row['verb']!r:.80}")
     for name, value in row["metrics"].items():
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise ValueError(f"the metric '{name}' is {value!r:.80}")
     check_listing(row["files"])
+    for name, place in row["artefacts"].items():
+        # a listed file, or a directory of some: so it is within the stage
+        if not any(f"{file}/".startswith(f"{place}/") for file in row["files"]):
+            raise ValueError(f"the artefact '{name:.80}' is {place!r:.80}, which has no files")
     return Stage(path=directory, **row)
 
 

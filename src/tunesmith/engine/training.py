@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from tunesmith.engine.progress import ProgressCallback, peak_memory_bytes
 from tunesmith.engine.resuming import Keeper, Pace, keep_checkpoints
 from tunesmith.engine.room import paced_by_room
 from tunesmith.engine.signals import current, stops_after_step
+from tunesmith.engine.steps import Made, Place
 from tunesmith.errors import DataError, RunError
-from tunesmith.plugin.events import Event, RowsCut, RowsDropped, Warned
-from tunesmith.plugin.registry import Registry
+from tunesmith.plugin.events import RowsCut, RowsDropped, Warned
 from tunesmith.plugin.session import Session
 from tunesmith.plugin.trainers import TrainingData
 
@@ -35,13 +35,7 @@ class StageTraining:
 
     step: PlannedStep
     session: Session
-    directory: Path
-    registry: Registry
-    emit: Callable[[Event], None]
-    run_path: Path
-    """The run directory."""
-    put_aside: Callable[[Path], Path]
-    """Moves what is broken out of the way; returns where to."""
+    place: Place
     cuts: DropLog = attrs.field(factory=DropLog, init=False)
     """Rows that are used without the end of their answer."""
 
@@ -52,18 +46,24 @@ class StageTraining:
         return self.session.seed if own is None else own
 
     @property
+    def directory(self) -> Path:
+        """The stage's own."""
+        return self.place.directory
+
+    @property
     def checkpoints(self) -> Path:
         """Directory that the trainer writes into."""
         return self.directory / "checkpoints"
 
-    def run(self) -> Mapping[str, float]:
-        """Train, keep the weights in the stage's directory, and return the metrics."""
+    def run(self) -> Made:
+        """Train, keep the weights in the stage's directory, and return what was made."""
         from transformers import set_seed
 
         # loaded anew, before and after: what a stage does to a model in memory stays in it
         self.session.unload()
-        self.session.trains = True
-        trainer = self._trainer()
+        plugin = self.place.registry.build(self.step.step)
+        self.session = self.session.at_work(task=plugin.task, trains=True)
+        trainer = self._trainer(plugin)
         progress = self._listen(trainer)
         keeper = self._keeper(trainer)
         resumed = str(keeper.resumed.path) if keeper.resumed is not None else None
@@ -78,23 +78,22 @@ class StageTraining:
         metrics["memory_bytes"] = float(peak_memory_bytes())
         if len(self.cuts):
             metrics["rows_cut"] = float(len(self.cuts))
-        self._check_loss(metrics)
+        self._check_objective(plugin, metrics)
         try:
-            self._keep_weights()
+            artefacts = self._keep_weights(trainer.model)
         except Exception as error:
             error.add_note(
                 f"the trained weights are kept in {self.checkpoints}; run the same again, which "
                 "goes on from there"
             )
             raise
-        self.session.trains = False
         self.session.unload()
         self._tidy()
         del trainer
         _release()
-        return metrics
+        return Made(metrics, artefacts)
 
-    def _trainer(self) -> Any:
+    def _trainer(self, plugin: Any) -> Any:
         """Return the plugin's trainer, with every row that it cannot use told."""
         from transformers import set_seed
 
@@ -103,7 +102,7 @@ class StageTraining:
         train, evaluation = self._rows(drops)
         self.checkpoints.mkdir(exist_ok=True)
         set_seed(self.seed)
-        trainer = self.registry.build(self.step.step).build(
+        trainer = plugin.build(
             self.session,
             TrainingData(train, evaluation, drops.add, self.cuts.add),
             self.checkpoints,
@@ -116,7 +115,7 @@ class StageTraining:
         """Add the callbacks; return the one that gathers the metrics."""
         from transformers import EarlyStoppingCallback, PrinterCallback
 
-        progress = ProgressCallback(self.step.name, self.emit, self.directory / "log.jsonl")
+        progress = ProgressCallback(self.step.name, self.place.emit, self.directory / "log.jsonl")
         # transformers' own printer writes each log to stdout, with its numbers turned into text
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(progress)
@@ -126,7 +125,7 @@ class StageTraining:
 
     def _keeper(self, trainer: Any) -> Keeper:
         """Let the trainer keep checkpoints, and go on from the newest one there is."""
-        checkpoints = Checkpoints(self.checkpoints, self.put_aside, self._warn)
+        checkpoints = Checkpoints(self.checkpoints, self.place.put_aside, self._warn)
         found = checkpoints.begin()
         # whoever asks for some gets those, and no others between them
         pace = None if self.step.config.save_steps else Pace()
@@ -139,35 +138,38 @@ class StageTraining:
         return keep_checkpoints(trainer, checkpoints, found, self._warn, pace)
 
     def _warn(self, text: str) -> None:
-        self.emit(Warned(text))
+        self.place.emit(Warned(text))
 
-    def _keep_weights(self) -> None:
-        """Save the adapter, or the whole model where all of it was trained."""
+    def _keep_weights(self, model: Any) -> Mapping[str, Path]:
+        """Save what was trained: an adapter, or the whole model; return it by name."""
         session = self.session
-        model = session.model
         model.eval()
-        if session.method is not None:
-            from tunesmith.nn.adapters import check_saved
+        if session.method is not None and not session.method.saves_model:
+            target = self.directory / "adapter"
+            session.method.save(model, target)
+            return {"adapter": target}
+        from tunesmith.nn.saving import save_model
 
-            session.method.save(model, self.directory / "adapter")
-            check_saved(model, self.directory / "adapter")
-        else:
-            from tunesmith.nn.saving import save_model
-
-            (self.directory / "model").mkdir(exist_ok=True)
-            save_model(model, session.tokenizer, self.directory / "model", base=session.base)
+        target = self.directory / "model"
+        target.mkdir(exist_ok=True)
+        save_model(model, session.tokenizer, target, base=session.base)
+        return {"model": target}
 
     def _tidy(self) -> None:
         logs = self.checkpoints / "runs"
         if logs.is_dir():  # where transformers' tensorboard callback writes
             logs.rename(self.directory / "tensorboard")
 
-    def _check_loss(self, metrics: Mapping[str, float]) -> None:
-        loss = metrics.get("loss")
-        if loss is None or not math.isfinite(loss):
+    def _check_objective(self, plugin: Any, metrics: Mapping[str, float]) -> None:
+        """Refuse a training that has not logged what it optimizes, or not as a number."""
+        name = plugin.objective
+        if name is None:
+            return
+        value = metrics.get(name)
+        if value is None or not math.isfinite(value):
             shutil.rmtree(self.checkpoints)
             raise RunError(
-                f"{self.step.name}: the training loss is {loss}; nothing is kept of it; lower "
+                f"{self.step.name}: the training {name} is {value}; nothing is kept of it; lower "
                 f"learning_rate (now {self._rate():g}), or look at the data"
             )
 
@@ -175,7 +177,7 @@ class StageTraining:
         """Return the learning rate the step runs with."""
         assert self.step.plugin is not None
         trainer = self.step.plugin.load()(self.step.config)
-        rate: float = trainer.learning_rate(peft=self.session.method is not None)
+        rate: float = trainer.learning_rate(peft=not self.session.trains_base)
         return rate
 
     def _rows(self, drops: DropLog) -> tuple[Sequence[Sourced], Sequence[Sourced]]:
@@ -205,15 +207,15 @@ class StageTraining:
     def _tell_drops(self, drops: DropLog, total: int) -> None:
         if len(drops):
             drops.write(self.directory / "dropped.jsonl")
-            path = self.run_path / "stages" / self.step.name / "dropped.jsonl"
-            self.emit(RowsDropped(self.step.name, len(drops), total, drops.reasons, path))
+            path = self.place.run / "stages" / self.step.name / "dropped.jsonl"
+            self.place.emit(RowsDropped(self.step.name, len(drops), total, drops.reasons, path))
 
     def _tell_cuts(self, total: int) -> None:
         cuts = self.cuts
         if len(cuts):
             cuts.write(self.directory / "cut.jsonl")
-            path = self.run_path / "stages" / self.step.name / "cut.jsonl"
-            self.emit(RowsCut(self.step.name, len(cuts), total, cuts.reasons, path))
+            path = self.place.run / "stages" / self.step.name / "cut.jsonl"
+            self.place.emit(RowsCut(self.step.name, len(cuts), total, cuts.reasons, path))
 
 
 def _release() -> None:

@@ -24,17 +24,32 @@ __all__ = ["check_loaded", "check_saved", "open_adapter"]
 
 
 def open_adapter(
-    model: PreTrainedModel, directory: Path, config: PeftConfig | None = None
+    model: PreTrainedModel,
+    directory: Path,
+    config: PeftConfig | None = None,
+    *,
+    trainable: bool = True,
 ) -> PeftModel:
-    """Return the model with the adapter saved in `directory`, ready to be trained on.
+    """Return the model with the adapter saved in `directory`, to be trained on if `trainable`.
 
     `config` is used in place of the one in the directory. An adapter with the model's own names is
     loaded under them: PEFT changes names as transformers does those of old checkpoints, and some of
     its patterns (Laguna's `mlp.shared_expert.`) meet names that are right already.
     """
+    if config is None:
+        config = PeftConfig.from_pretrained(directory, local_files_only=True)
+    prompts = config.is_prompt_learning
     wrapped: PeftModel = PeftModel.from_pretrained(
-        model, directory, is_trainable=True, config=config, local_files_only=True
+        model,
+        directory,
+        is_trainable=trainable and not prompts,  # PEFT does not do that
+        config=config,
+        local_files_only=True,
     )
+    if not trainable:
+        wrapped.requires_grad_(False)
+    elif prompts:
+        _thaw_prompts(wrapped, directory)
     path = directory / SAFETENSORS_WEIGHTS_NAME
     if path.is_file():
         held = adapter_tensors(wrapped)
@@ -55,7 +70,7 @@ def check_saved(model: Any, directory: Path) -> None:
     if not hasattr(model, "peft_config"):
         return
     held = adapter_tensors(model)
-    kept = {id(tensor) for tensor in held.values()}
+    kept = {id(tensor) for tensor in held.values()} | _prompts_kept(model, held)
     lost = [
         name
         for name, parameter in model.named_parameters()
@@ -87,6 +102,36 @@ def check_loaded(model: Any, directory: Path) -> None:
             f"adapter {directory}: does not fit the model: {problem}; it was trained on another "
             "base or with other options, or its file is broken: train it anew, or give its base"
         )
+
+
+def _thaw_prompts(model: PeftModel, directory: Path) -> None:
+    """Let a learned prompt be trained further, where its file holds all there is to train."""
+    for name, encoder in model.prompt_encoder.items():
+        own = [each for each, _ in encoder.named_parameters()]
+        if own != ["embedding.weight"]:
+            raise ModelError(
+                f"adapter {directory}: cannot be trained further: of the weights that make its "
+                f"prompt ({_some(own)}) PEFT keeps what they make, and not them; train it in one "
+                "step"
+            )
+        encoder.requires_grad_(True)
+        model.peft_config[name].inference_mode = False
+
+
+def _prompts_kept(model: Any, held: Mapping[str, torch.Tensor]) -> set[int]:
+    """Return the identities of learned prompts that PEFT writes as they are, under another name.
+
+    Of an encoder that makes a prompt of other weights PEFT writes what it makes, not the weights.
+    """
+    kept = set()
+    for encoder in getattr(model, "prompt_encoder", {}).values():
+        own = dict(encoder.named_parameters())
+        written = held.get("prompt_embeddings")
+        if written is not None and own.keys() == {"embedding.weight"}:
+            weight = own["embedding.weight"]
+            if _same(weight, written):
+                kept.add(id(weight))
+    return kept
 
 
 def _differences(model: Any, held: Mapping[str, torch.Tensor], directory: Path) -> str:

@@ -12,26 +12,23 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from tunesmith.errors import ModelError, OpError
 from tunesmith.nn import lora_experts
-from tunesmith.nn.adapters import open_adapter
 from tunesmith.nn.nf4_experts import NF4Experts
 from tunesmith.nn.nf4_linear import NF4Linear, autocast, frozen_arguments
 from tunesmith.ops import frozen_linear, quantize_4bit
 from tunesmith.ops.layers import FrozenLayer
 from tunesmith.ops.schema import DTYPES
 
-__all__ = ["LoraLinear", "hooked", "load", "register"]
+__all__ = ["LoraLinear", "hooked", "register"]
 
 _Adapter = tuple[tuple[Tensor, Tensor, float], float]
 """A, B and scaling, and the dropout of x."""
@@ -51,12 +48,6 @@ def register(config: LoraConfig) -> LoraConfig:
     # a key is matched by isinstance; the function behind it declines what is not ours
     config._register_custom_module({nn.Linear: _build, NF4Experts: lora_experts.build})
     return config
-
-
-def load(model: PreTrainedModel, directory: Path) -> PeftModel:
-    """Return the model with the LoRA adapter saved in `directory`, ready to be trained on."""
-    config = register(LoraConfig.from_pretrained(directory, local_files_only=True))
-    return open_adapter(model, directory, config)
 
 
 class LoraLinear(lora.Linear):  # type: ignore[misc]

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.errors import ModelError
 from tunesmith.nn.checkpoint import stored_quantization
 from tunesmith.nn.reading import AGAIN, TOKENIZER_BYTES, model_errors, read_object, reason
+from tunesmith.nn.tasks import CAUSAL_LM, Task
 from tunesmith.nn.weight_files import check_weight_files, headers
 
 if TYPE_CHECKING:
@@ -30,9 +31,9 @@ __all__ = [
     "check_stored_weights",
     "code_is_trusted",
     "config_of",
-    "load_causal_lm",
     "load_config",
     "load_generation_config",
+    "load_model",
     "load_tokenizer",
     "skeleton",
     "trusting",
@@ -239,15 +240,21 @@ def load_generation_config(directory: Path) -> tuple[Any, str]:
         return None, f"{file}: is left out, as it cannot be used: {text}"
 
 
-def load_causal_lm(
-    directory: Path, *, dtype: torch.dtype, device: torch.device, **options: Any
+def load_model(
+    directory: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    task: Task = CAUSAL_LM,
+    **options: Any,
 ) -> PreTrainedModel:
-    """Return the causal LM in a directory; `options` go to transformers' `from_pretrained`.
+    """Return the model in a directory; `options` go to transformers' `from_pretrained`.
 
-    Errors: `ModelError` for anything that cannot be loaded, and for weights that are missing,
-    unexpected or of another shape, by name.
+    For a classification a language model will do: its head over the vocabulary is left out, and a
+    new one is made, from the random numbers of the moment. Errors: `ModelError` for anything that
+    cannot be loaded, and for weights that are missing, unexpected or of another shape, by name.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    import transformers
 
     options.setdefault("config", None)
     if options["config"] is None:
@@ -257,10 +264,14 @@ def load_causal_lm(
     stored = stored_quantization(directory)
     if stored is None:
         # some quantizers take a weight of any shape, and transformers one of any type
-        skeleton(directory, config)
+        skeleton(directory, config, task=task)
     else:
         check_stored_weights(directory, stored)
-    generation, _ = load_generation_config(directory)
+    generation: dict[str, Any] = {}
+    if not task.labels:
+        read, _ = load_generation_config(directory)
+        made = transformers.GenerationConfig.from_model_config
+        generation = {"generation_config": read or made(config)}
     with (
         model_errors(
             f"{what}: cannot be loaded", "check the files, or take the model from its source again"
@@ -269,7 +280,10 @@ def load_causal_lm(
     ):
         try:
             with _Report(what):
-                model, info = AutoModelForCausalLM.from_pretrained(
+                if task.labels:
+                    config.num_labels = task.labels
+                cls = getattr(transformers, task.auto_class)
+                model, info = cls.from_pretrained(
                     directory,
                     dtype=dtype,
                     device_map={"": device},
@@ -277,24 +291,26 @@ def load_causal_lm(
                     use_safetensors=True,
                     trust_remote_code=code_is_trusted(),
                     ignore_mismatched_sizes=True,  # they are named below
-                    generation_config=generation or GenerationConfig.from_model_config(config),
                     output_loading_info=True,
+                    **generation,
                     **options,
                 )
         except Exception as error:
             # what was raised for a weight, not how transformers sums it up
             first = getattr(options.get("quantization_config"), "first_error", None)
             raise (first or error) from error
-    check_keys(what, info, type(model).__name__)
+    check_keys(what, _without_head(info, model, task), type(model).__name__)
     return model
 
 
-def skeleton(directory: Path, config: PreTrainedConfig, *, compare: bool = True) -> PreTrainedModel:
+def skeleton(
+    directory: Path, config: PreTrainedConfig, *, task: Task = CAUSAL_LM, compare: bool = True
+) -> PreTrainedModel:
     """Return the model of a config on the meta device; no weight is read.
 
     With `compare` its weights are compared with the headers of the directory's files, by
     transformers' own loader: so its renamings, conversions and tied weights are heeded. Errors:
-    those of `load_causal_lm`.
+    those of `load_model`.
     """
     import torch
 
@@ -304,7 +320,9 @@ def skeleton(directory: Path, config: PreTrainedConfig, *, compare: bool = True)
         f"{what}: no model can be built of its config",
         "check config.json, and that this transformers knows the architecture",
     ):
-        cls = _causal_class(directory, config)
+        if task.labels:
+            config.num_labels = task.labels
+        cls = _class_of(directory, config, task)
         if not compare:
             with torch.device("meta"):
                 model = cls._from_config(config)
@@ -320,7 +338,7 @@ def skeleton(directory: Path, config: PreTrainedConfig, *, compare: bool = True)
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-    check_keys(what, info, type(model).__name__)
+    check_keys(what, _without_head(info, model, task), type(model).__name__)
     needed = model.state_dict()
     whole = [
         f"{key} ({str(tensor.dtype).removeprefix('torch.')})"
@@ -384,24 +402,49 @@ _REPORTS = "transformers.modeling_utils"
 _COLOUR = re.compile("\x1b" + r"\[[0-9;]*m")
 
 
-def _causal_class(directory: Path, config: PreTrainedConfig) -> Any:
-    """Return the class of causal LMs that a config is for."""
-    from transformers import AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+def _class_of(directory: Path, config: PreTrainedConfig, task: Task) -> Any:
+    """Return the class of models of a task that a config is for."""
+    import transformers
+    from transformers.models.auto import modeling_auto
 
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    mapping = {
+        "causal-lm": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+        "sequence-classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    }[task.name]
+    if type(config) in mapping:
+        return mapping[type(config)]
     if not code_is_trusted():
         if getattr(config, "auto_map", None):
             raise code_refused(directory, f"model {directory}", str(config.auto_map))
+        kind = "classifier" if task.labels else "causal language model"
         raise ModelError(
-            f"model {directory}: is a {config.model_type}, of which transformers has no causal "
-            "language model; a decoder such as llama, qwen3 or gpt2 is needed"
+            f"model {directory}: is a {config.model_type}, of which transformers has no {kind}; a "
+            "decoder such as llama, qwen3 or gpt2 is needed"
         )
     import torch
 
     with torch.device("meta"):
-        return type(AutoModelForCausalLM.from_config(config, trust_remote_code=True))
+        auto = getattr(transformers, task.auto_class)
+        return type(auto.from_config(config, trust_remote_code=True))
+
+
+def _without_head(info: Mapping[str, Any], model: PreTrainedModel, task: Task) -> Mapping[str, Any]:
+    """Return what did not fit, without what a classifier over a language model is to lack.
+
+    That is a head of its own, all of it, and a place for that over the vocabulary.
+    """
+    if not task.labels:
+        return info
+    body = f"{model.base_model_prefix}."
+    head = {name for name, _ in model.named_parameters() if not name.startswith(body)}
+    if not head or not head <= set(info.get("missing_keys") or ()):
+        return info
+    unexpected = info.get("unexpected_keys") or ()
+    return {
+        **info,
+        "missing_keys": set(info["missing_keys"]) - head,
+        "unexpected_keys": {key for key in unexpected if key.startswith(body)},
+    }
 
 
 def check_keys(what: str, info: Mapping[str, Any], model: str) -> None:

@@ -26,6 +26,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from tunesmith.errors import ModelError
 from tunesmith.nn.checkpoint import within
 from tunesmith.nn.nf4_experts import experts_in
+from tunesmith.nn.tasks import task_of
 
 __all__ = ["ENDS", "Kept", "Split", "described", "is_linear", "split", "tell"]
 
@@ -191,6 +192,9 @@ class _Reasons:
         }
         self._skip = skip
         self._ends = get_keys_to_not_convert(model)
+        if task_of(model).labels:  # a classifier's head is all that is not its body
+            heads = {name.partition(".")[0] for name, _ in model.named_parameters()}
+            self._ends += sorted(heads - {model.base_model_prefix})
         self._in_fp32 = [
             *(getattr(model, "_keep_in_fp32_modules", None) or ()),
             *(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 if TYPE_CHECKING:
     from tunesmith.plugin.session import Session
@@ -15,15 +16,20 @@ C = TypeVar("C")
 
 
 class Exporter(ABC, Generic[C]):
-    """Writes the session's model; nothing is trained after an export."""
+    """Writes the session's model, or something about it, for others."""
+
+    makes_model: ClassVar[bool] = False
+    """Whether it makes a plain model that the run goes on from: an artefact called "model"."""
+    merges: ClassVar[bool] = False
+    """Whether it adds what was trained into the base's weights, which not every method can."""
 
     def __init__(self, config: C) -> None:
         self.config = config
 
     @abstractmethod
-    def export(self, session: Session, directory: Path) -> Path | None:
-        """Write into `directory`, which exists and is empty.
+    def export(self, session: Session, directory: Path) -> Mapping[str, Path]:
+        """Write into `directory`, which exists and is empty; return what was made, by name.
 
-        Return the path of a Hugging Face model directory that later steps (an evaluation, another
-        export) shall load from now on, or None if the session goes on as it is.
+        Those are its artefacts, files or directories within `directory`; a later exporter finds
+        one again by `session.artefact(name)`. A "model" is a Hugging Face model directory.
         """

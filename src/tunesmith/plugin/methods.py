@@ -4,49 +4,47 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
-__all__ = ["Method"]
+    from tunesmith.nn.merging import Merging
+    from tunesmith.plugin.quantizers import Quantizer
+
+__all__ = ["Method", "PeftMethod"]
 
 C = TypeVar("C")
 
 
 class Method(ABC, Generic[C]):
-    """Wraps a base model so that only an adapter is trained.
+    """Makes a base model one of which only little is trained, and keeps that.
 
-    A method says by `peft_config` what it is in PEFT's terms (PEFT's own methods, or one it has
-    registered with `peft.utils.register_peft_method`); wrapping, saving and loading follow from
-    that. It never asks how the base is quantized: a base layer is an `nn.Linear` to it.
+    It never asks how the base is quantized: a base layer is an `nn.Linear` to it. What it is like
+    is said once, by its flags; plan, packing, decoding, merging and memory estimate obey them. For
+    one that PEFT has, or that is registered with PEFT, see `PeftMethod`.
     """
+
+    mergeable: ClassVar[bool] = True
+    """Whether what it trains can be added into the base's weights."""
+    adds_tokens: ClassVar[bool] = False
+    """Whether it puts tokens, or keys and values, of its own before those of a row: rows that are
+    packed into one would all but the first be without them."""
+    trains_base: ClassVar[bool] = False
+    """Whether it trains weights of the base itself, which are in fp32 for that."""
+    saves_model: ClassVar[bool] = False
+    """Whether a training keeps the whole model, and no adapter: `save` and `load` are not asked."""
 
     def __init__(self, config: C) -> None:
         self.config = config
 
-    @abstractmethod
-    def peft_config(self, model: PreTrainedModel) -> PeftConfig:
-        """Return PEFT's config for this model, which may be on the meta device."""
-
     def check(self, model: PreTrainedModel) -> tuple[str, ...]:
         """Return what would go wrong on wrapping this model, a line each; asked by a plan.
 
-        `model` is on the meta device and unquantized. Unless overridden it is tried, and what is
-        said of it handed on.
+        `model` is on the meta device and unquantized.
         """
-        from tunesmith.errors import TunesmithError
-
-        try:
-            wrapped = self.wrap(model)
-            unmatched = _unmatched(wrapped)
-            wrapped.unload()
-        except TunesmithError as error:
-            return tuple(str(error).splitlines())
-        except Exception as error:
-            return (f"PEFT refuses this model: {type(error).__name__}: {error}",)
-        return tuple(f"targets: '{name}' matches no layer of this model" for name in unmatched)
+        return ()
 
     def describe(self, model: PreTrainedModel) -> str:
         """Return in a line what of a model is adapted and what is not; "" says nothing.
@@ -55,23 +53,119 @@ class Method(ABC, Generic[C]):
         """
         return ""
 
+    @abstractmethod
+    def wrap(self, model: PreTrainedModel) -> Any:
+        """Return the model with a fresh adapter; what is trained requires gradients, alone.
+
+        A plan wraps a skeleton on the meta device, to count what is trained.
+        """
+
+    def unwrap(self, model: Any) -> None:
+        """Undo `wrap` on a skeleton, whose weights may be anything then."""
+        if hasattr(model, "unload"):
+            model.unload()
+
+    @abstractmethod
+    def load(self, model: PreTrainedModel, directory: Path, *, trainable: bool) -> Any:
+        """Return the model with what `save` wrote into `directory`, all of it.
+
+        With `trainable` the same weights require gradients as of a fresh one, else none does.
+        Errors: `ModelError` naming what is missing, unknown or of another shape.
+        """
+
+    @abstractmethod
+    def save(self, model: Any, directory: Path) -> None:
+        """Write what was trained, all of it, into a directory that need not exist.
+
+        Errors: `ModelError` naming what was trained and would not be kept.
+        """
+
+    def merge(self, model: Any, quantizer: Quantizer[Any]) -> Merging:
+        """Return the dense weights of a model with all that was trained added in.
+
+        Asked of a method that is `mergeable`. Errors: `ModelError` for a tensor of the adapter that
+        would be left out.
+        """
+        from tunesmith.nn.merging import merging
+
+        return merging(model, quantizer)
+
+
+class PeftMethod(Method[C]):
+    """A method that PEFT has, or one registered by `peft.utils.register_peft_method`.
+
+    It says by `peft_config` what it is in PEFT's terms; wrapping, saving, loading and merging
+    follow from that, and what it saves opens in stock PEFT.
+    """
+
+    @abstractmethod
+    def peft_config(self, model: PreTrainedModel) -> PeftConfig:
+        """Return PEFT's config for this model, which may be on the meta device."""
+
+    def registered(self, config: PeftConfig) -> PeftConfig:
+        """Return a config, made just now or read from a file, with layers of one's own put in.
+
+        Unless overridden a LoRA gets the house's, over which base product and adapter are one pass,
+        and which know experts in 4 bits; to PEFT, and in its files, it stays a LoRA.
+        """
+        from peft import LoraConfig
+
+        if isinstance(config, LoraConfig):
+            from tunesmith.nn.lora_linear import register
+
+            return register(config)
+        return config
+
+    def check(self, model: PreTrainedModel) -> tuple[str, ...]:
+        """Try to wrap the model, and hand on what is said of it."""
+        from tunesmith.errors import TunesmithError
+
+        try:
+            wrapped = self.wrap(model)
+            unmatched = _unmatched(wrapped)
+            self.unwrap(wrapped)
+        except TunesmithError as error:
+            return tuple(str(error).splitlines())
+        except Exception as error:
+            return (f"PEFT refuses this model: {type(error).__name__}: {error}",)
+        return tuple(f"targets: '{name}' matches no layer of this model" for name in unmatched)
+
     def wrap(self, model: PreTrainedModel) -> PeftModel:
         """Return the model with a fresh adapter; every other parameter is frozen."""
         from peft import get_peft_model
 
-        wrapped: PeftModel = get_peft_model(model, self.peft_config(model))
+        from tunesmith.nn.tasks import task_of
+
+        config = self.registered(self.peft_config(model))
+        config.task_type = task_of(model).peft_type
+        wrapped: PeftModel = get_peft_model(model, config)
         return wrapped
 
-    def load(self, model: PreTrainedModel, directory: Path) -> PeftModel:
-        """Return the model with the adapter saved in `directory`, ready to be trained on."""
-        from tunesmith.nn.adapters import open_adapter
+    def unwrap(self, model: Any) -> None:
+        """Take PEFT's layers out again, where it has put some in."""
+        if hasattr(model.base_model, "unload"):
+            model.unload()
+        else:  # it wraps the model whole, and freezes it
+            model.get_base_model().requires_grad_(True)
 
-        return open_adapter(model, directory)
+    def load(self, model: PreTrainedModel, directory: Path, *, trainable: bool) -> PeftModel:
+        """Return the model with the adapter saved in `directory`, every tensor of it counted."""
+        from peft import PeftConfig
+
+        from tunesmith.nn.adapters import check_loaded, open_adapter
+
+        config = PeftConfig.from_pretrained(directory, local_files_only=True)
+        wrapped = open_adapter(model, directory, self.registered(config), trainable=trainable)
+        check_loaded(wrapped, directory)
+        return wrapped
 
     def save(self, model: Any, directory: Path) -> None:
-        """Write the adapter in PEFT's own format, which stock PEFT opens."""
+        """Write the adapter in PEFT's own format, open it again and compare."""
+        from tunesmith.nn.adapters import check_saved
+
         # PEFT adds a whole embedding where one is adapted, which is the base's and would replace it
         model.save_pretrained(directory, save_embedding_layers=False)
+        check_saved(model, directory)
 
 
 def _unmatched(model: Any) -> list[str]:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import attrs
 
+from tunesmith.nn.tasks import CAUSAL_LM, Task
 from tunesmith.plugin.options import at_least
 
 if TYPE_CHECKING:
     from tunesmith.plugin.session import Session
 
-__all__ = ["Metric", "MetricConfig"]
+__all__ = ["Measured", "Metric", "MetricConfig", "Sample"]
 
 
 @attrs.frozen(kw_only=True)
@@ -29,12 +30,36 @@ class MetricConfig:
 C = TypeVar("C")
 
 
+@attrs.frozen
+class Sample:
+    """An answer that was looked at, as a report shows it beside those of other stages."""
+
+    prompt: str
+    completion: str
+    reference: str | None = None
+    """What it was compared with."""
+    scores: Mapping[str, float] = attrs.field(factory=dict)
+
+
+@attrs.frozen
+class Measured:
+    """What a metric has found out."""
+
+    values: Mapping[str, float]
+    """Numbers by name."""
+    samples: Sequence[Sample] = ()
+    """A few answers with it, if it is one of answers; they are kept in the run directory."""
+
+
 class Metric(ABC, Generic[C]):
     """Measures the session's model as it stands; its Spec says which example shape it takes."""
+
+    task: ClassVar[Task] = CAUSAL_LM
+    """What kind of model it measures; `session.model` is one."""
 
     def __init__(self, config: C) -> None:
         self.config = config
 
     @abstractmethod
-    def measure(self, session: Session, examples: Sequence[Any]) -> Mapping[str, float]:
-        """Return named values; the model is in eval mode and gradients are off."""
+    def measure(self, session: Session, examples: Sequence[Any]) -> Measured:
+        """Return what was measured; the model is in eval mode and gradients are off."""

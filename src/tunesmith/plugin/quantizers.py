@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from tunesmith.errors import ModelError
+from tunesmith.nn.tasks import CAUSAL_LM, Task
 
 if TYPE_CHECKING:
     import torch
@@ -34,14 +35,24 @@ class Quantizer(Generic[C]):
     def __init__(self, config: C) -> None:
         self.config = config
 
-    def load(self, directory: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-        """Return the causal LM in a Hugging Face directory, computing in `dtype` on `device`."""
+    def load(
+        self,
+        directory: Path,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        task: Task = CAUSAL_LM,
+    ) -> PreTrainedModel:
+        """Return the model in a Hugging Face directory, computing in `dtype` on `device`.
+
+        `task` says what its head is for: pass it on to `from_pretrained`.
+        """
         from tunesmith.nn.checkpoint import stored_quantization
 
         stored = stored_quantization(directory)
         if stored is not None:
             self.check_stored(stored, directory)
-        return self.from_pretrained(directory, dtype=dtype, device=device)
+        return self.from_pretrained(directory, dtype=dtype, device=device, task=task)
 
     def check_stored(self, stored: Mapping[str, Any], directory: Path | None) -> str:
         """Say in a few words how a model that is stored quantized will be taken.
@@ -122,14 +133,14 @@ class Quantizer(Generic[C]):
     def from_pretrained(
         self, directory: Path, *, dtype: torch.dtype, device: torch.device, **options: Any
     ) -> PreTrainedModel:
-        """Return the causal LM in a directory; `options` go to transformers' `from_pretrained`.
+        """Return the model in a directory: of the `task` in `options`, if there is one.
 
-        It has every weight that its config needs and no other: `ModelError` names what does not
-        fit.
+        The other `options` go to transformers' `from_pretrained`. It has every weight that its
+        config needs and no other: `ModelError` names what does not fit.
         """
-        from tunesmith.nn.pretrained import load_causal_lm
+        from tunesmith.nn.pretrained import load_model
 
-        return load_causal_lm(directory, dtype=dtype, device=device, **options)
+        return load_model(directory, dtype=dtype, device=device, **options)
 
 
 def _check_reader(stored: Mapping[str, Any], method: str) -> None:

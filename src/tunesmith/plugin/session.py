@@ -1,4 +1,4 @@
-"""Session: what the steps pass on while a run goes - model, tokenizer, adapters, device, metrics.
+"""Session: what a step finds when it begins - model, tokenizer, adapters, artefacts, device.
 
 Why it stands in this room and not in the engine: every plugin receives one. See
 docs/adr/0002-session-and-events-in-plugin.md.
@@ -7,10 +7,14 @@ docs/adr/0002-session-and-events-in-plugin.md.
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import attrs
+
+from tunesmith.errors import RunError, close_matches, listed
+from tunesmith.nn.tasks import CAUSAL_LM, Task
 from tunesmith.plugin.quantizers import Quantizer
 
 if TYPE_CHECKING:
@@ -19,115 +23,206 @@ if TYPE_CHECKING:
 
     from tunesmith.plugin.methods import Method
 
-__all__ = ["Session"]
+__all__ = ["Adapter", "Session"]
 
 
+@attrs.frozen
+class Adapter:
+    """A named set of trained weights for a base."""
+
+    name: str
+    """Label of the step that trained it, such as "sft"."""
+    method: Method[Any]
+    directory: Path
+    task: Task = CAUSAL_LM
+    parent: str | None = None
+    """The adapter that its training began from; None if it began afresh."""
+
+
+class _Held:
+    """The one model in memory, and what it was asked for as."""
+
+    def __init__(self) -> None:
+        self.key: Any = None
+        self.model: Any = None
+
+    def get(self, key: Any, load: Callable[[], Any]) -> Any:
+        if self.model is None or self.key != key:
+            self.drop()
+            self.model = load()
+            self.key = key
+        return self.model
+
+    def drop(self) -> None:
+        if self.model is not None:
+            self.key = self.model = None
+            gc.collect()
+
+
+@attrs.frozen(kw_only=True, eq=False)
 class Session:
-    """The state that steps read and change.
+    """The state that a step begins from. It is never changed: a step leads to another session.
 
-    The model is loaded when `model` is first read and not before, so a run whose stages are all
-    finished loads nothing. What it is loaded from is `base` (a Hugging Face directory), how is the
-    quantizer's affair, and the adapter on top is the last one in `adapters`. What is handed out
-    depends on these, and on whether it is to be trained, and not on what was loaded before: see
-    docs/adr/0014-stopping-and-what-a-stage-depends-on.md.
+    A model is loaded when it is first asked for, and not before, so a run whose stages are all
+    finished loads nothing. Which one that is follows from what is written here and from nothing
+    that was loaded before: see docs/adr/0020-one-rule-to-load-by.md. One is in memory at a time;
+    sessions that follow from each other share it.
     """
 
-    def __init__(
-        self,
-        *,
-        base: Path,
-        tokenizer: PreTrainedTokenizerBase,
-        device: torch.device,
-        dtype: torch.dtype,
-        seed: int = 0,
-    ) -> None:
-        self.base = base
-        self.tokenizer = tokenizer
-        self.device = device
-        self.dtype = dtype
-        self.seed = seed
-        self.quantizer: Quantizer[Any] = Quantizer(None)
-        self.method: Method[Any] | None = None
-        self.adapters: dict[str, Path] = {}
-        """Directory of each finished adapter by the label of the step that trained it."""
-        self.metrics: dict[str, Mapping[str, float]] = {}
-        """Metrics of each finished stage by its name."""
-        self.samples: tuple[str, ...] = ()
-        """A few texts of the run's own data, to try a model on."""
-        self.trains = False
-        """Whether the step at work trains: `model` is then `model_for(trains=True)`."""
-        self._model: Any = None
-        self._in_full = False
+    base: Path
+    """A Hugging Face model directory."""
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    dtype: torch.dtype
+    """What the run computes in."""
+    seed: int = 0
+    quantizer: Quantizer[Any] = attrs.field(factory=lambda: Quantizer(None))
+    method: Method[Any] | None = None
+    """What a training from here on adapts by; None trains all weights."""
+    adapters: Mapping[str, Adapter] = attrs.field(factory=dict)
+    """Those trained so far on this base, by name."""
+    current: str | None = None
+    """The one of them that goes on: that is trained further, measured and exported."""
+    artefacts: Mapping[str, Mapping[str, Path]] = attrs.field(factory=dict)
+    """What earlier stages have made: paths by artefact name, by stage name."""
+    metrics: Mapping[str, Mapping[str, float]] = attrs.field(factory=dict)
+    """Metrics of each finished stage by its name."""
+    samples: tuple[str, ...] = ()
+    """A few texts of the run's own data, to try a model on."""
+    task: Task = CAUSAL_LM
+    """What the step at work needs a model for."""
+    trains: bool = False
+    """Whether the step at work trains."""
+    _held: _Held = attrs.field(factory=_Held, repr=False)
 
     @property
     def model(self) -> Any:
-        """The model as it stands: base, with the method's adapter on it if there is a method."""
-        return self.model_for(trains=self.trains)
+        """The model for the step at work: base, with the current adapter if there is one."""
+        return self.model_for(task=self.task, trains=self.trains)
 
-    def model_for(self, *, trains: bool) -> Any:
-        """Return the model to train, or to measure and export; loaded anew if it was for the other.
+    @property
+    def trains_base(self) -> bool:
+        """Whether a training from here on changes the base's own weights."""
+        return self.method is None or self.method.trains_base
 
-        A model without method is trained in fp32 whatever the run's dtype is, and all of it; for
-        anything else, and under a method, the base is in the run's dtype.
+    def model_for(
+        self,
+        *,
+        task: Task = CAUSAL_LM,
+        adapter: str | None = None,
+        trains: bool = False,
+    ) -> Any:
+        """Return a model: loaded by one rule, from what is asked for.
+
+        `adapter` names one of `adapters`; unset is the current one, or a fresh one of the method
+        where there is none. With `trains`, what is trained requires gradients, and a base whose
+        own weights are trained is in fp32 whatever the run's dtype is, for an update of 1e-5 is
+        lost in 16 bits; for anything else it is in the run's dtype. Errors: `RunError` for an
+        adapter that there is not, or that was trained for another task.
         """
-        full = trains and self.method is None
-        if self._model is not None and self._in_full != full:
-            self.unload()
-        if self._model is None:
-            self._model, self._in_full = self._load(full), full
-        return self._model
+        name = self.current if adapter is None else adapter
+        named = None if name is None else self._named(name)
+        if named is not None and named.task != task:
+            raise RunError(
+                f"adapter '{named.name}': was trained for {named.task}, and is asked for {task}; "
+                "name another one, or train one for it"
+            )
+        key = (self.base, self.quantizer, self.method, named, task, trains)
+        return self._held.get(key, lambda: self._load(task, named, trains))
 
     @property
     def loaded(self) -> bool:
-        """Whether the model is in memory."""
-        return self._model is not None
-
-    def use_quantizer(self, quantizer: Quantizer[Any]) -> None:
-        """Load the base by this quantizer from now on."""
-        self.quantizer = quantizer
-        self.unload()
-
-    def use_method(self, method: Method[Any]) -> None:
-        """Train an adapter of this method from now on."""
-        self.method = method
-        self.unload()
-
-    def use_adapter(self, label: str, directory: Path) -> None:
-        """Take note of a finished adapter; a model in memory already holds it."""
-        self.adapters[label] = directory
-
-    def use_directory(self, directory: Path) -> None:
-        """Go on from a plain model directory: no quantizer, no adapter."""
-        self.base = directory
-        self.quantizer = Quantizer(None)
-        self.method = None
-        self.unload()
+        """Whether a model is in memory."""
+        return self._held.model is not None
 
     def unload(self) -> None:
-        """Drop the model from memory; it is loaded again when next read."""
-        if self._model is not None:
-            self._model = None
-            gc.collect()
+        """Drop the model from memory; it is loaded again when next asked for."""
+        self._held.drop()
 
-    def _load(self, full: bool) -> Any:
+    # what follows from a step
+
+    def at_work(self, *, task: Task = CAUSAL_LM, trains: bool = False) -> Session:
+        """Return the session for a step that needs such a model."""
+        return attrs.evolve(self, task=task, trains=trains)
+
+    def with_quantizer(self, quantizer: Quantizer[Any]) -> Session:
+        """Return a session whose base is loaded by this quantizer."""
+        return attrs.evolve(self, quantizer=quantizer)
+
+    def with_method(self, method: Method[Any]) -> Session:
+        """Return a session that trains a fresh adapter of this method next."""
+        return attrs.evolve(self, method=method, current=None)
+
+    def using(self, name: str) -> Session:
+        """Return a session that goes on with another one of its adapters, and its method."""
+        adapter = self._named(name)
+        return attrs.evolve(self, method=adapter.method, current=name)
+
+    def with_adapter(
+        self, name: str, directory: Path, *, task: Task = CAUSAL_LM, parent: str | None = None
+    ) -> Session:
+        """Return a session with a finished adapter of its method, which goes on from there."""
+        if self.method is None:
+            raise RunError(f"adapter '{name}': there is no method that it is of; add one first")
+        added = Adapter(name, self.method, directory, task, parent)
+        return attrs.evolve(self, adapters={**self.adapters, name: added}, current=name)
+
+    def with_base(self, directory: Path, method: Method[Any] | None = None) -> Session:
+        """Return a session that goes on from a plain model: no quantizer and no adapter."""
+        return attrs.evolve(
+            self,
+            base=directory,
+            quantizer=Quantizer(None),
+            method=method,
+            adapters={},
+            current=None,
+        )
+
+    def with_stage(
+        self, stage: str, *, artefacts: Mapping[str, Path], metrics: Mapping[str, float]
+    ) -> Session:
+        """Return a session that knows of a finished stage."""
+        return attrs.evolve(
+            self,
+            artefacts={**self.artefacts, stage: artefacts},
+            metrics={**self.metrics, stage: metrics},
+        )
+
+    def artefact(self, name: str) -> Path:
+        """Return what the latest stage that made an artefact of this name has made.
+
+        Errors: `RunError` naming what there is.
+        """
+        for made in reversed(list(self.artefacts.values())):
+            if name in made:
+                return made[name]
+        known = {each for made in self.artefacts.values() for each in made}
+        raise RunError(
+            f"no earlier step has made '{name}'{close_matches(name, known)}; there is: "
+            f"{listed(known) or 'nothing yet'}; put the step that makes it before this one"
+        )
+
+    def _named(self, name: str) -> Adapter:
+        if name in self.adapters:
+            return self.adapters[name]
+        raise RunError(
+            f"there is no adapter '{name}'{close_matches(name, self.adapters)}; trained so far: "
+            f"{listed(self.adapters) or 'none'}"
+        )
+
+    def _load(self, task: Task, adapter: Adapter | None, trains: bool) -> Any:
         import torch
         from transformers import set_seed
 
         # seeded here, so that what is made anew is the same whether or not earlier stages ran
         set_seed(self.seed)
-        # full fine-tuning keeps its weights in fp32: an update of 1e-5 is lost in 16 bits
+        method = self.method if adapter is None else adapter.method
+        full = trains and (method is None or method.trains_base)
         dtype = torch.float32 if full else self.dtype
-        model = self.quantizer.load(self.base, dtype=dtype, device=self.device)
-        if self.method is None:
-            if full:
-                model.requires_grad_(True)
-            return model
+        model = self.quantizer.load(self.base, dtype=dtype, device=self.device, task=task)
+        if method is None:
+            return model.requires_grad_(True) if full else model
         set_seed(self.seed)  # however many numbers the loading has drawn
-        if self.adapters:
-            from tunesmith.nn.adapters import check_loaded
-
-            latest = list(self.adapters.values())[-1]
-            loaded = self.method.load(model, latest)
-            check_loaded(loaded, latest)
-            return loaded
-        return self.method.wrap(model)
+        if adapter is None:
+            return method.wrap(model)
+        return method.load(model, adapter.directory, trainable=trains)

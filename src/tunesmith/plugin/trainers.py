@@ -1,6 +1,6 @@
 """Interface of a trainer, and the options that every trainer shares.
 
-A trainer plugin hands back a `transformers.Trainer` (TRL's, or a subclass of its own). The loop,
+A trainer plugin hands back a `Training`: a `transformers.Trainer`, TRL's or its own. The loop,
 gradient accumulation, distribution, logging and resuming come with it.
 """
 
@@ -9,24 +9,24 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 import attrs
 
 from tunesmith.data.examples import Sourced
 from tunesmith.errors import DataError, OptionError
+from tunesmith.nn.tasks import CAUSAL_LM, Task
 from tunesmith.plugin.optimizers import AUTO, OPTIMIZERS, optimizer_called
 from tunesmith.plugin.options import at_least, more_than, one_of
 
 if TYPE_CHECKING:
-    import transformers
-
     from tunesmith.plugin.session import Session
 
 __all__ = [
     "FastTrainerConfig",
     "Trainer",
     "TrainerConfig",
+    "Training",
     "TrainingData",
     "rendered",
     "training_arguments",
@@ -112,6 +112,11 @@ class TrainerConfig:
     """tensorboard, wandb or none; nothing is ever sent anywhere unless named here."""
     deduplicate: bool = True
     """Drop rows that say exactly what an earlier row says; they are counted and listed."""
+
+    @property
+    def packs(self) -> bool:
+        """Whether the options put several rows into one sequence."""
+        return False
 
     def __attrs_post_init__(self) -> None:
         evaluates = bool(self.eval_split) or self.eval_data is not None
@@ -207,19 +212,42 @@ def rendered(rows: Iterable[Sourced], render: Callable[[Any], R]) -> Iterator[tu
         raise DataError("\n".join([*bad[:SHOWN], *more]))
 
 
+class Training(Protocol):
+    """What a trainer builds: a `transformers.Trainer`, TRL's or a subclass of its own."""
+
+    model: Any
+    """What is trained, and kept when `train` has returned: of the session's method."""
+    state: Any
+    """A `transformers.TrainerState`."""
+
+    def add_callback(self, callback: Any) -> None:
+        """Have a `transformers.TrainerCallback` told of each step and log."""
+
+    def train(self, resume_from_checkpoint: str | None = None) -> Any:
+        """Train to the end, from a checkpoint if one is given."""
+
+
 class Trainer(ABC, Generic[C]):
-    """Builds the `transformers.Trainer` for one training step.
+    """Builds the training of one step.
 
     Its Spec says which example shape it takes (`example="conversation"`), so that data of another
     shape is refused before any weight is read.
     """
 
+    task: ClassVar[Task] = CAUSAL_LM
+    """What kind of model it trains; `session.model` is one."""
+    objective: ClassVar[str | None] = "loss"
+    """The logged value that it optimizes, which has to be a number in the end; None is for a
+    trainer that logs no such value."""
+
     def __init__(self, config: C) -> None:
         self.config = config
 
     @abstractmethod
-    def build(self, session: Session, data: TrainingData, directory: Path) -> transformers.Trainer:
-        """Return a trainer that is ready for `train()`.
+    def build(self, session: Session, data: TrainingData, directory: Path) -> Training:
+        """Return a training that is ready for `train()`: mostly a `transformers.Trainer`.
+
+        Its `model` is `session.model`, or one made by `session.model_for(…)`, and is what is kept.
 
         `directory` is the trainer's own, for checkpoints and logs. Rows that cannot be used are
         recorded with `data.drop`. Render the rows before `session.model` is first read, so that
@@ -241,18 +269,24 @@ class Trainer(ABC, Generic[C]):
 
 
 def training_arguments(
-    trainer: Trainer[Any], session: Session, data: TrainingData, directory: Path, **overrides: Any
-) -> transformers.TrainingArguments:
-    """Return `transformers.TrainingArguments` for the shared options.
+    trainer: Trainer[Any],
+    session: Session,
+    data: TrainingData,
+    directory: Path,
+    *,
+    cls: type[Any] | None = None,
+    **overrides: Any,
+) -> Any:
+    """Return `transformers.TrainingArguments` for the shared options, or such a `cls`.
 
-    `overrides` go on top, in transformers' own names.
+    `cls` is a subclass, such as one of TRL's configs. `overrides` go on top, in its own names.
     """
     import torch
     import transformers
 
     config: TrainerConfig = trainer.config
     evaluates = len(data.evaluation) > 0
-    full = session.method is None
+    full = session.trains_base
     eval_strategy = "no" if not evaluates else ("steps" if config.eval_steps else "epoch")
     best = config.early_stopping is not None
     if best:  # the best weights can only be put back if each evaluation left a checkpoint
@@ -301,11 +335,12 @@ def training_arguments(
         "dataloader_pin_memory": session.device.type == "cuda",
     }
     # transformers 5.20 renamed the option; the old name warns
-    known = transformers.TrainingArguments.__dataclass_fields__
+    made: Any = transformers.TrainingArguments if cls is None else cls
+    known = made.__dataclass_fields__
     prefix = "activation" if "activation_checkpointing" in known else "gradient"
     settings[f"{prefix}_checkpointing"] = config.gradient_checkpointing
     settings[f"{prefix}_checkpointing_kwargs"] = {"use_reentrant": False}
-    return transformers.TrainingArguments(**{**settings, **overrides})
+    return made(**{**settings, **overrides})
 
 
 def _warmup(config: TrainerConfig) -> float:

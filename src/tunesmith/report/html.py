@@ -19,7 +19,7 @@ import attrs
 
 from tunesmith.engine.durable import write_text
 from tunesmith.errors import RunError
-from tunesmith.recipe import Recipe
+from tunesmith.recipe import VERBS, Recipe
 from tunesmith.report.console import duration, main_metrics, number
 
 __all__ = ["write_report"]
@@ -118,8 +118,8 @@ def _read_run(directory: Path) -> _Run:
     ahead = [
         f"{at:02d}-{step.label}"
         for at, step in enumerate(steps, 1)
-        # these two only say how the model is loaded: they leave nothing behind
-        if at not in seen and step.verb not in ("quantize", "peft")
+        # the others only say how a model is loaded
+        if at not in seen and VERBS[step.verb].leaves_stage
     ]
     return _Run(directory.resolve().name, recipe_text, recipe, lock, stages, ahead, notes)
 

@@ -28,17 +28,18 @@ import pytest
 
 from tunesmith.data.examples import EXAMPLE_TYPES, Sourced
 from tunesmith.errors import OptionError, RowError
+from tunesmith.nn.tasks import CAUSAL_LM, Task
 from tunesmith.plugin import API_VERSION, Spec
 from tunesmith.plugin.exporters import Exporter
 from tunesmith.plugin.formats import Format
-from tunesmith.plugin.methods import Method
-from tunesmith.plugin.metrics import Metric
+from tunesmith.plugin.methods import Method, PeftMethod
+from tunesmith.plugin.metrics import Measured, Metric
 from tunesmith.plugin.options import field_docs, given_options, structure
 from tunesmith.plugin.quantizers import Quantizer
 from tunesmith.plugin.registry import Registry
 from tunesmith.plugin.session import Session
 from tunesmith.plugin.trainers import Trainer, TrainerConfig, TrainingData
-from tunesmith.recipe import KIND_OF_VERB, Recipe, Step
+from tunesmith.recipe import VERBS, Recipe, Step
 from tunesmith.testing.tiny import tiny_examples, tiny_llama, tiny_session
 
 __all__ = [
@@ -145,7 +146,7 @@ class PluginConformance:
         self, spec: Spec, config: Any
     ) -> None:
         """Options survive YAML, so a run can be repeated from its recipe."""
-        verb = next((verb for verb, kind in KIND_OF_VERB.items() if kind == self.kind), "train")
+        verb = next((name for name, row in VERBS.items() if row.kind == self.kind), "train")
         recipe = Recipe("model", (Step(verb, spec.name, given_options(config)),))
         options = Recipe.from_yaml(recipe.to_yaml()).steps[0].options
         assert structure(spec.config, options, name=spec.name) == config
@@ -356,27 +357,35 @@ class MethodConformance(PluginConformance):
 
             return quantizer.load(directory, dtype=torch.float32, device=torch.device("cpu"))
 
+        load.directory, load.quantizer = directory, quantizer  # type: ignore[attr-defined]
         return load
 
-    def test_its_config_is_made_without_weights(self, instance: Any, base: Any) -> None:
-        """A plan asks for it while the model is on the meta device."""
-        import peft
+    def test_a_plan_can_wrap_a_skeleton_of_it(self, instance: Any, base: Any) -> None:
+        """It counts what is trained while the model is on the meta device, and goes on with it."""
         import torch
         from transformers import AutoModelForCausalLM
 
         config = base().config
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        assert isinstance(instance.peft_config(model), peft.PeftConfig)
+        names = [name for name, _ in model.named_parameters()]
+        assert instance.check(model) == ()
+        wrapped = instance.wrap(model)
+        assert _trainable(wrapped)
+        instance.unwrap(wrapped)
+        assert [name for name, _ in model.named_parameters()] == names
 
     def test_only_the_adapter_is_trained(self, instance: Any, base: Any) -> None:
-        """Every parameter of the base is frozen."""
+        """Every parameter of the base is frozen, unless the method says otherwise."""
         model = base()
         ours = {id(parameter) for parameter in model.parameters()}
         trained = _trainable(instance.wrap(model))
         assert trained, "wrap leaves nothing to train"
         thawed = [name for name, parameter in trained.items() if id(parameter) in ours]
-        assert not thawed, f"wrap leaves the base's {', '.join(thawed)} trainable"
+        if instance.trains_base:
+            assert thawed, "trains_base is set, and no weight of the base is trained"
+        else:
+            assert not thawed, f"wrap leaves the base's {', '.join(thawed)} trainable"
 
     def test_a_fresh_adapter_changes_nothing(self, instance: Any, base: Any) -> None:
         """Training starts from the base model, if the method promises so."""
@@ -403,6 +412,9 @@ class MethodConformance(PluginConformance):
         """`PeftModel.from_pretrained` computes what was saved."""
         from peft import PeftModel
 
+        if not isinstance(instance, PeftMethod):
+            pytest.skip("it is no PeftMethod")
+
         expected = self.saved(instance, base, tmp_path / "adapter")
         opened = PeftModel.from_pretrained(base(), tmp_path / "adapter", local_files_only=True)
         self.assert_equal(_logits(opened), expected)
@@ -411,26 +423,54 @@ class MethodConformance(PluginConformance):
         self, instance: Any, base: Any, tmp_path: Path
     ) -> None:
         """The same values, and the same parameters trainable as when it was fresh."""
-        from tunesmith.nn.adapters import check_loaded
-
         expected = self.saved(instance, base, tmp_path / "adapter")
-        loaded = instance.load(base(), tmp_path / "adapter")
+        loaded = instance.load(base(), tmp_path / "adapter", trainable=True)
         self.assert_equal(_logits(loaded), expected)
-        check_loaded(loaded, tmp_path / "adapter")
         fresh = set(_trainable(instance.wrap(base())))
         assert set(_trainable(loaded)) == fresh, "load trains other parameters than wrap"
+        loaded = instance.load(base(), tmp_path / "adapter", trainable=False)
+        self.assert_equal(_logits(loaded), expected)
+        assert not _trainable(loaded), "load leaves something to train without being asked"
+
+    def test_what_is_merged_is_what_it_computes(self, instance: Any, base: Any) -> None:
+        """If it can be merged; if not, it says so by its flag, and does not merge in silence."""
+        from tunesmith.errors import ModelError
+
+        model = instance.wrap(base())
+        _shake(model)
+        expected = _logits(model)
+        if not instance.mergeable:
+            with pytest.raises(ModelError):
+                instance.merge(model, base.quantizer)
+            return
+        merged = instance.merge(model, base.quantizer)
+        plain = _loaded(base.directory)
+        plain.load_state_dict({name: make() for name, make in merged.weights.items()}, strict=False)
+        distance = float((_logits(plain) - expected).abs().max())
+        assert distance <= 1e-4, f"logits of the merged model differ by {distance:.2e}"
+
+    def test_it_says_whether_it_puts_tokens_before_a_row(self, instance: Any, base: Any) -> None:
+        """The second of two rows in one sequence gets what it gets alone, or the flag is set."""
+        from tunesmith.data.pack import packing_supported
+
+        model = instance.wrap(base())
+        _shake(model)
+        model.eval()
+        longer = model(input_ids=_ids()).logits.shape[1] > _ids().shape[1]
+        prefix = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+        leaks = "it adds tokens" if longer or prefix else packing_supported(model)
+        assert instance.adds_tokens == (leaks is not None), (
+            f"adds_tokens is {instance.adds_tokens}: {leaks or 'nothing is added'}"
+        )
 
     def saved(self, instance: Any, base: Any, directory: Path) -> Any:
         """Save an adapter that says something and return the logits it gives."""
-        from tunesmith.nn.adapters import check_saved
-
         model = instance.wrap(base())
         _shake(model)
         logits = _logits(model)
         distance = float((logits - _logits(base())).abs().max())
         assert distance > 10 * self.tolerance, "the adapter has no effect on the model's output"
         instance.save(model, directory)
-        check_saved(model, directory)
         return logits
 
     def assert_equal(self, ours: Any, theirs: Any) -> None:
@@ -458,7 +498,7 @@ class TrainerConformance(PluginConformance):
         options = {"learning_rate": 1e-2, "warmup": 0, **two_steps, **self.options}
         config: Any = structure(spec.config, options, name=spec.name)
         session = tiny_session(tmp_path / "base", method=_LoRA(None))
-        session.trains = True
+        session = session.at_work(task=spec.load().task, trains=True)
         rows = [Sourced(example, f"row {n}") for n, example in enumerate(examples, 1)]
         dropped: list[str] = []
         data = TrainingData(rows, [], lambda where, reason: dropped.append(f"{where}: {reason}"))
@@ -525,7 +565,9 @@ class MetricConformance(PluginConformance):
         model.eval()
         before = _snapshot(model)
         with torch.no_grad():
-            values = instance.measure(session, examples)
+            measured = instance.measure(session, examples)
+        assert isinstance(measured, Measured)
+        values = measured.values
         assert values, "measure returned nothing"
         for name, value in values.items():
             assert isinstance(name, str)
@@ -558,7 +600,7 @@ class ExporterConformance(PluginConformance):
         if method is not None:
             _shake(session.model)
             method.save(session.model, tmp_path / "adapter")
-            session.use_adapter("sft", tmp_path / "adapter")
+            session = session.with_adapter("sft", tmp_path / "adapter")
         return session
 
     def test_what_it_writes_is_what_the_session_computes(
@@ -570,19 +612,24 @@ class ExporterConformance(PluginConformance):
         expected = _logits(session.model)
         directory = tmp_path / "export"
         directory.mkdir()
-        path = instance.export(session, directory)
+        artefacts = instance.export(session, directory)
         assert any(directory.iterdir()), "nothing was written"
+        assert artefacts, "export names nothing of what it has written"
+        for name, place in artefacts.items():
+            assert place.exists(), f"{name}: {place} is not there"
+            assert place.is_relative_to(directory), f"{name}: {place} is elsewhere"
         distance = float((_logits(session.model) - expected).abs().max())
         assert distance <= self.tolerance, f"export moved the session's logits by {distance:.2e}"
-        if path is None:
+        if not instance.makes_model:
             return
+        path = artefacts["model"]
         distance = float((_logits(_loaded(path)) - expected).abs().max())
         assert distance <= self.tolerance, f"the export's logits differ by {distance:.2e}"
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         assert tokenizer.chat_template == session.tokenizer.chat_template
 
 
-class _LoRA(Method[None]):
+class _LoRA(PeftMethod[None]):
     """A plain LoRA, so that trainers and exporters are tested without any plugin but theirs."""
 
     def peft_config(self, model: Any) -> Any:
@@ -597,10 +644,10 @@ class _NF4(Quantizer[None]):
     def __init__(self) -> None:
         super().__init__(None)
 
-    def load(self, directory: Path, *, dtype: Any, device: Any) -> Any:
+    def load(self, directory: Path, *, dtype: Any, device: Any, task: Task = CAUSAL_LM) -> Any:
         from tunesmith.nn.nf4_linear import NF4Linear
 
-        model = self.from_pretrained(directory, dtype=dtype, device=device)
+        model = self.from_pretrained(directory, dtype=dtype, device=device, task=task)
         head = model.get_output_embeddings()
         for name, linear in list(_linears(model)):
             if linear is not head:
@@ -633,7 +680,7 @@ def _logits(model: Any) -> Any:
     with torch.no_grad():
         logits = model(input_ids=_ids()).logits.float()
     model.train(mode)
-    return logits
+    return logits[:, -_ids().shape[1] :]  # what is more stands before the first token
 
 
 def _linears(model: Any) -> Iterator[tuple[str, Any]]:

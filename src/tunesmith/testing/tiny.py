@@ -125,11 +125,12 @@ def tiny_session(
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     seed: int = 0,
+    trains: bool = False,
     **config: Any,
 ) -> Session:
     """Return a session over the model in `directory`, which becomes a tiny Llama if it is empty.
 
-    `dtype` is fp32 unless given; `config` goes to `tiny_llama`.
+    `dtype` is fp32 unless given; `trains` is for a trainer; `config` goes to `tiny_llama`.
     """
     import torch
     from transformers import AutoTokenizer
@@ -143,12 +144,11 @@ def tiny_session(
         device=torch.device(device),
         dtype=dtype or torch.float32,
         seed=seed,
+        trains=trains,
     )
     if quantizer is not None:
-        session.use_quantizer(quantizer)
-    if method is not None:
-        session.use_method(method)
-    return session
+        session = session.with_quantizer(quantizer)
+    return session if method is None else session.with_method(method)
 
 
 def tiny_examples(shape: str) -> list[Example]:

@@ -26,9 +26,9 @@ def test_only_b_is_trained(session):
 def test_a_stays_frozen_when_a_saved_adapter_is_trained_on(session, tmp_path):
     fresh = trained(session.model)
     session.method.save(session.model, tmp_path / "adapter")
-    session.unload()
-    session.use_adapter("sft", tmp_path / "adapter")
-    assert trained(session.model) == fresh
+    session = session.with_adapter("sft", tmp_path / "adapter")
+    assert trained(session.model_for(trains=True)) == fresh
+    assert not trained(session.model)
 
 
 def test_a_saved_adapter_holds_a_as_well_as_b(session, tmp_path):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from tunesmith.plugin.methods import Method
+from tunesmith.plugin.methods import PeftMethod
 from tunesmith.plugin.options import at_least, between
 
 if TYPE_CHECKING:  # heavy, and not needed to list the plugin
@@ -35,39 +35,32 @@ class LoraFAConfig:
     """Names of modules to adapt; "all-linear" is every linear layer but the head."""
 
 
-class LoraFA(Method[LoraFAConfig]):
+class LoraFA(PeftMethod[LoraFAConfig]):
     """y = W x + (alpha / r) B A x, with B trained, A and W frozen."""
 
     def peft_config(self, model: PreTrainedModel) -> peft.PeftConfig:
         """Return PEFT's LoraConfig: to PEFT, and to whoever opens the adapter, it is a LoRA."""
         import peft
 
-        from tunesmith.nn import lora_linear
         from tunesmith.nn.targets import find_targets
 
         config = self.config
         targets = find_targets(model, config.targets, experts=False)
-        # registered, its layers are the fused ones, whatever the quantizer
-        return lora_linear.register(
-            peft.LoraConfig(
-                r=config.r,
-                lora_alpha=2 * config.r if config.alpha is None else config.alpha,
-                lora_dropout=config.dropout,
-                target_modules=list(targets.modules),
-                target_parameters=list(targets.parameters) or None,
-                task_type="CAUSAL_LM",
-            )
+        return peft.LoraConfig(
+            r=config.r,
+            lora_alpha=2 * config.r if config.alpha is None else config.alpha,
+            lora_dropout=config.dropout,
+            target_modules=list(targets.modules),
+            target_parameters=list(targets.parameters) or None,
         )
 
     def wrap(self, model: PreTrainedModel) -> peft.PeftModel:
         """Return the model with a fresh adapter, of which only B is trained."""
         return _freeze_a(super().wrap(model))
 
-    def load(self, model: PreTrainedModel, directory: Path) -> peft.PeftModel:
+    def load(self, model: PreTrainedModel, directory: Path, *, trainable: bool) -> peft.PeftModel:
         """Return the model with a saved adapter, of which only B is trained further."""
-        from tunesmith.nn import lora_linear
-
-        return _freeze_a(lora_linear.load(model, directory))
+        return _freeze_a(super().load(model, directory, trainable=trainable))
 
 
 def _freeze_a(model: peft.PeftModel) -> peft.PeftModel:

@@ -1,0 +1,106 @@
+"""What a run is resolved to, and a hash for each step over all that its outcome depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from tunesmith.engine.models import describe_model
+from tunesmith.engine.plan import Plan
+from tunesmith.recipe import VERBS, plain
+
+__all__ = ["fingerprints", "lock_of"]
+
+VERSIONED = ("tunesmith", "torch", "transformers", "peft", "accelerate", "tokenizers")
+"""Packages whose version decides whether a finished stage is still what would be made today."""
+
+NEUTRAL_OPTIONS = frozenset({"loggers", "logging_steps", "save_steps"})
+"""Options that say how a stage is watched and not what it makes."""
+
+
+def lock_of(plan: Plan, base: Path) -> dict[str, Any]:
+    """Return what decides the outcome of a run, as lock.json keeps it."""
+    assert plan.device is not None
+    versions = {name: _version(name) for name in VERSIONED}
+    plugins = {}
+    for step in plan.steps:
+        if step.plugin is not None:
+            plugins[step.plugin.key] = step.plugin.version
+            versions |= {name: _version(name) for name in step.plugin.spec.requires}
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "platform": sys.platform,
+        "device": plan.device.name,
+        "precision": plan.device.precision,
+        "model": describe_model(base, plan.recipe),
+        "plugins": plugins,
+        "data": {
+            step.name: {
+                "description": step.data.description,
+                "format": step.data.format,
+                "rows": len(step.data.examples),
+                "sha256": step.data.fingerprint,
+            }
+            for step in plan.steps
+            if step.data is not None
+        },
+    }
+
+
+def fingerprints(plan: Plan, lock: Mapping[str, Any]) -> dict[int, str]:
+    """Return a hash for each step's number, over all that its outcome depends on.
+
+    Earlier steps are among that, but for those that what follows does not depend on.
+    """
+    recipe = plan.recipe
+    chain = _digest(
+        {key: lock[key] for key in ("versions", "device", "precision")}
+        | {
+            "model": lock["model"]["sha256"],
+            "code": lock["model"]["code"],
+            "seed": recipe.seed,
+            "template": recipe.chat_template,
+        }
+    )
+    found: dict[int, str] = {}
+    for step in plan.steps:
+        assert step.plugin is not None
+        options = {
+            key: value
+            for key, value in plain(attrs.asdict(step.config)).items()
+            if key not in NEUTRAL_OPTIONS
+        }
+        own = {
+            "verb": step.step.verb,
+            "plugin": step.plugin.key,
+            "version": step.plugin.version,
+            "options": options,
+            "data": step.data.fingerprint if step.data else None,
+            "format": step.data.format if step.data else None,
+            "eval_data": step.eval_data.fingerprint if step.eval_data else None,
+        }
+        found[step.number] = _digest({"before": chain, **own})
+        if VERBS[step.step.verb].is_link:
+            chain = found[step.number]
+    return found
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,222 @@
+"""What each verb does: `VERBS` names one of these classes a verb, and nobody else asks which it is.
+
+A step does its work in a directory of its own (`do`), if it leaves a stage; and it says from where
+the run goes on (`then`), from what it has just done as from what an earlier run has kept.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from tunesmith.engine.store import Stage
+from tunesmith.errors import PluginError
+from tunesmith.plugin.events import Event
+from tunesmith.plugin.registry import Registry
+from tunesmith.plugin.session import Session
+from tunesmith.recipe import VERBS, Recipe, Step, stage_name
+
+if TYPE_CHECKING:
+    from tunesmith.engine.plan import PlannedStep
+
+__all__ = ["Made", "Place", "Work", "fold", "work_of"]
+
+SAMPLES = "samples.jsonl"
+
+
+@attrs.frozen
+class Place:
+    """Where a step works, and whom it tells."""
+
+    directory: Path
+    """The stage's own; what is left in it is kept."""
+    run: Path
+    """The run directory."""
+    registry: Registry
+    emit: Callable[[Event], None]
+    put_aside: Callable[[Path], Path]
+    """Moves what is broken out of the way; returns where to."""
+    steps: Sequence[PlannedStep]
+    """All steps of the run."""
+
+
+@attrs.frozen
+class Made:
+    """What a step has done."""
+
+    metrics: Mapping[str, float] = attrs.field(factory=dict)
+    artefacts: Mapping[str, Path] = attrs.field(factory=dict)
+    """What others may find again, by name: files or directories in the step's own."""
+
+
+class Work:
+    """A verb at work."""
+
+    def do(self, step: PlannedStep, session: Session, place: Place) -> Made:
+        """Do the work of a step that leaves a stage."""
+        raise NotImplementedError
+
+    def then(
+        self, step: Step, name: str, session: Session, stage: Stage | None, registry: Registry
+    ) -> Session:
+        """Return the session after a step called `name`, which has left a stage, if it does."""
+        return session
+
+
+class Quantize(Work):
+    """Says how base weights are loaded."""
+
+    def then(
+        self, step: Step, name: str, session: Session, stage: Stage | None, registry: Registry
+    ) -> Session:
+        return session.with_quantizer(registry.build(step))
+
+
+class Peft(Work):
+    """Says what of a model is trained."""
+
+    def then(
+        self, step: Step, name: str, session: Session, stage: Stage | None, registry: Registry
+    ) -> Session:
+        return session.with_method(registry.build(step))
+
+
+class Train(Work):
+    """Trains, and keeps what was trained: an adapter, or the whole model."""
+
+    def do(self, step: PlannedStep, session: Session, place: Place) -> Made:
+        from tunesmith.engine.training import StageTraining
+
+        return StageTraining(step, session, place).run()
+
+    def then(
+        self, step: Step, name: str, session: Session, stage: Stage | None, registry: Registry
+    ) -> Session:
+        if stage is not None and stage.adapter is not None:
+            label = step.label if step.label not in session.adapters else name
+            task = registry.find(step.kind, step.plugin).load().task
+            return session.with_adapter(label, stage.adapter, task=task, parent=session.current)
+        if stage is not None and stage.model is not None:
+            return session.with_base(stage.model, method=session.method)
+        return session
+
+
+class Evaluate(Work):
+    """Measures the model as it stands."""
+
+    def do(self, step: PlannedStep, session: Session, place: Place) -> Made:
+        import torch
+        from transformers import set_seed
+
+        from tunesmith.engine.guards import check_measured
+        from tunesmith.plugin.metrics import Measured
+
+        assert step.data is not None
+        metric = place.registry.build(step.step)
+        session = session.at_work(task=metric.task)
+        model = session.model
+        model.eval()
+        set_seed(session.seed)
+        with torch.no_grad():
+            measured = metric.measure(session, [row.example for row in step.data.examples])
+        if not isinstance(measured, Measured):
+            raise PluginError(
+                f"the metric '{step.step.plugin}' returned a {type(measured).__name__}; it has to "
+                "return tunesmith.plugin.metrics.Measured"
+            )
+        values = {name: float(value) for name, value in measured.values.items()}
+        check_measured(step.name, values, model)
+        if not measured.samples:
+            return Made(values)
+        file = place.directory / SAMPLES
+        lines = [json.dumps(attrs.asdict(each), ensure_ascii=False) for each in measured.samples]
+        file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        return Made(values, {"samples": file})
+
+
+class Export(Work):
+    """Writes files that other programs open."""
+
+    def do(self, step: PlannedStep, session: Session, place: Place) -> Made:
+        exporter = place.registry.build(step.step)
+        target = place.directory / ("model" if exporter.makes_model else "export")
+        target.mkdir()
+        session.unload()
+        session = attrs.evolve(session, samples=_samples(place.steps))
+        artefacts = dict(exporter.export(session, target))
+        session.unload()
+        _check_artefacts(step, artefacts, target, makes_model=exporter.makes_model)
+        size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+        return Made({"bytes": float(size)}, artefacts)
+
+    def then(
+        self, step: Step, name: str, session: Session, stage: Stage | None, registry: Registry
+    ) -> Session:
+        if stage is not None and stage.model is not None:
+            return session.with_base(stage.model)
+        return session
+
+
+def work_of(verb: str) -> Work:
+    """Return what does the work of a verb."""
+    module, _, name = VERBS[verb].work.partition(":")
+    made: Work = getattr(importlib.import_module(module), name)()
+    return made
+
+
+def fold(
+    recipe: Recipe, session: Session, stages: Mapping[str, Stage], registry: Registry
+) -> Session:
+    """Return the session after a recipe's steps, as far as stages of theirs are finished.
+
+    `stages` are by name. Nothing is loaded.
+    """
+    for number, step in enumerate(recipe.steps, 1):
+        name = stage_name(number, step)
+        stage = stages.get(name)
+        if VERBS[step.verb].leaves_stage and stage is None:
+            continue
+        session = work_of(step.verb).then(step, name, session, stage, registry)
+    return session
+
+
+def _check_artefacts(
+    step: PlannedStep, artefacts: Mapping[str, Path], target: Path, *, makes_model: bool
+) -> None:
+    wrong = [
+        f"'{name}': {path} is not there"
+        if not Path(path).exists()
+        else f"'{name}': {path} is not within {target}"
+        for name, path in artefacts.items()
+        if not Path(path).exists() or not Path(path).resolve().is_relative_to(target.resolve())
+    ]
+    if not artefacts:
+        wrong.append("it names none")
+    if makes_model and "model" not in artefacts:
+        wrong.append("there is no 'model', which the run is to go on from")
+    if wrong:
+        raise PluginError(
+            f"the exporter '{step.step.plugin}' says otherwise than what it has made: "
+            f"{'; '.join(wrong)}; it has to return the path of each artefact by name"
+        )
+
+
+def _samples(steps: Sequence[PlannedStep], count: int = 4) -> tuple[str, ...]:
+    """Return the text of a few rows that a run reads, for an exporter to try its model on."""
+    found: list[str] = []
+    for step in steps:
+        for row in islice(step.data.examples if step.data is not None else (), count):
+            example: Any = row.example
+            turns = [
+                turn.content
+                for part in ("messages", "prompt", "chosen", "completion")
+                for turn in getattr(example, part, ())
+            ]
+            found.append(getattr(example, "text", None) or "\n".join(turns))
+    return tuple(text for text in found if text)[:count]
