@@ -148,6 +148,25 @@ def test_the_guides_quantizer_method_trainer_metric_and_exporter_work_together(r
     assert (tmp_path / "out" / "adapter_config.json").exists()
 
 
+@PEFT_READS_A_RENAMED_PROPERTY
+def test_the_guides_fast_trainer_trains(tmp_path):
+    from tunesmith.data.examples import Sourced
+    from tunesmith.plugin.trainers import TrainingData
+
+    (block,) = [each for each in BLOCKS if "class Quick(" in each]
+    names = {"__name__": "quick"}
+    exec(compile(block, "plugins.md, the fast trainer", "exec"), names)
+    session = tiny_session(tmp_path / "base", trains=True)
+    rows = [Sourced(example, "here") for example in tiny_examples("conversation")]
+    config = names["QuickConfig"](max_steps=1, batch_size=2)
+    trainer = names["Quick"](config)
+    built = trainer.build(session, TrainingData(rows, [], lambda *_: None), tmp_path / "work")
+    assert type(built).__name__ == "FastTrainer"
+    built.train()
+    told = trainer.explain(session.model, device="cpu", precision="fp32", trains_base=True)
+    assert told[0].startswith("loss:")
+
+
 def test_the_hooks_of_the_guide_take_what_the_specifications_give():
     for hook in ("tunesmith_check_plan", "tunesmith_on_event"):
         (shown,) = re.findall(rf"def {hook}\((.*?)\)", "".join(BLOCKS))

@@ -10,23 +10,21 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import attrs
 
 from tunesmith.errors import DataError, RunError
+from tunesmith.plugin.counted import RowNames, Sums, counted
+from tunesmith.plugin.fast import FastTrainer, FastTrainerConfig, loss_of_model, prepare
 from tunesmith.plugin.options import between, more_than
 from tunesmith.plugin.trainers import (
-    FastTrainerConfig,
-    Trainer,
+    Training,
     TrainingData,
     rendered,
     training_arguments,
 )
-from tunesmith_plugins.trainers._counted import Measured, RowNames, counted_trainer_class
-from tunesmith_plugins.trainers._speed import loss_of_model, prepare
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from contextlib import AbstractContextManager
 
     import torch
-    import transformers
 
     from tunesmith.data.examples import Sourced
     from tunesmith.nn.head_logps import Headless
@@ -53,7 +51,7 @@ class DPOConfig(FastTrainerConfig):
     """Probability that a label is the wrong way round (conservative DPO)."""
 
 
-class DPO(Trainer[DPOConfig]):
+class DPO(FastTrainer[DPOConfig]):
     """Raises the log-probability margin of chosen over rejected answers against a reference.
 
     The reference is the model as it stands when the step begins (the SFT model, after `.sft()`).
@@ -61,7 +59,7 @@ class DPO(Trainer[DPOConfig]):
     model; so the reference is exactly frozen and takes no memory during training.
     """
 
-    def build(self, session: Session, data: TrainingData, directory: Path) -> transformers.Trainer:
+    def build(self, session: Session, data: TrainingData, directory: Path) -> Training:
         """Render the pairs, take the reference's log-probabilities, and return the trainer."""
         from tunesmith.data.pack import PreferenceCollator, padding_id
 
@@ -78,15 +76,16 @@ class DPO(Trainer[DPOConfig]):
                     f"dpo: none of {len(given)} {what} fits max_length={self.config.max_length} "
                     "with an answer token left; raise max_length, or see the list of dropped rows"
                 )
-        prepare(session, self.config)
+        model = session.model
+        prepare(model, self.config)
         arguments = training_arguments(self, session, data, directory, label_names=["labels"])
-        headless, own = loss_of_model(session, self.config, arguments)
+        headless, own = loss_of_model(model, self.config, arguments)
         trainer = _trainer_class()(
             headless=headless,
             own=own,
             beta=self.config.beta,
             label_smoothing=self.config.label_smoothing,
-            model=session.model,
+            model=model,
             args=arguments,
             train_dataset=train,
             eval_dataset=evaluation or None,
@@ -94,7 +93,7 @@ class DPO(Trainer[DPOConfig]):
             processing_class=session.tokenizer,
         )
         trainer.add_reference([*train, *evaluation])
-        built: transformers.Trainer = trainer
+        built: Training = trainer
         return built
 
     def learning_rate(self, *, peft: bool) -> float:
@@ -139,7 +138,7 @@ def _trainer_class() -> Any:
     from tunesmith.nn.eval_mode import held_in_eval
     from tunesmith.nn.logps import by_row, completion_logps, logps_of_logits
 
-    class DPOTrainer(counted_trainer_class()):  # type: ignore[misc]
+    class DPOTrainer(counted()):  # type: ignore[misc]
         """Computes the DPO loss and logs rewards as TRL names them.
 
         What a model's own loss adds to the likelihood of its labels (the routers of a mixture of
@@ -197,7 +196,7 @@ def _trainer_class() -> Any:
             self._rows = self.rows_of(inputs) if not self._compared else []
             return super().compute_loss(model, inputs, *args, **kw)
 
-        def measure(self, model: Any, inputs: dict[str, Any], *, training: bool) -> Measured:
+        def measure(self, model: Any, inputs: dict[str, Any], *, training: bool) -> Sums:
             if training and self._own.further:
                 (logps, counts), aux = self._logps_and_aux(model, inputs)
             else:
@@ -225,7 +224,7 @@ def _trainer_class() -> Any:
             if aux is not None:
                 sums["aux_loss"] = aux * len(chosen)
                 sums["loss"] = sums["loss"] + sums["aux_loss"]
-            return Measured(sums, torch.tensor(len(chosen), device=logps.device))
+            return Sums(sums, torch.tensor(len(chosen), device=logps.device))
 
         def _compare(
             self, logps: torch.Tensor, counts: torch.Tensor, inputs: dict[str, Any]

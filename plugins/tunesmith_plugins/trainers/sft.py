@@ -8,21 +8,18 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from tunesmith.errors import DataError, ModelError
+from tunesmith.plugin.counted import RowNames, Sums, counted
+from tunesmith.plugin.fast import FastTrainer, FastTrainerConfig, loss_of_model, prepare
 from tunesmith.plugin.options import more_than
 from tunesmith.plugin.trainers import (
-    FastTrainerConfig,
-    Trainer,
+    Training,
     TrainingData,
     rendered,
     training_arguments,
 )
-from tunesmith_plugins.trainers._counted import Measured, RowNames, counted_trainer_class
-from tunesmith_plugins.trainers._speed import loss_of_model, prepare
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-
-    import transformers
 
     from tunesmith.data.examples import Sourced
     from tunesmith.data.render import Rendered, Renderer
@@ -56,10 +53,10 @@ class SFTConfig(FastTrainerConfig):
         return self.packing
 
 
-class SFT(Trainer[SFTConfig]):
+class SFT(FastTrainer[SFTConfig]):
     """Minimises the mean negative log-likelihood of the trained tokens of a batch."""
 
-    def build(self, session: Session, data: TrainingData, directory: Path) -> transformers.Trainer:
+    def build(self, session: Session, data: TrainingData, directory: Path) -> Training:
         """Render, pack if asked, and return a `transformers.Trainer`, stock but for its loss.
 
         The loss of an optimizer step is normalised by the trained tokens of all its forward passes,
@@ -88,7 +85,7 @@ class SFT(Trainer[SFTConfig]):
                     f"{config.max_length}; raise max_length, or see the list of dropped rows"
                 )
         model = session.model
-        prepare(session, config)
+        prepare(model, config)
         pad = padding_id(session.tokenizer)
         collator: Any = PaddingCollator(pad)
         train_rows: list[Any] = [row for row, _ in train]
@@ -101,8 +98,8 @@ class SFT(Trainer[SFTConfig]):
             train_rows = pack(train_rows, config.max_length)
             evaluation_rows = pack(evaluation_rows, config.max_length)
         arguments = training_arguments(self, session, data, directory)
-        headless, own = loss_of_model(session, config, arguments)
-        trainer: transformers.Trainer = _trainer_class()(
+        headless, own = loss_of_model(model, config, arguments)
+        trainer: Training = _trainer_class()(
             headless=headless,
             own=own,
             model=model,
@@ -122,7 +119,7 @@ def _trainer_class() -> Any:
     from tunesmith.nn.head_logps import shifted
     from tunesmith.nn.logps import logps_of_logits
 
-    class SFTTrainer(counted_trainer_class()):  # type: ignore[misc]
+    class SFTTrainer(counted()):  # type: ignore[misc]
         """Takes the loss from hidden states where the model has been taken apart for that.
 
         Where it has not, it is the model's own, with whatever terms that has. An evaluation is the
@@ -137,19 +134,19 @@ def _trainer_class() -> Any:
         def items_in(self, batch: Mapping[str, Any]) -> torch.Tensor:
             return shifted(batch["labels"])[1].sum()
 
-        def measure(self, model: Any, inputs: dict[str, Any], *, training: bool) -> Measured:
+        def measure(self, model: Any, inputs: dict[str, Any], *, training: bool) -> Sums:
             labels = inputs["labels"]
             if training and self._headless is None and self._own.usable:
                 count = self.items_in(inputs)
                 # a mean over the batch's tokens; by their number it is weighed among the others
-                return Measured({"loss": model(**inputs).loss * count}, count)
+                return Sums({"loss": model(**inputs).loss * count}, count)
             others = {name: value for name, value in inputs.items() if name != "labels"}
             if self._headless is not None:
                 logps, wanted = self._headless.token_logps(others, labels)
             else:
                 logits = model(**{"use_cache": False, **others}).logits
                 logps, wanted = logps_of_logits(logits, labels)
-            return Measured({"loss": -logps.sum()}, wanted.sum())
+            return Sums({"loss": -logps.sum()}, wanted.sum())
 
     return SFTTrainer
 

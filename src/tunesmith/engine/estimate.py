@@ -16,11 +16,11 @@ import attrs
 
 from tunesmith.data.examples import Conversation, Preference, Sourced
 from tunesmith.engine.device import Device
-from tunesmith.engine.speed import fuses_layers, speed_of_step
+from tunesmith.plugin.fast import fuses_layers
 from tunesmith.plugin.methods import Method
 from tunesmith.plugin.optimizers import optimizer_called
 from tunesmith.plugin.quantizers import Quantizer
-from tunesmith.plugin.trainers import TrainerConfig
+from tunesmith.plugin.trainers import Trainer
 
 __all__ = ["Estimate", "Shapes", "estimate_step", "model_shapes"]
 
@@ -100,7 +100,7 @@ def model_shapes(model: Any) -> Shapes:
 
 
 def estimate_step(
-    config: TrainerConfig,
+    trainer: Trainer[Any],
     examples: Sequence[Sourced],
     quantizer: Quantizer[Any] | None,
     method: Method[Any] | None,
@@ -108,6 +108,7 @@ def estimate_step(
     device: Device,
 ) -> Estimate:
     """Predict one training step's memory in bytes and time in seconds."""
+    config = trainer.config
     itemsize = ITEMSIZE[device.precision]
     full = method is None or method.trains_base
     if quantizer is not None:
@@ -141,7 +142,7 @@ def estimate_step(
     # layer keeps its input and s = x At, and no copies of its input; fused norms and gated blocks
     # keep what comes in and nothing in between
     linear_inputs = sum(into for _, into in shapes.linears) / max(1, shapes.layers)
-    between = 0.8 if fuses_layers(config, device, not full) else 4.5
+    between = 0.8 if fuses_layers(config, device.name, adapter=not full) else 4.5
     a_layer = batch_tokens * itemsize * (1.6 * linear_inputs + between * shapes.hidden)
     kept = shapes.layers * batch_tokens * itemsize * shapes.hidden
     # a layer that is recomputed holds its activations and their gradients, and the allocator much
@@ -175,7 +176,9 @@ def estimate_step(
         steps=steps,
         seconds=seconds,
         trainable=trainable,
-        speed=speed_of_step(config, shapes.model, device, adapter=not full),
+        speed=trainer.explain(
+            shapes.model, device=device.name, precision=device.precision, trains_base=full
+        ),
     )
 
 

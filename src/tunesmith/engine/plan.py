@@ -401,7 +401,7 @@ def _with_estimates(
         if step.verb.kind == "trainers" and step.data is not None:
             try:
                 found = estimate_step(
-                    step.config,
+                    _built(step),
                     step.data.examples,
                     by_kind["quantizers"],
                     by_kind["methods"],

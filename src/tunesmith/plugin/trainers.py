@@ -16,14 +16,18 @@ import attrs
 from tunesmith.data.examples import Sourced
 from tunesmith.errors import DataError, OptionError
 from tunesmith.nn.tasks import CAUSAL_LM, Task
-from tunesmith.plugin.optimizers import AUTO, OPTIMIZERS, optimizer_called
+from tunesmith.plugin.optimizers import (
+    AUTO,
+    OPTIMIZERS,
+    described_optimizer,
+    optimizer_called,
+)
 from tunesmith.plugin.options import at_least, more_than, one_of
 
 if TYPE_CHECKING:
     from tunesmith.plugin.session import Session
 
 __all__ = [
-    "FastTrainerConfig",
     "Trainer",
     "TrainerConfig",
     "Training",
@@ -149,37 +153,6 @@ class TrainerConfig:
             raise OptionError(problems)
 
 
-@attrs.frozen(kw_only=True)
-class FastTrainerConfig(TrainerConfig):
-    """Options of a trainer that has the pieces which make a training step faster.
-
-    What a trainer does not have, its config class does not offer: the option is then refused, and
-    `explain()` claims nothing of the kind.
-    """
-
-    chunked_loss: bool = True
-    """Compute the loss some tokens at a time, so that the logits of all are never held; where the
-    model cannot be taken apart for that, and if false, all are. The loss is the same."""
-    varlen_attention: bool = True
-    """Attend to each sample of a batch on its own, not to a whole row under a mask: on the CPU, and
-    where the model takes its attention from transformers' registry. The numbers are the same."""
-    fused_layers: bool = True
-    """Run norms, gated feed-forward blocks and rotary embeddings in one pass each where the model's
-    own do the same, and on the CPU whole decoder layers. Less time and memory; the numbers are the
-    same."""
-    compile: bool = False
-    """Compile the model's layers with torch.compile, which takes a minute or more at first;
-    attention and what stands between the linear layers are then torch's to fuse."""
-
-    def why_not(self, piece: str) -> str | None:
-        """Return why the options leave a piece out that the option of that name switches."""
-        if self.compile:
-            return "compile is on"
-        if not getattr(self, piece):
-            return f"{piece} is off"
-        return None
-
-
 C = TypeVar("C", bound=TrainerConfig)
 
 
@@ -257,6 +230,17 @@ class Trainer(ABC, Generic[C]):
         kept if it lies in `_measured` (or TRL's `_metrics`) as numbers and tensors in dictionaries
         and lists, so that a training which goes on logs what an undisturbed one does.
         """
+
+    def explain(
+        self, model: Any, *, device: str, precision: str, trains_base: bool
+    ) -> tuple[str, ...]:
+        """Return a line for each thing that decides how fast the training is; asked by a plan.
+
+        `model` is on the meta device, `device` a torch device's type and `precision` "fp32", "bf16"
+        or "fp16". Unless overridden it is the optimizer alone: no piece is claimed that a trainer
+        does not say it has.
+        """
+        return (described_optimizer(self.config.optimizer, device, trains_base=trains_base),)
 
     def learning_rate(self, *, peft: bool) -> float:
         """Return the peak learning rate: the option, or this trainer's default.

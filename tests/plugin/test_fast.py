@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from types import SimpleNamespace
 from typing import Any
 
 import attrs
@@ -12,17 +11,14 @@ import torch
 from transformers import GPT2Config, LlamaConfig, MixtralConfig
 from transformers.models.auto import AutoModelForCausalLM
 
-from tunesmith.engine.device import Device
-from tunesmith.engine.speed import speed_of_step
 from tunesmith.ops import native_status
-from tunesmith.plugin.trainers import FastTrainerConfig, TrainerConfig
-from tunesmith_plugins.trainers._speed import prepare
+from tunesmith.plugin.fast import FastTrainer, FastTrainerConfig, fast, prepare
+from tunesmith.plugin.trainers import Trainer, TrainerConfig
 
 pytestmark = pytest.mark.skipif(
     native_status().isa in ("", "scalar"), reason="there are no vector kernels on this machine"
 )
 
-CPU = Device("cpu", "bf16", "a CPU", 1 << 34)
 LLAMA_SIZES: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -32,6 +28,23 @@ LLAMA_SIZES: dict[str, Any] = {
 }
 LLAMA = LlamaConfig(**LLAMA_SIZES)
 GPT2 = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+
+
+class Plain(Trainer[Any]):
+    def build(self, session: Any, data: Any, directory: Any) -> Any:
+        raise NotImplementedError
+
+
+class Quick(FastTrainer[Any]):
+    def build(self, session: Any, data: Any, directory: Any) -> Any:
+        raise NotImplementedError
+
+
+def foretold_by(
+    config: TrainerConfig, model: Any, device: str = "cpu", *, adapter: bool = True
+) -> tuple[str, ...]:
+    kind = Quick if isinstance(config, FastTrainerConfig) else Plain
+    return kind(config).explain(model, device=device, precision="bf16", trains_base=not adapter)
 
 
 def model_of(config: Any, **options: Any) -> Any:
@@ -54,12 +67,11 @@ def test_explain_foretells_what_is_logged(
     options = FastTrainerConfig(varlen_attention=on, fused_layers=on, compile=compile_)
     with torch.device("meta"):
         skeleton = model_of(config, attn_implementation=attention)
-    _, *foretold = speed_of_step(options, skeleton, CPU, adapter=adapter)
+    _, *foretold = foretold_by(options, skeleton, adapter=adapter)
     del foretold[3]  # the optimizer is not made here
     model = model_of(config, attn_implementation=attention).requires_grad_(not adapter)
-    session: Any = SimpleNamespace(device=torch.device("cpu"), model=model)
     with caplog.at_level(logging.INFO, logger="tunesmith"):
-        prepare(session, options)
+        prepare(model, options)
     logged = [record.getMessage() for record in caplog.records if record.name == "tunesmith"]
     # the same choice; where it is no, reasons may be worded otherwise
     assert len(logged) == len(foretold) == 3 + compile_
@@ -74,18 +86,17 @@ def test_explain_foretells_what_is_logged(
 def test_each_reason_is_named() -> None:
     model = model_of(LLAMA, attn_implementation="sdpa")
     on = FastTrainerConfig()
-    cuda = attrs.evolve(CPU, name="cuda")
 
-    def lines(config: TrainerConfig = on, device: Device = CPU, adapter: bool = True) -> str:
-        return "\n".join(speed_of_step(config, model, device, adapter=adapter))
+    def lines(config: TrainerConfig = on, device: str = "cpu", adapter: bool = True) -> str:
+        return "\n".join(foretold_by(config, model, device, adapter=adapter))
 
     assert "in one pass each: 5 norms, 2 gated blocks, the rotary embedding" in lines()
     assert "optimizer: torch's fused AdamW (auto: what is trained is small" in lines()
-    other = lines(device=attrs.evolve(CPU, name="xpu"))
+    other = lines(device="xpu")
     assert other.count("as the model has it (there are no kernels for xpu)") == 1
     # decoder layers need the attention that is not there
     assert other.count("as the model has them (there are no kernels for xpu)") == 2
-    assert ("no CUDA kernels" in lines(device=cuda)) is not native_status().cuda
+    assert ("no CUDA kernels" in lines(device="cuda")) is not native_status().cuda
     assert "but not 5 norms, whose weights are trained" in lines(adapter=False)
     assert "decoder layers: as the model has them (their norms are trained)" in lines(adapter=False)
     assert "(auto: 8 bytes of states for each weight; adamw_8bit would round" in lines(
@@ -93,7 +104,7 @@ def test_each_reason_is_named() -> None:
     )
     paged = attrs.evolve(on, optimizer="paged_adamw_8bit")
     assert "on the CPU nothing is paged" in lines(paged)
-    assert "nothing is paged" not in lines(paged, device=cuda)
+    assert "nothing is paged" not in lines(paged, device="cuda")
     assert "mixed precision" in lines(adapter=False)
     assert "chunked_loss is off" in lines(attrs.evolve(on, chunked_loss=False))
     assert "bitsandbytes" in lines(attrs.evolve(on, optimizer="adamw_8bit"))
@@ -101,7 +112,7 @@ def test_each_reason_is_named() -> None:
 
 def test_of_a_trainer_without_the_pieces_nothing_is_claimed() -> None:
     model = model_of(LLAMA, attn_implementation="sdpa")
-    [line] = speed_of_step(TrainerConfig(), model, CPU, adapter=True)
+    [line] = foretold_by(TrainerConfig(), model)
     assert line.startswith("optimizer:")
 
 
@@ -109,8 +120,42 @@ def test_a_loss_with_further_terms_is_foretold() -> None:
     experts = MixtralConfig(**LLAMA_SIZES, num_local_experts=2, output_router_logits=True)
     with torch.device("meta"):
         model = model_of(experts)
-    loss, *_ = speed_of_step(FastTrainerConfig(), model, CPU, adapter=True)
+    loss, *_ = foretold_by(FastTrainerConfig(), model)
     assert loss == "loss: from the logits of all tokens at once (its own loss has further terms)"
     experts.router_aux_loss_coef = 0.0
-    loss, *_ = speed_of_step(FastTrainerConfig(), model, CPU, adapter=True)
+    loss, *_ = foretold_by(FastTrainerConfig(), model)
     assert "from hidden states" in loss
+
+
+def test_a_librarys_trainer_is_made_faster_and_computes_the_same(tmp_path: Any) -> None:
+    import transformers
+
+    class Theirs(transformers.Trainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kw: Any) -> Any:
+            return model(**inputs).loss
+
+    rows = [{"input_ids": list(range(n, n + 8)), "labels": list(range(n, n + 8))} for n in range(8)]
+
+    def trained(cls: Any, place: Any, quick: bool) -> Any:
+        torch.manual_seed(0)
+        model = model_of(LLAMA, attn_implementation="sdpa")
+        if quick:
+            prepare(model, FastTrainerConfig())
+        arguments = transformers.TrainingArguments(
+            str(place), max_steps=2, use_cpu=True, report_to="none", learning_rate=1e-2
+        )
+        trainer = cls(
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            data_collator=transformers.default_data_collator,
+        )
+        trainer.train()
+        return trainer
+
+    ours = trained(fast(Theirs), tmp_path / "ours", True)
+    theirs = trained(Theirs, tmp_path / "theirs", False)
+    assert isinstance(ours, Theirs)
+    assert type(ours).__name__ == "FastTheirs"
+    for one, other in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import attrs
 
-from tunesmith_plugins.trainers._speed import trainer_class
+from tunesmith.plugin.fast import fast
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ROWS", "Measured", "RowNames", "counted_trainer_class"]
+__all__ = ["ROWS", "RowNames", "Sums", "counted"]
 
 Gathered: TypeAlias = "dict[str, list[torch.Tensor]]"
 """Sums of batches by name, and under `COUNT` how many items each is over."""
@@ -27,7 +27,7 @@ ROWS = "rows"
 
 
 @attrs.frozen(eq=False)
-class Measured:
+class Sums:
     """What was measured on a batch, as sums: `loss` and whatever else is reported."""
 
     sums: Mapping[str, torch.Tensor]
@@ -65,14 +65,17 @@ class RowNames:
         return [self.names[int(number)] for number in batch.get(ROWS, ())]
 
 
-def counted_trainer_class() -> Any:
-    """Return a `transformers.Trainer` whose steps and figures are means over items.
+def counted(cls: Any = None) -> Any:
+    """Return a subclass of a `transformers.Trainer` whose steps and figures are means over items.
 
-    It is a function so that listing trainers imports no torch.
+    `cls` is what it derives from; unset, transformers' own, made faster (`plugin.fast.fast`). A
+    function, so that listing trainers imports no torch.
     """
     import torch
 
-    class CountedTrainer(trainer_class()):  # type: ignore[misc]
+    base: Any = fast() if cls is None else cls
+
+    class CountedTrainer(base):  # type: ignore[misc]
         """A subclass says what is measured on a batch and how many items are in one.
 
         An optimizer step minimises the sum over all items of its forward passes, divided by their
@@ -88,7 +91,7 @@ def counted_trainer_class() -> Any:
             # what was measured since the last log: a checkpoint keeps it under this name
             self._measured: dict[str, Gathered] = {"train": {}, "eval": {}}
 
-        def measure(self, model: Any, inputs: dict[str, Any], *, training: bool) -> Measured:
+        def measure(self, model: Any, inputs: dict[str, Any], *, training: bool) -> Sums:
             raise NotImplementedError
 
         def items_in(self, batch: Mapping[str, Any]) -> Any:
@@ -151,7 +154,7 @@ def counted_trainer_class() -> Any:
     return CountedTrainer
 
 
-def _add(gathered: Gathered, measured: Measured) -> None:
+def _add(gathered: Gathered, measured: Sums) -> None:
     """Keep what was measured; it stays where it was computed, for a copy waits for a GPU."""
     for name, value in {**measured.sums, COUNT: measured.count}.items():
         gathered.setdefault(name, []).append(value.detach())
