@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import json
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ QUICK: dict[str, Any] = {
     "learning_rate": 5e-2,
     "scheduler": "constant",
 }
+ADAPTER = "adapter_model.safetensors"
 BASES = pytest.mark.parametrize("base", ["plain", "nf4"])
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -225,3 +228,58 @@ class TestTrlGrpo:
         name = "adapter_model.safetensors"
         whole = (result.adapters["trl_grpo"] / name).read_bytes()
         assert (run(made, tmp_path / "run").adapters["trl_grpo"] / name).read_bytes() == whole
+
+
+class TestTwoAdapters:
+    """Roll-outs, a reward, and two named adapters on one base."""
+
+    def test_it_learns_is_held_near_and_goes_on_to_the_same_bytes(self, tiny_model, tmp_path):
+        from tunesmith.plugin.events import Progress
+
+        class StopError(Exception):
+            pass
+
+        def stop(_, event):
+            if isinstance(event, Progress) and event.step == 3 and "two" in event.stage:
+                raise StopError
+
+        reward = "tunesmith_growth.rewards:vowels"
+        options = {**QUICK, "max_steps": 6, "learning_rate": 2e-2, "batch_size": 6, "samples": 8}
+        made = tuner(tiny_model).lora(r=4).sft(TALKS, **QUICK)
+        made = made.train("two_adapters", TALKS, reward=reward, save_steps=2, **options)
+        result = run(made, tmp_path / "whole")
+        log = (result.stages[-1].path / "log.jsonl").read_text().splitlines()
+        rewards = [row["reward"] for row in map(json.loads, log) if "reward" in row]
+        assert max(rewards[3:]) > rewards[0] + 0.02
+        names = {file.name for file in result.adapters["two_adapters"].iterdir()}
+        assert "reference" not in names
+        assert load_file(result.adapters["sft"] / ADAPTER).keys() == (
+            load_file(result.adapters["two_adapters"] / ADAPTER).keys()
+        )
+        with pytest.raises(StopError):
+            made.run(tmp_path / "run", progress=False, listeners=[stop])
+        resumed = run(made, tmp_path / "run").adapters["two_adapters"] / ADAPTER
+        assert resumed.read_bytes() == (result.adapters["two_adapters"] / ADAPTER).read_bytes()
+
+
+class TestAnswers:
+    """A metric with texts."""
+
+    def test_its_samples_are_kept_and_shown_side_by_side(self, tiny_model, tmp_path):
+        options = {**QUICK, "max_steps": 60, "learning_rate": 2e-2}
+        made = tuner(tiny_model).lora(r=8).evaluate("answers", TALKS).sft(TALKS, **options)
+        result = run(made.evaluate("answers", TALKS), tmp_path / "run")
+        before, after = (result.stages[0], result.stages[-1])
+        assert before.metrics["recall"] < after.metrics["recall"]
+        rows = [
+            [json.loads(line) for line in stage.paths["samples"].read_text().splitlines()]
+            for stage in (before, after)
+        ]
+        assert [row["prompt"] for row in rows[0]] == [row["prompt"] for row in rows[1]]
+        assert len(rows[0]) == 4
+        page = (tmp_path / "run" / "report.html").read_text()
+        assert "Samples" in page
+        for stage in rows:
+            shown = [row["completion"] for row in stage if row["completion"].isprintable()]
+            assert all(html.escape(text)[:20] in page for text in shown)
+        assert f'<th scope="col">{after.name}</th>' in page

@@ -256,6 +256,22 @@ def test_control_characters_and_lone_surrogates_do_not_break_the_page(run):
     assert not re.search(r"[\x00-\x08\x0b-\x1f]", text)
 
 
+def test_answers_to_one_prompt_stand_beside_each_other(run):
+    early = [
+        {"prompt": "Who?", "completion": "<b>", "reference": "I.", "scores": {"recall": 0.5}},
+        {"prompt": "Why?", "completion": "x", "reference": None, "scores": {}},
+    ]
+    late = [{"prompt": "Who?", "completion": "I.", "reference": "I.", "scores": {"recall": 1.0}}]
+    write(run / "stages/02-sft/samples.jsonl", early)
+    write(run / "stages/03-dpo/samples.jsonl", [*late, "not a row"])
+    page = report(run)
+    assert "Samples" in page.texts["h2"]
+    assert re.search(
+        r"Prompt Reference 02-sft 03-dpo Who\? I\. <b> recall 0.5 I\. recall 1", page.text
+    )
+    assert "samples.jsonl: 1 line is not a JSON object" in page.text
+
+
 def test_an_overlong_reason_is_cut(run):
     write(run / "stages/02-sft/dropped.jsonl", [{"where": "row 1", "reason": "x" * 10_000}])
     assert max(map(len, report(run).words)) <= 400

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tunesmith.data import templates
-from tunesmith.data.render import Renderer
 from tunesmith.engine.alone import alone
 from tunesmith.engine.models import find_model, local_directory
 from tunesmith.engine.quiet import quiet_libraries
@@ -60,32 +58,8 @@ def generate(
     seed: int | None = None,
 ) -> str:
     """Return the answer as text, without special tokens."""
-    import torch
-    from transformers import set_seed
+    from tunesmith.nn.rollout import Sampling
+    from tunesmith.plugin.rollouts import ask
 
-    from tunesmith.data.pack import padding_id
-    from tunesmith.nn import decoder
-
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    text = templates.render(tokenizer, messages, answer=True)
-    encoded = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)
-    options: dict[str, Any] = {"do_sample": temperature > 0}
-    if temperature > 0:
-        options |= {"temperature": temperature, "top_p": top_p}
-    if seed is not None:
-        set_seed(seed)
-    # a template may end turns with a token that is not the tokenizer's eos
-    stop = list(Renderer(tokenizer, max_length=8).stop_ids)
-    with torch.no_grad():
-        output = decoder.generate(
-            model,
-            **encoded,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=stop,
-            pad_token_id=padding_id(tokenizer),
-            use_cache=True,
-            **options,
-        )
-    new_tokens = output[0, encoded["input_ids"].shape[1] :]
-    answer: str = tokenizer.decode(new_tokens, skip_special_tokens=True)
-    return answer.strip()
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+    return ask(model, tokenizer, [prompt], sampling, seed=seed).texts[0]

@@ -45,7 +45,10 @@ def generate(model: Any, **options: Any) -> Tensor:
     numbers are the same but for rounding. Which way was taken is logged.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    why = _why_not(inner, options)
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        why: str | None = "its adapter adds tokens to the prompt"
+    else:
+        why = _why_not(inner, options)
     log = logging.getLogger("tunesmith")
     if why is None:
         options = {**options, "custom_generate": _Loop()}

@@ -164,7 +164,8 @@ class PeftMethod(Method[C]):
         from tunesmith.nn.adapters import check_saved
 
         # PEFT adds a whole embedding where one is adapted, which is the base's and would replace it
-        model.save_pretrained(directory, save_embedding_layers=False)
+        kept = [model.active_adapter]  # others may have been put beside it to be compared with
+        model.save_pretrained(directory, save_embedding_layers=False, selected_adapters=kept)
         check_saved(model, directory)
 
 

@@ -24,6 +24,7 @@ from tunesmith.report.console import duration, main_metrics, number
 
 __all__ = ["write_report"]
 
+SAMPLES_SHOWN = 20
 DROPPED_SHOWN = 20
 BROKEN_NAMED = 5
 TEXT_SHOWN = 400
@@ -63,6 +64,8 @@ class _Stage:
     reasons: Counter[str] = attrs.field(factory=Counter)
     dropped: list[tuple[str, str]] = attrs.field(factory=list)
     """Place and reason of the first dropped rows."""
+    samples: list[Mapping[str, Any]] = attrs.field(factory=list)
+    """Answers that a metric has kept: prompt, completion, reference and scores."""
     notes: list[str] = attrs.field(factory=list)
     """What is missing or broken."""
 
@@ -136,6 +139,8 @@ def _read_stage(directory: Path) -> _Stage:
         stage.reasons[reason] += 1
         if len(stage.dropped) < DROPPED_SHOWN:
             stage.dropped.append((_shortened(row.get("where", "")), reason))
+    samples = _read_lines(directory / "samples.jsonl", f"{where}/samples.jsonl", stage.notes)
+    stage.samples = list(samples)
     return stage
 
 
@@ -244,6 +249,7 @@ def _page(run: _Run) -> str:
         _notes(run.notes),
         "<main>",
         _stage_table(run),
+        _samples(run),
         *(_stage_section(stage) for stage in run.stages),
         _recipe(run),
         _lock(run),
@@ -306,6 +312,42 @@ def _stage_table(run: _Run) -> str:
     return (
         "<section><h2>Stages</h2>"
         + _table("Stages in order", ("Stage", "Time", "Main metrics"), rows)
+        + "</section>"
+    )
+
+
+def _samples(run: _Run) -> str:
+    """Return the answers that stages have kept, those to one prompt beside each other."""
+    stages = [stage for stage in run.stages if stage.samples]
+    if not stages:
+        return ""
+    said: dict[str, dict[str, str]] = {}
+    references: dict[str, str] = {}
+    for stage in stages:
+        for row in stage.samples:
+            prompt = str(row.get("prompt", ""))
+            scores = ", ".join(
+                f"{name} {number(value)}" for name, value in _mapping(row.get("scores")).items()
+            )
+            answer = _text(_shortened(row.get("completion", "")))
+            note = f"<small>{_text(scores)}</small>" if scores else ""
+            said.setdefault(prompt, {})[stage.name] = answer + note
+            if row.get("reference") is not None:
+                references[prompt] = _text(_shortened(row["reference"]))
+    heads = ["Prompt", *(["Reference"] if references else []), *(stage.name for stage in stages)]
+    rows = [
+        (
+            _text(_shortened(prompt)),
+            *([references.get(prompt, "")] if references else []),
+            *(answers.get(stage.name, "") for stage in stages),
+        )
+        for prompt, answers in list(said.items())[:SAMPLES_SHOWN]
+    ]
+    more = len(said) - len(rows)
+    return (
+        "<section><h2>Samples</h2>"
+        + _table("Answers by stage", heads, rows)
+        + (f"<p>and {more} more in samples.jsonl of these stages</p>" if more else "")
         + "</section>"
     )
 

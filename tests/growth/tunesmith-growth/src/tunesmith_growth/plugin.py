@@ -2,11 +2,13 @@
 
 from tunesmith.plugin import Spec, hookimpl
 from tunesmith.plugin.options import NoOptions
+from tunesmith_growth.answers import AnswersConfig
 from tunesmith_growth.bitfit import BitFitConfig
 from tunesmith_growth.prompt_tuning import PromptTuningConfig
 from tunesmith_growth.release_note import ReleaseNoteConfig
 from tunesmith_growth.reward_head import RewardHeadConfig
 from tunesmith_growth.trl_grpo import TrlGrpoConfig
+from tunesmith_growth.two_adapters import TwoAdaptersConfig
 
 AT = "tunesmith_growth"
 
@@ -45,6 +47,13 @@ def tunesmith_trainers():
             hint="pip install trl",
             summary="GRPO by TRL's own trainer",
         ),
+        Spec(
+            "two_adapters",
+            TwoAdaptersConfig,
+            f"{AT}.two_adapters:TwoAdapters",
+            example="conversation",
+            summary="policy gradients, held near a named adapter",
+        ),
     ]
 
 
@@ -58,5 +67,19 @@ def tunesmith_exporters():
             ReleaseNoteConfig,
             f"{AT}.release_note:ReleaseNote",
             summary="a note with figures and checksums",
+        ),
+    ]
+
+
+@hookimpl
+def tunesmith_metrics():
+    """Register the metrics."""
+    return [
+        Spec(
+            "answers",
+            AnswersConfig,
+            f"{AT}.answers:Answers",
+            example="conversation",
+            summary="words of the reference that are said",
         ),
     ]

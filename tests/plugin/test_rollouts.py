@@ -1,0 +1,49 @@
+"""Chat prompts become ids as inference has them, and answers become texts."""
+
+from __future__ import annotations
+
+import pytest
+
+from tunesmith.data.examples import Message
+from tunesmith.errors import DataError
+from tunesmith.nn.rollout import Sampling
+from tunesmith.plugin.rollouts import ask, prompt_ids, stop_ids
+from tunesmith.testing.tiny import tiny_session
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory):
+    return tiny_session(tmp_path_factory.mktemp("base") / "model")
+
+
+def test_a_text_and_its_message_are_one_prompt_and_as_the_tokenizer_renders_it(session):
+    tokenizer = session.tokenizer
+    turns = [{"role": "user", "content": "Where is the moon?"}]
+    expected = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    assert prompt_ids(tokenizer, "Where is the moon?") == expected
+    assert prompt_ids(tokenizer, turns) == expected
+    assert prompt_ids(tokenizer, [Message("user", "Where is the moon?")]) == expected
+
+
+def test_answers_are_those_of_the_ids(session):
+    sampling = Sampling(max_new_tokens=6, temperature=1.0)
+    prompts = ["Where is the moon?", [{"role": "user", "content": "Hi"}]]
+    found = ask(session.model, session.tokenizer, prompts, sampling, samples=2, seed=3, logps=True)
+    assert len(found.texts) == 4
+    for ids, text in zip(found.rollout.completions(), found.texts, strict=True):
+        assert session.tokenizer.decode(ids, skip_special_tokens=True).strip() == text
+    assert found.rollout.logps.shape == found.rollout.completion_ids.shape
+    again = ask(session.model, session.tokenizer, prompts, sampling, samples=2, seed=3)
+    assert again.texts == found.texts
+
+
+def test_an_answer_ends_with_the_templates_own_end(session):
+    ends = {session.tokenizer.convert_ids_to_tokens(each) for each in stop_ids(session.tokenizer)}
+    assert "<|im_end|>" in ends
+
+
+def test_a_prompt_that_the_template_refuses_is_named(session):
+    with pytest.raises(DataError, match="prompt 2: "):
+        ask(session.model, session.tokenizer, ["Hi", [{"role": "user"}]], Sampling())
