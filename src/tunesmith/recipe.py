@@ -20,9 +20,6 @@ Nothing here knows which plugins exist or what their options mean; `tunesmith.en
 from __future__ import annotations
 
 import json
-import math
-import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,10 +27,31 @@ from typing import Any
 import attrs
 
 from tunesmith.errors import RecipeError, close_matches, listed
-from tunesmith.recipe_text import MAX_BYTES, MAX_VALUES, parse_recipe, recipe_text
-from tunesmith.strict_json import MAX_DEPTH, MAX_DIGITS, is_text
+from tunesmith.recipe_data import Data
+from tunesmith.recipe_text import parse_recipe, recipe_text
+from tunesmith.recipe_values import (
+    check_finite,
+    check_keys,
+    check_name,
+    frozen_options,
+    is_name,
+    plain,
+    plain_data,
+    shown,
+)
+from tunesmith.strict_json import is_text
 
-__all__ = ["RECIPE_VERSION", "VERBS", "Recipe", "Step", "Verb", "is_name", "plain", "stage_name"]
+__all__ = [
+    "RECIPE_VERSION",
+    "VERBS",
+    "Data",
+    "Recipe",
+    "Step",
+    "Verb",
+    "is_name",
+    "plain",
+    "stage_name",
+]
 
 RECIPE_VERSION = 1
 
@@ -106,76 +124,8 @@ was loaded at first, or by the last export that made a model to go on from."""
 _DATA_KEYS = ("data", "format")
 
 
-MAX_NAME = 100
-"""Bytes of the longest name of a plugin: names of directories are made of them."""
-
-_NAME = re.compile(r"(?:[\w.+-]+:)?[\w+-][\w.+-]*")
-
 MAX_SEED = 2**32 - 1
 """The largest seed that numpy takes."""
-
-
-def _frozen(value: Any, field: str = "an option", depth: int = 0) -> Any:
-    """Return a value with its lists as tuples, so that equal recipes compare equal."""
-    if depth > MAX_DEPTH:
-        raise RecipeError(f"'{field[:60]}' is nested more than {MAX_DEPTH} deep; expected less")
-    if isinstance(value, Mapping):
-        return {key: _frozen(item, str(key), depth + 1) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return tuple(_frozen(item, field, depth + 1) for item in value)
-    if isinstance(value, int) and value.bit_length() > _MAX_BITS:
-        raise RecipeError(f"'{field}' is {_shown(value)}; expected at most {MAX_DIGITS} digits")
-    if isinstance(value, str) and not is_text(value):
-        raise RecipeError(f"'{field}' is {_shown(value)}, which holds half of a character; mend it")
-    return value
-
-
-_MAX_BITS = int(MAX_DIGITS * math.log2(10))
-
-
-def _check_finite(value: Any, field: str) -> None:
-    """Raise for NaN and infinity, which no option takes; one given in Python the plan refuses."""
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            _check_finite(item, str(key))
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            _check_finite(item, field)
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise RecipeError(f"'{field}' is {float(value)}; expected a finite number")
-
-
-def _options(value: Mapping[str, Any]) -> Any:
-    return _frozen(value)
-
-
-def _shown(value: Any) -> str:
-    """Return a value as Python writes it, cut to what fits into a message."""
-    if isinstance(value, int) and value.bit_length() > 1000:
-        return f"a whole number of {value.bit_length()} bits"
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # a number too long to write, a nesting too deep to show
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= 200 else text[:197] + "..."
-
-
-def is_name(name: Any) -> bool:
-    """Return whether a value names a plugin: a plain word that no file system takes for a path."""
-    return (
-        isinstance(name, str)
-        and _NAME.fullmatch(name) is not None
-        and len(name.encode()) <= MAX_NAME
-    )
-
-
-def _check_name(name: Any, what: str) -> None:
-    if is_name(name):
-        return
-    raise RecipeError(
-        f"{what} is {_shown(name)}; expected a name of at most {MAX_NAME} letters, digits, '_', "
-        "'-', '+' and '.', such as 'lora', or 'distribution:name'"
-    )
 
 
 @attrs.frozen
@@ -186,10 +136,10 @@ class Step:
     """One of `VERBS`."""
     plugin: str
     """Name of the plugin that does it, bare or as "distribution:name"."""
-    options: Mapping[str, Any] = attrs.field(factory=dict, converter=_options)
+    options: Mapping[str, Any] = attrs.field(factory=dict, converter=frozen_options)
     """Options as given, not filled with defaults."""
     data: Any = None
-    """Path or paths, hub id, `datasets.Dataset`, or rows; None for a step without data."""
+    """Path or paths, hub id, `datasets.Dataset`, rows, or a `Data`; None for a step without."""
     format: str | None = None
     """Name of the data format; None detects it from the rows."""
 
@@ -199,14 +149,24 @@ class Step:
                 f"unknown step '{self.verb}'{close_matches(self.verb, VERBS)}; "
                 f"a step is one of: {', '.join(VERBS)}"
             )
-        _check_name(self.plugin, f"'{self.verb}'")
+        check_name(self.plugin, f"'{self.verb}'")
         if self.format is not None:
-            _check_name(self.format, "'format'")
+            check_name(self.format, "'format'")
+            if isinstance(self.data, Data):
+                raise RecipeError(
+                    f"'format' is {shown(self.format)} beside a Data, each source of which has a "
+                    "format of its own; give it there, as in Data(source, format=...)"
+                )
 
     @property
     def kind(self) -> str:
         """Plugin kind that serves this step."""
         return VERBS[self.verb].kind
+
+    @property
+    def source(self) -> Data | None:
+        """The data, whatever short form it was given in; None for a step without data."""
+        return None if self.data is None else Data.of(self.data, self.format)
 
     @property
     def label(self) -> str:
@@ -218,7 +178,8 @@ class Step:
         """Return the step as a mapping of plain values; refuse data that a file cannot hold."""
         row: dict[str, Any] = {self.verb: self.plugin}
         if self.data is not None:
-            row["data"] = _plain_data(self.data)
+            data = self.data
+            row["data"] = data.to_dict() if isinstance(data, Data) else plain_data(data)
         if self.format is not None:
             row["format"] = self.format
         clash = [key for key in self.options if key in (*VERBS, *_DATA_KEYS, "with")]
@@ -234,7 +195,7 @@ class Step:
         """Read a step from a mapping; errors name `where`."""
         if not isinstance(row, Mapping):
             raise RecipeError(
-                f"{where}: got {_shown(row)}; expected a mapping such as 'quantize: nf4'"
+                f"{where}: got {shown(row)}; expected a mapping such as 'quantize: nf4'"
             )
         verbs = [key for key in row if key in VERBS]
         if len(verbs) != 1:
@@ -246,21 +207,24 @@ class Step:
             )
         verb = verbs[0]
         name = row[verb]
-        _check_keys(row, where)
+        check_keys(row, where)
         options = {k: v for k, v in row.items() if k not in (verb, *_DATA_KEYS, "with")}
         form = row.get("format")
         extra = row.get("with", {})
         if not isinstance(extra, Mapping):
-            raise RecipeError(f"{where}: 'with' is {_shown(extra)}; expected a mapping of options")
-        _check_keys(extra, f"{where}: 'with'")
+            raise RecipeError(f"{where}: 'with' is {shown(extra)}; expected a mapping of options")
+        check_keys(extra, f"{where}: 'with'")
         more = dict(extra)
         if twice := options.keys() & more.keys():
             raise RecipeError(
                 f"{where}: {listed(twice)} given beside 'with' and in it; give it in one place"
             )
         try:
-            step = cls(verb, name, {**options, **more}, row.get("data"), form)
-            _check_finite(step.options, "an option")
+            data = row.get("data")
+            if isinstance(data, Mapping):
+                data = Data.from_dict(data)
+            step = cls(verb, name, {**options, **more}, data, form)
+            check_finite(step.options, "an option")
         except RecipeError as error:
             raise RecipeError(f"{where}: {error}") from error
         return step
@@ -269,15 +233,6 @@ class Step:
 def stage_name(number: int, step: Step) -> str:
     """Return the name of the stage that a recipe's step of a number becomes, such as "03-sft"."""
     return f"{number:02d}-{step.label}"
-
-
-def _check_keys(row: Mapping[Any, Any], where: str) -> None:
-    for key in row:
-        if not isinstance(key, str):
-            raise RecipeError(
-                f"{where}: the key {_shown(key)} is no text; write the name of an option, or put "
-                "it in quotes"
-            )
 
 
 def _tuple_of_steps(steps: Iterable[Step]) -> tuple[Step, ...]:
@@ -305,12 +260,12 @@ class Recipe:
     def __attrs_post_init__(self) -> None:
         whole = isinstance(self.seed, int) and not isinstance(self.seed, bool)
         if not (whole and 0 <= self.seed <= MAX_SEED):
-            raise RecipeError(f"'seed' is {_shown(self.seed)}; expected 0 to {MAX_SEED}")
+            raise RecipeError(f"'seed' is {shown(self.seed)}; expected 0 to {MAX_SEED}")
         for name in ("model", "device", "precision", "chat_template"):
             value = getattr(self, name)
             if isinstance(value, str) and not is_text(value):
                 raise RecipeError(
-                    f"'{name}' is {_shown(value)}, which holds half of a character; mend it"
+                    f"'{name}' is {shown(value)}, which holds half of a character; mend it"
                 )
 
     def with_step(self, step: Step) -> Recipe:
@@ -343,28 +298,28 @@ class Recipe:
         version = row.get("tunesmith", RECIPE_VERSION)
         if version != RECIPE_VERSION:
             problems.append(
-                f"{where}: written for recipe version {_shown(version)}; this tunesmith reads "
+                f"{where}: written for recipe version {shown(version)}; this tunesmith reads "
                 f"version {RECIPE_VERSION}; upgrade with `pip install -U tunesmith`"
             )
         model = row.get("model")
         if not isinstance(model, str) or not model:
             problems.append(
-                f"{where}: 'model' is {_shown(model)}; expected a hub id, a directory or a .gguf "
+                f"{where}: 'model' is {shown(model)}; expected a hub id, a directory or a .gguf "
                 "file"
             )
         for key, kinds, expected in _SETTINGS:
             value = row.get(key)
             if key in row and (not isinstance(value, kinds) or isinstance(value, bool)):
-                problems.append(f"{where}: '{key}' is {_shown(value)}; expected {expected}")
+                problems.append(f"{where}: '{key}' is {shown(value)}; expected {expected}")
         trusted = row.get("trust_remote_code", False)
         if not isinstance(trusted, bool):
             problems.append(
-                f"{where}: 'trust_remote_code' is {_shown(trusted)}; expected true or false"
+                f"{where}: 'trust_remote_code' is {shown(trusted)}; expected true or false"
             )
         steps: list[Step] = []
         listing = row.get("steps") or []
         if isinstance(listing, str) or not isinstance(listing, Sequence):
-            problems.append(f"{where}: 'steps' is {_shown(listing)}; expected a list of steps")
+            problems.append(f"{where}: 'steps' is {shown(listing)}; expected a list of steps")
             listing = []
         for number, item in enumerate(listing, 1):
             try:
@@ -422,75 +377,3 @@ def _write_yaml(row: Mapping[str, Any]) -> str:
     Dumper.add_representer(str, text)
     written: str = yaml.dump(row, Dumper=Dumper, sort_keys=False, allow_unicode=True)
     return written
-
-
-def plain(value: Any) -> Any:
-    """Return an option value as YAML and JSON can hold it: tuples become lists, paths strings."""
-    try:
-        return _plain(value)
-    except RecursionError as error:
-        raise RecipeError("an option is nested too deep for a file; make it flatter") from error
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        items = sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value
-        return [_plain(item) for item in items]
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if value is None or isinstance(value, bool):
-        return value
-    for kind in (int, float):
-        if isinstance(value, kind):  # a subclass too, such as numpy's, which YAML cannot write
-            number = kind(value)
-            if not math.isfinite(number) if kind is float else int(number).bit_length() > _MAX_BITS:
-                raise RecipeError(f"got {_shown(number)}; a recipe holds finite numbers only")
-            return number
-    if isinstance(value, str):
-        if not is_text(value):
-            raise RecipeError(f"got {_shown(value)}, which holds half of a character; mend it")
-        return str.__str__(value)  # an enum's value, not its name
-    raise RecipeError(
-        f"got a {type(value).__name__} as an option; a recipe holds text, numbers, booleans, "
-        "lists and mappings"
-    )
-
-
-def _count(value: Any) -> int:
-    """Return how many keys and values a plain value holds."""
-    if isinstance(value, dict):
-        return 1 + sum(1 + _count(item) for item in value.values())
-    return 1 + sum(map(_count, value)) if isinstance(value, list) else 1
-
-
-def _size(value: Any) -> int:
-    """Return how many characters the texts of a plain value have."""
-    if isinstance(value, dict):
-        return sum(len(key) + _size(item) for key, item in value.items())
-    if isinstance(value, list):
-        return sum(map(_size, value))
-    return len(value) if isinstance(value, str) else 0
-
-
-def _plain_data(data: Any) -> Any:
-    """Return a data description as a file can hold it: paths, ids and literal rows."""
-    if isinstance(data, (str, os.PathLike)):
-        return os.fsdecode(data)
-    if isinstance(data, (list, tuple)) and all(
-        isinstance(item, (str, os.PathLike)) for item in data
-    ):
-        return [os.fsdecode(item) for item in data]
-    if isinstance(data, (list, tuple)) and all(isinstance(item, Mapping) for item in data):
-        rows = [plain(item) for item in data]
-        if _size(rows) > MAX_BYTES // 4 or _count(rows) > MAX_VALUES // 2:
-            raise RecipeError(
-                f"{len(rows)} rows are too much for a recipe; save them to a .jsonl or .parquet "
-                "file and give its path to keep it in a recipe"
-            )
-        return rows
-    raise RecipeError(
-        f"data given as a {type(data).__module__}.{type(data).__name__} lives in this process "
-        "only; save it to a .jsonl or .parquet file and give its path to keep it in a recipe"
-    )
