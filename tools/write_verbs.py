@@ -15,6 +15,7 @@ import attrs
 
 from tunesmith.plugin.options import field_docs
 from tunesmith.plugin.registry import BUILTIN, Registered, registry
+from tunesmith.plugin.rewards import Rewards
 
 TARGET = Path(__file__).parents[1] / "src" / "tunesmith" / "verbs.py"
 
@@ -95,6 +96,8 @@ class Verbs:
 
 def type_text(hint: object) -> str:
     """Return a type as it is written in a signature."""
+    if hint == Rewards:  # any of its short forms
+        return "Any"
     if isinstance(hint, type) and not typing.get_args(hint):
         return hint.__name__
     return str(hint).replace("NoneType", "None")
@@ -120,7 +123,10 @@ def method_text(item: Registered) -> str:
     title = spec.summary[:1].upper() + spec.summary[1:]
     lines += [f'        """{title}.', ""]
     if verb == "train":
-        lines.append("        data: path or paths, hub id, `datasets.Dataset`, or a list of dicts.")
+        lines += [
+            "        data: path or paths, hub id, `datasets.Dataset`, a list of dicts, or a `Data`,",
+            "            which says what is mixed and what is done with the rows first.",
+        ]
         lines.append("        format: name of the data format; unset detects it from the rows.")
     for name, text in docs.items():
         wrapped = textwrap.fill(f"{name}: {' '.join(text.split())}", 92, subsequent_indent="    ")

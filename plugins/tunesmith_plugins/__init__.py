@@ -14,8 +14,12 @@ from tunesmith_plugins.methods.lora import LoraConfig
 from tunesmith_plugins.quantizers.bitsandbytes import BitsAndBytesConfig
 from tunesmith_plugins.quantizers.fp4 import FP4Config
 from tunesmith_plugins.quantizers.nf4 import NF4Config
+from tunesmith_plugins.rewards.exact_match import ExactMatchConfig
 from tunesmith_plugins.trainers.dpo import DPOConfig
 from tunesmith_plugins.trainers.sft import SFTConfig
+from tunesmith_plugins.transforms.limit import LimitConfig
+from tunesmith_plugins.transforms.sample import SampleConfig
+from tunesmith_plugins.transforms.split import SplitConfig
 
 _HERE = "tunesmith_plugins"
 
@@ -36,6 +40,20 @@ def tunesmith_formats() -> list[Spec]:
             f"{at}.preference:PreferencePairs",
             summary="prompt, chosen, rejected",
         ),
+        Spec("prompt", NoOptions, f"{at}.prompt:Prompts", summary="prompt, and no answer"),
+    ]
+
+
+@hookimpl
+def tunesmith_transforms() -> list[Spec]:
+    """Register the transforms."""
+    at = f"{_HERE}.transforms"
+    return [
+        Spec("clean", NoOptions, f"{at}.clean:Clean", summary="rows that say something"),
+        Spec("deduplicate", NoOptions, f"{at}.deduplicate:Deduplicate", summary="each row once"),
+        Spec("limit", LimitConfig, f"{at}.limit:Limit", summary="the first rows"),
+        Spec("sample", SampleConfig, f"{at}.sample:Sample", summary="a share of the rows"),
+        Spec("split", SplitConfig, f"{at}.split:Split", summary="rows held out to evaluate on"),
     ]
 
 
@@ -83,6 +101,19 @@ def tunesmith_trainers() -> list[Spec]:
             example="preference",
             summary="direct preference optimization",
         ),
+    ]
+
+
+@hookimpl
+def tunesmith_rewards() -> list[Spec]:
+    """Register the rewards."""
+    return [
+        Spec(
+            "exact_match",
+            ExactMatchConfig,
+            f"{_HERE}.rewards.exact_match:ExactMatch",
+            summary="1 for the answer that a column holds",
+        )
     ]
 
 

@@ -10,9 +10,9 @@ Importing this loads no torch.
 from __future__ import annotations
 
 from tunesmith.errors import TunesmithError
-from tunesmith.recipe import Recipe, Step
+from tunesmith.recipe import Data, Recipe, Step
 from tunesmith.tuner import Tuner
 
-__all__ = ["Recipe", "Step", "Tuner", "TunesmithError", "__version__"]
+__all__ = ["Data", "Recipe", "Step", "Tuner", "TunesmithError", "__version__"]
 
 __version__ = "0.1.0"

@@ -163,12 +163,24 @@ class Data:
     """What is done with the rows of all sources, in order."""
 
     def __init__(self, source: Any, *, format: str | None = None, **format_options: Any) -> None:
-        self.__attrs_init__((Source(source, format, format_options),))  # type: ignore[attr-defined]
+        self.__attrs_init__((Source(source, format, format_options),))
 
     @classmethod
     def of(cls, data: Any, format: str | None = None) -> Data:
         """Return what a short form stands for; a `Data` is returned as it is."""
         return data if isinstance(data, cls) and format is None else cls(data, format=format)
+
+    @property
+    def is_transformed(self) -> bool:
+        """Whether its rows, or those of a source, go through transforms of its own."""
+        nested = [each.data for each in self.sources if isinstance(each.data, Data)]
+        return bool(self.transforms) or any(each.is_transformed for each in nested)
+
+    @property
+    def every_transform(self) -> tuple[Transformation, ...]:
+        """All its transforms, those of its sources first."""
+        nested = [each.data for each in self.sources if isinstance(each.data, Data)]
+        return (*(t for data in nested for t in data.every_transform), *self.transforms)
 
     def transform(self, plugin: str, **options: Any) -> Data:
         """Have the rows go through any installed transform, by name."""
@@ -238,7 +250,7 @@ class Data:
     @classmethod
     def _made(cls, sources: Iterable[Source], transforms: Iterable[Transformation] = ()) -> Data:
         made = cls.__new__(cls)
-        made.__attrs_init__(tuple(sources), tuple(transforms))  # type: ignore[attr-defined]
+        made.__attrs_init__(tuple(sources), tuple(transforms))
         return made
 
 

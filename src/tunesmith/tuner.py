@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 import attrs
 
 from tunesmith.errors import OptionError
-from tunesmith.recipe import VERBS, Recipe, Step
+from tunesmith.recipe import VERBS, Data, Recipe, Step
 from tunesmith.report.kept import reported
 from tunesmith.verbs import Verbs
 
@@ -84,7 +84,8 @@ class Tuner(Verbs):
     ) -> Self:
         """Train by any installed trainer, by name or by config instance.
 
-        `data` is a path or paths, a hub id, a `datasets.Dataset`, or a list of dicts; `format`
+        `data` is a path or paths, a hub id, a `datasets.Dataset`, a list of dicts, or a `Data`
+        that says what is mixed and done with the rows first; `format`
         names its format instead of detecting it.
         """
         return self._with("train", trainer, options, data, format)
@@ -186,6 +187,8 @@ class Tuner(Verbs):
             )
         step = Step(verb, name, options, data, format)
         registry().config_of(step)
+        if isinstance(data, Data):
+            registry().check_data(data)
         return self.from_recipe(self._recipe.with_step(step))
 
     def __repr__(self) -> str:
@@ -214,7 +217,8 @@ def _shown(step: Step) -> str:
         brief = isinstance(data, (str, Path)) or (
             isinstance(data, (list, tuple)) and all(isinstance(item, (str, Path)) for item in data)
         )
-        arguments.append(repr(data) if brief else f"<{type(data).__name__} of {_count(data)} rows>")
+        shown = brief or isinstance(data, Data)
+        arguments.append(repr(data) if shown else f"<{type(data).__name__} of {_count(data)} rows>")
     if step.format is not None:
         arguments.append(f"format={step.format!r}")
     arguments += [f"{key}={value!r}" for key, value in step.options.items()]

@@ -8,7 +8,9 @@ from tunesmith.testing.conformance import (
     MethodConformance,
     MetricConformance,
     QuantizerConformance,
+    RewardConformance,
     TrainerConformance,
+    TransformConformance,
 )
 
 BUILTINS = "tunesmith_plugins"
@@ -63,6 +65,59 @@ class TestPreference(FormatConformance):
         {"prompt": None, "chosen": "b", "rejected": "c"},
         {"prompt": "a", "chosen": 1, "rejected": "c"},
     )
+
+
+class TestPrompt(FormatConformance):
+    plugin = BUILTINS
+    name = "prompt"
+    good_rows = (
+        {"prompt": "a"},
+        {"prompt": [{"role": "user", "content": "a"}], "system": "be kind", "answer": "7"},
+    )
+    bad_rows = (
+        {"prompt": " "},
+        {"prompt": None},
+        {"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+    )
+
+
+class TestClean(TransformConformance):
+    plugin = BUILTINS
+    name = "clean"
+
+
+class TestDeduplicate(TransformConformance):
+    plugin = BUILTINS
+    name = "deduplicate"
+
+
+class TestLimit(TransformConformance):
+    plugin = BUILTINS
+    name = "limit"
+    options = {"rows": 2}
+
+
+class TestSample(TransformConformance):
+    plugin = BUILTINS
+    name = "sample"
+    options = {"share": 0.5}
+
+
+class TestSampleRepeated(TransformConformance):
+    plugin = BUILTINS
+    name = "sample"
+    options = {"share": 2.5}
+
+
+class TestSplit(TransformConformance):
+    plugin = BUILTINS
+    name = "split"
+    options = {"held_out": 2}
+
+
+class TestExactMatch(RewardConformance):
+    plugin = BUILTINS
+    name = "exact_match"
 
 
 class TestNF4(QuantizerConformance):

@@ -1,4 +1,4 @@
-"""Clean, deduplicate and split examples; what is dropped is counted and listed, never lost."""
+"""Clean, deduplicate, sample and split examples; what is dropped is counted and listed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tunesmith.data.examples import (
 )
 from tunesmith.errors import DataError
 
-__all__ = ["Drop", "DropLog", "Dropped", "deduplicate", "drop_empty", "split"]
+__all__ = ["Drop", "DropLog", "Dropped", "content", "deduplicate", "drop_empty", "sample", "split"]
 
 Drop: TypeAlias = Callable[[str, str], None]
 """`drop(where, reason)` records a row that is not used."""
@@ -73,7 +73,7 @@ def deduplicate(examples: Iterable[Sourced], drop: Drop) -> list[Sourced]:
     first: dict[bytes, str] = {}
     kept: list[Sourced] = []
     for item in examples:
-        key = _content(item.example)
+        key = content(item.example)
         if key not in first:
             first[key] = item.where
             kept.append(item)
@@ -96,40 +96,65 @@ def drop_empty(examples: Iterable[Sourced], drop: Drop) -> list[Sourced]:
     return kept
 
 
+def sample(examples: Sequence[Sourced], share: float, seed: int, drop: Drop) -> list[Sourced]:
+    """Return this share of the examples, in the order they came; the reason is "not sampled".
+
+    A share of 2 is each one twice, the second time after all others; of 1.5, half of them twice.
+    Which ones depends on the seed and on what they say, not on their order. Errors: `DataError` if
+    none would be left.
+    """
+    whole = int(share)
+    count = round((share - whole) * len(examples))
+    if whole == count == 0 and examples:
+        raise DataError(
+            f"a share of {share:g} of {len(examples)} rows leaves nothing; give a larger share, or "
+            "more data"
+        )
+    salt = f"sample {seed}".encode()
+    ranks = [hashlib.sha256(salt + b"\0" + content(item.example)).digest() for item in examples]
+    chosen = set(sorted(range(len(examples)), key=lambda index: (ranks[index], index))[:count])
+    if whole == 0:
+        for index, item in enumerate(examples):
+            if index not in chosen:
+                drop(item.where, "not sampled")
+    more = [item for index, item in enumerate(examples) if index in chosen]
+    return [*(list(examples) * whole), *more]
+
+
 def split(
-    examples: Sequence[Sourced], eval_split: float, seed: int
+    examples: Sequence[Sourced], held_out: float, seed: int
 ) -> tuple[list[Sourced], list[Sourced]]:
     """Return (training, evaluation) examples, each in the order they came.
 
-    `eval_split` is the share (below 1) or the number of examples to hold out; 0 holds out none.
+    `held_out` is the share (below 1) or the number of examples to hold out; 0 holds out none.
     Which ones depends on the seed and on what they say, not on their order, so a file that is
     sorted anew is split the same. Errors: `DataError` if either side would be left with nothing.
     """
     total = len(examples)
-    if eval_split == 0:
+    if held_out == 0:
         return list(examples), []
-    if eval_split < 0 or (eval_split > 1 and eval_split != int(eval_split)):
+    if held_out < 0 or (held_out > 1 and held_out != int(held_out)):
         raise DataError(
-            f"eval_split: got {eval_split:g}; expected a share below 1 or a whole number of rows"
+            f"a split: got {held_out:g}; expected a share below 1 or a whole number of rows"
         )
-    count = round(total * eval_split) if eval_split < 1 else int(eval_split)
+    count = round(total * held_out) if held_out < 1 else int(held_out)
     if not 0 < count < total:
         left = "evaluate" if count == 0 else "train"
         raise DataError(
-            f"eval_split: got {eval_split:g} of {total} row{'' if total == 1 else 's'}, which "
+            f"a split: got {held_out:g} of {total} row{'' if total == 1 else 's'}, which "
             f"leaves nothing to {left} on; expected 1 to {max(total - 1, 1)} rows or a share that "
-            "comes to as much; give another eval_split, or more data"
+            "comes to as much; give another number, or more data"
         )
     salt = str(seed).encode()
-    ranks = [hashlib.sha256(salt + b"\0" + _content(item.example)).digest() for item in examples]
+    ranks = [hashlib.sha256(salt + b"\0" + content(item.example)).digest() for item in examples]
     chosen = set(sorted(range(total), key=lambda index: (ranks[index], index))[:count])
     training = [item for index, item in enumerate(examples) if index not in chosen]
     evaluation = [item for index, item in enumerate(examples) if index in chosen]
     return training, evaluation
 
 
-def _content(example: Any) -> bytes:
-    """Return a digest of what an example says."""
+def content(example: Any) -> bytes:
+    """Return a digest of what an example says: equal for those that `deduplicate` takes as one."""
     text = json.dumps(_plain(example), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).digest()
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any
 
 import attrs
 
+from tunesmith.data.clean import Dropped
 from tunesmith.data.examples import EXAMPLE_TYPES, Example, Sourced
 from tunesmith.data.sources import Reading, Row, describe, refuse_iterator
 from tunesmith.errors import DataError, PluginError, RowError, TunesmithError
@@ -31,7 +32,13 @@ class LoadedData:
     format: str
     examples: Sequence[Sourced]
     fingerprint: str
-    """sha256 of the content."""
+    """sha256 of all that decides the rows: content, formats, transforms."""
+    held_out: Sequence[Sourced] = ()
+    """What a transform has held out, for a trainer to evaluate on."""
+    dropped: tuple[Dropped, ...] = ()
+    """Rows that were left out by transforms, and why."""
+    rows: int = 0
+    """How many rows were read."""
 
     @property
     def shape(self) -> str:
@@ -40,8 +47,13 @@ class LoadedData:
         return next(name for name, cls in EXAMPLE_TYPES.items() if cls is kind)
 
 
-def load_data(data: Any, format_name: str | None, registry: Registry) -> LoadedData:
-    """Read data and convert every row.
+def load_data(
+    data: Any,
+    format_name: str | None,
+    registry: Registry,
+    format_options: Mapping[str, Any] | None = None,
+) -> LoadedData:
+    """Read one source and convert every row; `format_options` are those of the named format.
 
     Errors: `DataError` that lists what is wrong, with file and row; `PluginError` for a format that
     is unknown.
@@ -56,7 +68,7 @@ def load_data(data: Any, format_name: str | None, registry: Registry) -> LoadedD
         item, reader = detect_format(sample, description, registry)
     else:
         item = registry.find("formats", format_name)
-        reader = _reader(item)
+        reader = _reader(item, format_options or {})
     examples: list[Sourced] = []
     bad: list[str] = []
     count = 0
@@ -72,7 +84,9 @@ def load_data(data: Any, format_name: str | None, registry: Registry) -> LoadedD
             bad.append(f"... and {count - SHOWN} more rows of {reading.count} like these")
         raise DataError(f"read as {item.spec.name}:\n     " + "\n     ".join(bad))
     _same_shape(examples, item)
-    return LoadedData(description, item.spec.name, examples, reading.fingerprint())
+    return LoadedData(
+        description, item.spec.name, examples, reading.fingerprint(), rows=len(examples)
+    )
 
 
 def _example(reader: Format[Any], item: Registered, row: Row) -> Example:
@@ -170,9 +184,9 @@ def _scores(reader: Format[Any], item: Registered, sample: Sequence[Row]) -> Ite
             raise DataError(f"{row.where}: {_failed(item, error)}") from error
 
 
-def _reader(item: Registered) -> Format[Any]:
+def _reader(item: Registered, options: Mapping[str, Any] | None = None) -> Format[Any]:
     try:
-        reader: Format[Any] = item.load()(item.structure({}))
+        reader: Format[Any] = item.load()(item.structure(options or {}))
     except (TunesmithError, ImportError):
         raise
     except Exception as error:  # a plugin's own fault

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
+
+from tunesmith.data.clean import Dropped
 
 __all__ = ["gibibytes", "plan_text", "short_time"]
 
@@ -37,13 +41,18 @@ def plan_text(plan: Any) -> str:
             lines.append(f"    adapts   {step.adapts}")
         if step.data is not None:
             lines.append(
-                f"    data     {step.data.description}: {len(step.data.examples)} rows, "
+                f"    data     {step.data.description}: {step.data.rows} rows, "
                 f"format {step.data.format}"
             )
+            if step.data.dropped:
+                reasons = ", ".join(
+                    f"{count} {reason}" for reason, count in count_reasons(step.data.dropped)
+                )
+                lines.append(f"    left out {len(step.data.dropped)} rows: {reasons}")
+            if step.data.held_out:
+                lines.append(f"    held out {len(step.data.held_out)} of its rows")
         if step.eval_data is not None:
-            lines.append(
-                f"    held out {step.eval_data.description}: {len(step.eval_data.examples)} rows"
-            )
+            lines.append(f"    held out {step.eval_data.description}: {step.eval_data.rows} rows")
         found = step.estimate
         if found is not None:
             lines.append(
@@ -68,6 +77,11 @@ def plan_text(plan: Any) -> str:
     else:
         lines += ["", "no problems found"]
     return "\n".join(lines)
+
+
+def count_reasons(dropped: Iterable[Dropped]) -> list[tuple[str, int]]:
+    """Return why rows were left out, and how many for each reason, the most frequent first."""
+    return Counter(entry.reason for entry in dropped).most_common()
 
 
 def gibibytes(count: float) -> str:

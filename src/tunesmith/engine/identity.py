@@ -11,11 +11,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import attrs
-
 from tunesmith.engine.models import describe_model
 from tunesmith.engine.plan import Plan
-from tunesmith.recipe import VERBS, plain
+from tunesmith.plugin.options import plain_options
+from tunesmith.recipe import VERBS
 
 __all__ = ["fingerprints", "lock_of"]
 
@@ -47,7 +46,7 @@ def lock_of(plan: Plan, base: Path) -> dict[str, Any]:
             step.name: {
                 "description": step.data.description,
                 "format": step.data.format,
-                "rows": len(step.data.examples),
+                "rows": step.data.rows,
                 "sha256": step.data.fingerprint,
             }
             for step in plan.steps
@@ -76,10 +75,10 @@ def fingerprints(plan: Plan, lock: Mapping[str, Any]) -> dict[int, str]:
         assert step.plugin is not None
         options = {
             key: value
-            for key, value in plain(attrs.asdict(step.config)).items()
+            for key, value in plain_options(step.config).items()
             if key not in NEUTRAL_OPTIONS
         }
-        own = {
+        own: dict[str, Any] = {
             "verb": step.step.verb,
             "plugin": step.plugin.key,
             "version": step.plugin.version,
@@ -88,6 +87,8 @@ def fingerprints(plan: Plan, lock: Mapping[str, Any]) -> dict[int, str]:
             "format": step.data.format if step.data else None,
             "eval_data": step.eval_data.fingerprint if step.eval_data else None,
         }
+        if step.rewards:
+            own["rewards"] = step.rewards
         found[step.number] = _digest({"before": chain, **own})
         if VERBS[step.step.verb].is_link:
             chain = found[step.number]

@@ -15,11 +15,12 @@ import attrs
 
 from tunesmith.engine.alone import alone
 from tunesmith.engine.checks import ModelFindings, Use, examine
-from tunesmith.engine.dataset import LoadedData, load_data
+from tunesmith.engine.dataset import LoadedData
 from tunesmith.engine.device import Device, find_device
 from tunesmith.engine.estimate import ITEMSIZE, Estimate, Shapes, estimate_step, model_shapes
 from tunesmith.engine.models import ModelSource, find_model, gguf_findings, metadata_directory
 from tunesmith.engine.order import order_problems
+from tunesmith.engine.preparing import CLEAN, DataReader, after, before
 from tunesmith.engine.quiet import quiet_libraries
 from tunesmith.engine.store import problem_with
 from tunesmith.errors import (
@@ -36,7 +37,9 @@ from tunesmith.nn.pretrained import trusting
 from tunesmith.nn.weight_files import weight_files
 from tunesmith.plugin.quantizers import Quantizer
 from tunesmith.plugin.registry import Registered, Registry
-from tunesmith.recipe import VERBS, Recipe, Step, Verb, stage_name
+from tunesmith.plugin.rewards import identities
+from tunesmith.recipe import VERBS, Data, Recipe, Step, Verb, stage_name
+from tunesmith.recipe_data import Transformation
 
 __all__ = ["Plan", "PlannedStep", "check_base", "make_plan"]
 
@@ -52,6 +55,8 @@ class PlannedStep:
     data: LoadedData | None = None
     eval_data: LoadedData | None = None
     estimate: Estimate | None = None
+    rewards: tuple[Any, ...] = ()
+    """What decides the scores of the rewards in its options."""
     stored: str = ""
     """A quantize step: how a model that is stored quantized is taken; empty for any other."""
     holds: tuple[str, ...] = ()
@@ -137,8 +142,10 @@ def make_plan(
         device = find_device(recipe.device, recipe.precision)
     except OptionError as error:
         problems.extend(error.problems)
+    reader = DataReader(registry)
     steps = tuple(
-        _planned(number, step, registry, problems) for number, step in enumerate(recipe.steps, 1)
+        _planned(number, step, reader, recipe.seed, problems)
+        for number, step in enumerate(recipe.steps, 1)
     )
     problems += order_problems(steps)
     quantizer = _quantizer(steps)
@@ -178,13 +185,18 @@ def make_plan(
     return attrs.evolve(plan, problems=tuple(problems), notes=tuple(notes))
 
 
-def _planned(number: int, step: Step, registry: Registry, problems: list[str]) -> PlannedStep:
+def _planned(
+    number: int, step: Step, reader: DataReader, seed: int, problems: list[str]
+) -> PlannedStep:
     """Resolve one step; add what is wrong with it to `problems`."""
     here = f"step {number} ({step.label})"
+    registry = reader.registry
     plugin = config = data = eval_data = None
+    rewards: tuple[Any, ...] = ()
     try:
         plugin = registry.find(step.kind, step.plugin)
-        config = plugin.structure(step.options)
+        config = plugin.structure_of(step)
+        rewards = identities(config, registry)
     except PluginError as error:
         problems.append(f"{here}: {error}")
     except OptionError as error:
@@ -196,29 +208,66 @@ def _planned(number: int, step: Step, registry: Registry, problems: list[str]) -
         except (PluginError, ImportError) as error:
             problems.append(f"{here}: {error}")
     if VERBS[step.verb].takes_data:
-        data = _loaded(here, step.data, step.format, plugin, registry, problems)
-        held_out = getattr(config, "eval_data", None)
-        if held_out is not None:
+        trains = step.kind == "trainers" and config is not None
+        own = getattr(config, "seed", None)
+        seed = seed if own is None else own
+        opening = before(config) if trains else ()
+        closing = after(config) if trains else ()
+        data = _loaded(here, step.source, plugin, reader, problems, seed, opening, closing)
+        if data is not None and config is not None:
+            problems += [f"{here}: {text}" for text in _held_out_problems(step, config, data)]
+        given = getattr(config, "eval_data", None)
+        if given is not None:
             chosen = step.format or (data.format if data is not None else None)
-            eval_data = _loaded(f"{here}, eval_data", held_out, chosen, plugin, registry, problems)
+            if chosen is not None and " + " in chosen:
+                chosen = None  # of several formats the rows say which one it is
+            held_out = Data(given, format=chosen)
+            eval_data = _loaded(
+                f"{here}, eval_data", held_out, plugin, reader, problems, seed, (CLEAN,)
+            )
     elif step.data is not None:
         problems.append(f"{here}: takes no data; got {step.data!r}")
-    return PlannedStep(number, step, plugin, config, data, eval_data)
+    return PlannedStep(number, step, plugin, config, data, eval_data, rewards=rewards)
+
+
+def _held_out_problems(step: Step, config: Any, data: LoadedData) -> list[str]:
+    """Return what is wrong with rows that the data's own transforms hold out, or do not."""
+    source = step.source
+    own = source is not None and source.is_transformed
+    if step.kind != "trainers":
+        if not data.held_out:
+            return []
+        return [
+            "a transform of its data holds rows out, which nothing would measure; leave the split "
+            "out, or evaluate on data of its own"
+        ]
+    if not own:
+        return []
+    held_out = bool(data.held_out) and not config.eval_split
+    found = config.problems_without_evaluation(step.options) if not held_out else []
+    if held_out and config.eval_data is not None:
+        found.append("eval_data, and its data holds rows out as well; give one of them")
+    return list(found)
 
 
 def _loaded(
     here: str,
-    data: Any,
-    format_name: str | None,
+    data: Data | None,
     plugin: Registered | None,
-    registry: Registry,
+    reader: DataReader,
     problems: list[str],
+    seed: int,
+    opening: Sequence[Transformation] = (),
+    closing: Sequence[Transformation] = (),
 ) -> LoadedData | None:
     if data is None:
         problems.append(f"{here}: has no data; give a file, a hub id or rows")
         return None
     try:
-        loaded = load_data(data, format_name, registry)
+        loaded = reader.read(data, seed=seed, before=opening, after=closing)
+    except OptionError as error:
+        problems += [f"{here}: {problem}" for problem in error.problems]
+        return None
     except (DataError, PluginError) as error:
         problems.append(f"{here}: {error}")
         return None
@@ -226,7 +275,7 @@ def _loaded(
     if plugin is not None and wanted is not None and loaded.shape != wanted:
         takers = [
             item.spec.name
-            for item in registry.of_kind(plugin.kind)
+            for item in reader.registry.of_kind(plugin.kind)
             if item.spec.example == loaded.shape
         ]
         hint = f"; for these rows use {' or '.join(takers)}" if takers else ""
@@ -303,7 +352,7 @@ def _with_model(
                 Use(
                     step.here,
                     getattr(step.config, "max_length", None),
-                    step.data.examples if step.data is not None else (),
+                    (*step.data.examples, *step.data.held_out) if step.data is not None else (),
                 )
                 for step in steps
                 if step.verb.takes_data

@@ -33,9 +33,10 @@ from tunesmith.plugin.events import (
     StageStarted,
     Warned,
 )
+from tunesmith.plugin.options import plain_options
 from tunesmith.plugin.registry import Registry
 from tunesmith.plugin.session import Session
-from tunesmith.recipe import Recipe, plain
+from tunesmith.recipe import Recipe
 
 __all__ = ["Listener", "run"]
 
@@ -161,7 +162,7 @@ class _Runner:
                 verb=step.step.verb,
                 plugin=step.plugin.key if step.plugin else step.step.plugin,
                 fingerprint=fingerprint,
-                options=plain(attrs.asdict(step.config)),
+                options=plain_options(step.config),
                 metrics=made.metrics,
                 artefacts={
                     name: path.relative_to(directory).as_posix()

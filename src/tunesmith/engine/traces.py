@@ -8,7 +8,7 @@ import attrs
 
 from tunesmith.engine.store import MARKER, RunStore
 from tunesmith.errors import RecipeError
-from tunesmith.recipe import Recipe
+from tunesmith.recipe import Recipe, Step, plain
 
 __all__ = ["leave_recipe", "recipe_text"]
 
@@ -24,12 +24,19 @@ def leave_recipe(recipe: Recipe, directory: Path) -> None:
 
 
 def recipe_text(recipe: Recipe) -> str:
-    """Return the recipe as YAML; data that lives in this process only is named as such."""
-    steps = []
-    for step in recipe.steps:
+    """Return the recipe as YAML; what lives in this process only is named as such."""
+    return attrs.evolve(recipe, steps=[_writable(step) for step in recipe.steps]).to_yaml()
+
+
+def _writable(step: Step) -> Step:
+    try:
+        attrs.evolve(step, options={}).to_dict()
+    except RecipeError:
+        step = attrs.evolve(step, data=f"<{type(step.data).__name__} in memory>")
+    options = dict(step.options)
+    for key, value in options.items():
         try:
-            step.to_dict()
-        except RecipeError:
-            step = attrs.evolve(step, data=f"<{type(step.data).__name__} in memory>")
-        steps.append(step)
-    return attrs.evolve(recipe, steps=steps).to_yaml()
+            plain(value)
+        except RecipeError as error:
+            options[key] = f"<{error}>"
+    return attrs.evolve(step, options=options)

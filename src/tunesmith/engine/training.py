@@ -11,7 +11,7 @@ from typing import Any
 
 import attrs
 
-from tunesmith.data.clean import DropLog, deduplicate, drop_empty, split
+from tunesmith.data.clean import DropLog
 from tunesmith.data.examples import Sourced
 from tunesmith.engine.checkpoints import Checkpoints
 from tunesmith.engine.guards import guarded
@@ -21,7 +21,7 @@ from tunesmith.engine.resuming import Keeper, Pace, keep_checkpoints
 from tunesmith.engine.room import paced_by_room
 from tunesmith.engine.signals import current, stops_after_step
 from tunesmith.engine.steps import Made, Place
-from tunesmith.errors import DataError, RunError
+from tunesmith.errors import RunError
 from tunesmith.plugin.events import RowsCut, RowsDropped, Warned
 from tunesmith.plugin.session import Session
 from tunesmith.plugin.trainers import TrainingData
@@ -107,8 +107,8 @@ class StageTraining:
             TrainingData(train, evaluation, drops.add, self.cuts.add),
             self.checkpoints,
         )
-        self._tell_drops(drops, len(self.step.data.examples))
-        self._tell_cuts(len(self.step.data.examples))
+        self._tell_drops(drops, self.step.data.rows)
+        self._tell_cuts(self.step.data.rows)
         return trainer
 
     def _listen(self, trainer: Any) -> ProgressCallback:
@@ -181,28 +181,14 @@ class StageTraining:
         return rate
 
     def _rows(self, drops: DropLog) -> tuple[Sequence[Sourced], Sequence[Sourced]]:
-        """Return the cleaned rows to train on and to evaluate on."""
-        step = self.step
-        assert step.data is not None
-        rows = drop_empty(step.data.examples, drops.add)
-        if step.config.deduplicate:
-            rows = deduplicate(rows, drops.add)
-        if not rows:
-            raise DataError(
-                f"{step.name}: every one of {len(step.data.examples)} rows of "
-                f"{step.data.description} was dropped: {drops.reasons}"
-            )
-        if step.eval_data is not None:
-            held_out = drop_empty(step.eval_data.examples, drops.add)
-            if not held_out:
-                raise DataError(
-                    f"{step.name}, eval_data: every one of {len(step.eval_data.examples)} rows of "
-                    f"{step.eval_data.description} was dropped: {drops.reasons}"
-                )
-            return rows, held_out
-        if step.config.eval_split:
-            return split(rows, step.config.eval_split, self.seed)
-        return rows, []
+        """Return the rows to train on and to evaluate on, as the plan has found them."""
+        data, held_out = self.step.data, self.step.eval_data
+        assert data is not None
+        drops.entries += data.dropped
+        if held_out is None:
+            return data.examples, data.held_out
+        drops.entries += held_out.dropped
+        return data.examples, held_out.examples
 
     def _tell_drops(self, drops: DropLog, total: int) -> None:
         if len(drops):

@@ -1,4 +1,4 @@
-"""The whole plugin contract: eight hooks, any of which a plugin may implement.
+"""The whole plugin contract: ten hooks, any of which a plugin may implement.
 
 A plugin is a module (or object) that a distribution names in the entry-point group "tunesmith"::
 
@@ -54,6 +54,11 @@ def tunesmith_formats() -> Sequence[Spec]:  # type: ignore[empty-body]
 
 
 @hookspec
+def tunesmith_transforms() -> Sequence[Spec]:  # type: ignore[empty-body]
+    """Return transforms; each implementation is a `tunesmith.plugin.transforms.Transform`."""
+
+
+@hookspec
 def tunesmith_quantizers() -> Sequence[Spec]:  # type: ignore[empty-body]
     """Return quantizers; each implementation is a `tunesmith.plugin.quantizers.Quantizer`."""
 
@@ -66,6 +71,11 @@ def tunesmith_methods() -> Sequence[Spec]:  # type: ignore[empty-body]
 @hookspec
 def tunesmith_trainers() -> Sequence[Spec]:  # type: ignore[empty-body]
     """Return trainers; each implementation is a `tunesmith.plugin.trainers.Trainer`."""
+
+
+@hookspec
+def tunesmith_rewards() -> Sequence[Spec]:  # type: ignore[empty-body]
+    """Return rewards; each implementation is a `tunesmith.plugin.rewards.Reward`."""
 
 
 @hookspec

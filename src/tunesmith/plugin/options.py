@@ -20,7 +20,7 @@ from typing import Any, TypeVar, cast
 import attrs
 import cattrs
 
-from tunesmith.errors import OptionError, PluginError, TunesmithError, close_matches
+from tunesmith.errors import OptionError, PluginError, RecipeError, TunesmithError, close_matches
 from tunesmith.recipe import plain
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "given_options",
     "more_than",
     "one_of",
+    "plain_options",
     "structure",
 ]
 
@@ -163,6 +164,23 @@ def given_options(config: Any) -> dict[str, Any]:
     return given
 
 
+def plain_options(config: Any) -> dict[str, Any]:
+    """Return all options of a config instance as plain values.
+
+    A function that lives in this process only, which no recipe can hold, is told as such.
+    """
+    found: dict[str, Any] = {}
+    for field in attrs.fields(type(config)):
+        value = getattr(config, field.name)
+        if attrs.has(type(value)) and not hasattr(value, "to_option"):
+            value = attrs.asdict(value)
+        try:
+            found[field.name] = plain(value)
+        except RecipeError as error:
+            found[field.name] = f"<{error}>"
+    return found
+
+
 def field_docs(config: type) -> dict[str, str]:
     """Return each option's help text: the docstring under its field, inherited ones included."""
     docs: dict[str, str] = {}
@@ -195,7 +213,7 @@ def _type_name(hint: Any) -> str:
     if arguments and getattr(hint, "__origin__", None) is None:
         return " or ".join("nothing" if a is type(None) else _type_name(a) for a in arguments)
     if getattr(hint, "__origin__", None) in (tuple, list):
-        return "a list"
+        return str(getattr(arguments[0] if arguments else None, "expected", "a list"))
     return str(hint)
 
 
@@ -249,10 +267,22 @@ def _text(value: Any, _: Any) -> str:
 
 def _sequence(value: Any, hint: Any) -> tuple[Any, ...]:
     """Structure tuple[X, ...]: a text is one item, not its letters; a mapping is no list."""
-    if isinstance(value, Mapping):
+    alone = isinstance(value, str)
+    if _has_own_form(hint.__args__[0]):  # one of those may be a mapping or a function
+        alone = not isinstance(value, (list, tuple))
+    elif isinstance(value, Mapping):
         raise TypeError("not a list")
-    items = (value,) if isinstance(value, str) else tuple(value)
+    items = (value,) if alone else tuple(value)
     return tuple(_converter.structure(item, hint.__args__[0]) for item in items)
+
+
+def _has_own_form(hint: Any) -> bool:
+    """Whether a type reads its values from an option's short forms itself."""
+    return isinstance(hint, type) and hasattr(hint, "from_option")
+
+
+def _own_form(value: Any, hint: Any) -> Any:
+    return hint.from_option(value)
 
 
 def _is_sequence(hint: Any) -> bool:
@@ -285,4 +315,5 @@ _converter.register_structure_hook(float, _number)
 _converter.register_structure_hook(bool, _boolean)
 _converter.register_structure_hook(str, _text)
 _converter.register_structure_hook_func(_is_sequence, _sequence)
+_converter.register_structure_hook_func(_has_own_form, _own_form)
 _converter.register_structure_hook_func(_is_union, _alternatives)

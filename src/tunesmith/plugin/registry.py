@@ -13,11 +13,11 @@ from typing import Any
 import attrs
 import pluggy
 
-from tunesmith.errors import PluginError, UnknownPluginError, close_matches, listed
+from tunesmith.errors import OptionError, PluginError, UnknownPluginError, close_matches, listed
 from tunesmith.plugin import hookspecs
 from tunesmith.plugin.options import structure
 from tunesmith.plugin.spec import API_VERSION, KINDS, Spec
-from tunesmith.recipe import Step
+from tunesmith.recipe import Data, Step
 
 __all__ = ["BUILTIN", "Broken", "Registered", "Registry", "registry"]
 
@@ -51,6 +51,23 @@ class Registered:
     def structure(self, options: Mapping[str, Any]) -> Any:
         """Return a config instance from options; `OptionError` with every problem."""
         return structure(self.spec.config, options, name=self.spec.name)
+
+    def structure_of(self, step: Step) -> Any:
+        """Return the config instance of a step; `OptionError` with every problem.
+
+        With them what its options need of its data, if no transform may yet provide for it.
+        """
+        problems: list[str] = []
+        look = getattr(self.spec.config, "problems_without_evaluation", None)
+        if look is not None and (step.source is None or not step.source.is_transformed):
+            problems += [f"{self.spec.name}: {text}" for text in look(step.options)]
+        try:
+            config = self.structure(step.options)
+        except OptionError as error:
+            raise OptionError([*problems, *error.problems]) from error
+        if problems:
+            raise OptionError(problems)
+        return config
 
     def load(self) -> type[Any]:
         """Import and return the implementation class; `PluginError` if it cannot be used."""
@@ -154,7 +171,12 @@ class Registry:
     def config_of(self, step: Step) -> tuple[Registered, Any]:
         """Return a step's plugin and its config instance; `PluginError` or `OptionError`."""
         item = self.find(step.kind, step.plugin)
-        return item, item.structure(step.options)
+        return item, item.structure_of(step)
+
+    def check_data(self, data: Data) -> None:
+        """Raise for a transform that is not installed, or that does not take its options."""
+        for each in data.every_transform:
+            self.find("transforms", each.plugin).structure(each.options)
 
     def build(self, step: Step) -> Any:
         """Return the implementation for a step, built with its config."""

@@ -17,7 +17,16 @@ __all__ = ["API_VERSION", "KINDS", "Spec"]
 API_VERSION = 1
 """Version of the plugin interfaces; a Spec written for another one is listed but not used."""
 
-KINDS = ("formats", "quantizers", "methods", "trainers", "metrics", "exporters")
+KINDS = (
+    "formats",
+    "transforms",
+    "quantizers",
+    "methods",
+    "trainers",
+    "rewards",
+    "metrics",
+    "exporters",
+)
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 """What a plugin may be called: its name becomes part of a directory's."""

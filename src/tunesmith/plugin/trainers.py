@@ -7,7 +7,7 @@ gradient accumulation, distribution, logging and resuming come with it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -122,18 +122,24 @@ class TrainerConfig:
         """Whether the options put several rows into one sequence."""
         return False
 
+    @classmethod
+    def problems_without_evaluation(cls, options: Mapping[str, Any]) -> list[str]:
+        """Return which of the options given need rows to evaluate on, where they ask for none.
+
+        Asked where the data holds none out by itself.
+        """
+        if options.get("eval_split") or options.get("eval_data") is not None:
+            return []
+        remedy = "; give eval_split or eval_data, or data with a split"
+        found = []
+        if options.get("early_stopping") is not None:
+            found.append(f"early_stopping needs something to evaluate on{remedy}")
+        if options.get("eval_steps") is not None:
+            found.append(f"eval_steps needs something to evaluate on{remedy}; or leave it out")
+        return found
+
     def __attrs_post_init__(self) -> None:
-        evaluates = bool(self.eval_split) or self.eval_data is not None
         problems = []
-        if self.early_stopping is not None and not evaluates:
-            problems.append(
-                "early_stopping needs something to evaluate on; give eval_split or eval_data"
-            )
-        if self.eval_steps is not None and not evaluates:
-            problems.append(
-                "eval_steps needs something to evaluate on; give eval_split or eval_data, or leave "
-                "it out"
-            )
         if self.eval_data is not None and self.eval_split:
             problems.append("eval_data and eval_split exclude each other; give one of them")
         if self.warmup and self.scheduler == "constant":

@@ -26,7 +26,8 @@ from typing import Any, ClassVar
 import attrs
 import pytest
 
-from tunesmith.data.examples import EXAMPLE_TYPES, Sourced
+from tunesmith.data.clean import DropLog
+from tunesmith.data.examples import EXAMPLE_TYPES, Prompt, Sourced
 from tunesmith.errors import OptionError, RowError
 from tunesmith.nn.tasks import CAUSAL_LM, Task
 from tunesmith.plugin import API_VERSION, Spec
@@ -37,8 +38,10 @@ from tunesmith.plugin.metrics import Measured, Metric
 from tunesmith.plugin.options import field_docs, given_options, structure
 from tunesmith.plugin.quantizers import Quantizer
 from tunesmith.plugin.registry import Registry
+from tunesmith.plugin.rewards import Reward
 from tunesmith.plugin.session import Session
 from tunesmith.plugin.trainers import Trainer, TrainerConfig, TrainingData
+from tunesmith.plugin.transforms import Transform, check_rows
 from tunesmith.recipe import VERBS, Recipe, Step
 from tunesmith.testing.tiny import tiny_examples, tiny_llama, tiny_session
 
@@ -49,7 +52,9 @@ __all__ = [
     "MetricConformance",
     "PluginConformance",
     "QuantizerConformance",
+    "RewardConformance",
     "TrainerConformance",
+    "TransformConformance",
 ]
 
 _LISTING = """
@@ -220,6 +225,91 @@ class FormatConformance(PluginConformance):
         odd = [dict.fromkeys(row, value) for row in self.good_rows for value in values]
         for row in (*self.bad_rows, *odd):
             assert isinstance(instance.recognise(row), int)
+
+
+class TransformConformance(PluginConformance):
+    """What holds for a transform of rows."""
+
+    kind = "transforms"
+    interface = Transform
+
+    @pytest.fixture
+    def rows(self, instance: Any) -> Sequence[Sourced]:
+        """Return rows of a shape it takes, one of them twice; override for others."""
+        shape = (*instance.examples, "conversation")[0]
+        examples = tiny_examples(shape)
+        return [
+            Sourced(example, f"row {number}")
+            for number, example in enumerate([*examples, examples[0]], 1)
+        ]
+
+    def test_it_takes_shapes_that_there_are(self, instance: Any) -> None:
+        """Each is a key of `EXAMPLE_TYPES`."""
+        assert set(instance.examples) <= EXAMPLE_TYPES.keys()
+
+    def test_every_row_is_returned_or_dropped(self, instance: Any, rows: Sequence[Sourced]) -> None:
+        """Rows in are rows out and rows told to `drop`, and what was given is left as it was."""
+        given = tuple(copy.deepcopy(rows))
+        log = DropLog()
+        made = instance.apply(given, seed=0, drop=log.add)
+        check_rows(self.name, given, made, log.entries, adds_rows=instance.adds_rows)
+        assert list(given) == list(rows), "apply changed the rows it was given"
+        assert all(entry.reason for entry in log.entries), "a row was dropped without a reason"
+
+    def test_the_same_rows_and_seed_give_the_same(
+        self, instance: Any, spec: Spec, config: Any, rows: Sequence[Sourced]
+    ) -> None:
+        """Whatever was done before, and by another instance."""
+        first = instance.apply(tuple(rows), seed=3, drop=DropLog().add)
+        instance.apply(tuple(rows), seed=4, drop=DropLog().add)
+        assert spec.load()(config).apply(tuple(rows), seed=3, drop=DropLog().add) == first
+
+
+class RewardConformance(PluginConformance):
+    """What holds for a reward."""
+
+    kind = "rewards"
+    interface = Reward
+
+    @pytest.fixture
+    def prompts(self) -> Sequence[Prompt]:
+        """Return prompts with the columns it needs; override for others than `answer`."""
+        return [each for each in tiny_examples("prompt") if isinstance(each, Prompt)]
+
+    @pytest.fixture
+    def completions(self, prompts: Sequence[Prompt]) -> Sequence[str]:
+        """Return a completion for each prompt: one blank, one of many words, the right ones."""
+        said = [str(prompt.extra.get("answer", "Yes.")) for prompt in prompts]
+        return ["", "word " * 100, *said[2:]]
+
+    def _scored(
+        self, instance: Any, prompts: Sequence[Prompt], completions: Sequence[str]
+    ) -> list[float | None]:
+        ids = [[ord(letter) % 97 for letter in text] for text in completions]
+        return list(instance.score(prompts, completions, ids))
+
+    def test_each_completion_gets_a_finite_number_or_none(
+        self, instance: Any, prompts: Sequence[Prompt], completions: Sequence[str]
+    ) -> None:
+        """One score for each, and at least one of them is a number."""
+        scores = self._scored(instance, prompts, completions)
+        assert len(scores) == len(completions)
+        numbers = [score for score in scores if score is not None]
+        assert numbers, "no completion was scored"
+        assert all(math.isfinite(number) for number in numbers)
+        assert self._scored(instance, [], []) == []
+
+    def test_a_score_does_not_depend_on_the_others(
+        self, instance: Any, prompts: Sequence[Prompt], completions: Sequence[str]
+    ) -> None:
+        """Alone, or in another order, a completion is worth the same."""
+        together = self._scored(instance, prompts, completions)
+        alone = [
+            self._scored(instance, [prompt], [text])[0]
+            for prompt, text in zip(prompts, completions, strict=True)
+        ]
+        assert alone == together
+        assert self._scored(instance, prompts[::-1], completions[::-1]) == together[::-1]
 
 
 class QuantizerConformance(PluginConformance):
