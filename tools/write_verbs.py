@@ -124,7 +124,7 @@ def method_text(item: Registered) -> str:
     lines += [f'        """{title}.', ""]
     if verb == "train":
         lines += [
-            "        data: path or paths, hub id, `datasets.Dataset`, a list of dicts, or a `Data`,",
+            "        data: path or paths, hub id, `datasets.Dataset`, list of dicts, or a `Data`,",
             "            which says what is mixed and what is done with the rows first.",
         ]
         lines.append("        format: name of the data format; unset detects it from the rows.")

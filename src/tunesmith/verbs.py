@@ -140,7 +140,7 @@ class Verbs:
     ) -> Self:
         """Direct preference optimization.
 
-        data: path or paths, hub id, `datasets.Dataset`, a list of dicts, or a `Data`,
+        data: path or paths, hub id, `datasets.Dataset`, list of dicts, or a `Data`,
             which says what is mixed and what is done with the rows first.
         format: name of the data format; unset detects it from the rows.
         epochs: Passes over the training data; ignored when max_steps is given.
@@ -225,7 +225,7 @@ class Verbs:
     ) -> Self:
         """Supervised fine-tuning.
 
-        data: path or paths, hub id, `datasets.Dataset`, a list of dicts, or a `Data`,
+        data: path or paths, hub id, `datasets.Dataset`, list of dicts, or a `Data`,
             which says what is mixed and what is done with the rows first.
         format: name of the data format; unset detects it from the rows.
         max_steps: Optimizer steps to take, instead of epochs.

@@ -103,6 +103,8 @@ class DataReader:
         if key not in self._read:
             found = load_data(data, source.format, self.registry, source.format_options)
             self._read[key] = (data, found)
+            if not source.format_options:  # also for who asks for the format that was detected
+                self._read.setdefault((key[0], found.format, key[2]), (data, found))
         return self._read[key][1]
 
     def _fingerprint(self, data: Data, loaded: Iterator[LoadedData]) -> str:
