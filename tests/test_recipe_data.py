@@ -73,6 +73,7 @@ def test_weights_are_multiplied_where_a_mix_is_mixed():
     [
         (lambda: Data("a").mix("b", weight=0), "'weight' is 0; expected a number above 0"),
         (lambda: Data("a").mix("b", weight=float("nan")), "'weight' is nan"),
+        (lambda: Data("a").mix("b", weight="half"), "'weight' is 'half'"),
         (lambda: Data("a", depth=2), "options of a format without its name: depth"),
         (lambda: Data(None), "a source without data"),
         (lambda: Data("a").transform("no/name"), "'transform' is 'no/name'"),
@@ -115,6 +116,6 @@ def test_building_data_imports_no_torch():
     code = (
         "from tunesmith import Data, Tuner; import sys;"
         "Tuner('m').sft(Data('a').mix('b', weight=0.5).dedupe().split(0.1)).to_yaml();"
-        "sys.exit(str({'torch', 'transformers', 'datasets'} & set(sys.modules) or ''))"
+        "sys.exit(', '.join({'torch', 'transformers', 'datasets'} & set(sys.modules)) or 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -214,6 +214,7 @@ class Data:
         """
         mine = (Source(self),) if self.transforms else self.sources
         theirs = Data.of(other, format)
+        Source(theirs, weight=weight)  # refuses what is no weight
         if theirs.transforms or (len(theirs.sources) > 1 and weight != 1):
             return self._made((*mine, Source(theirs, weight=weight)))
         scaled = [

@@ -18,8 +18,10 @@ from tunesmith.plugin.methods import Method
 from tunesmith.plugin.metrics import Metric
 from tunesmith.plugin.quantizers import Quantizer
 from tunesmith.plugin.registry import Registry
+from tunesmith.plugin.rewards import Reward
 from tunesmith.plugin.session import Session
 from tunesmith.plugin.trainers import Trainer
+from tunesmith.plugin.transforms import Transform
 from tunesmith.testing import conformance, tiny_examples, tiny_session
 
 GUIDE = Path(__file__).parents[2] / "docs" / "plugins.md"
@@ -28,7 +30,7 @@ PROSE = re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL)
 HEADINGS = set(re.findall(r"^#+ (.+)$", PROSE, flags=re.MULTILINE))
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
 HOOKS = [name for name in vars(hookspecs) if name.startswith("tunesmith_")]
-INTERFACES = [Format, Quantizer, Method, Trainer, Metric, Exporter]
+INTERFACES = [Format, Transform, Quantizer, Method, Trainer, Reward, Metric, Exporter]
 
 
 @pytest.mark.parametrize("hook", HOOKS)
@@ -120,6 +122,20 @@ PEFT_READS_A_RENAMED_PROPERTY = pytest.mark.filterwarnings(
 def test_the_guides_format_converts(run_block):
     example = made(run_block, "formats").convert({"question": "Who?", "answer": "I."})
     assert [message.content for message in example.messages] == ["Who?", "I."]
+
+
+def test_the_guides_transform_and_reward_work(run_block):
+    from tunesmith.data.examples import Sourced
+
+    rows = [Sourced(example, "here") for example in tiny_examples("conversation")]
+    dropped = []
+    brief = made(run_block, "transforms")
+    assert brief.apply(rows, seed=0, drop=lambda *told: dropped.append(told)).rows == tuple(rows)
+    brief = type(brief)(attrs.evolve(brief.config, characters=1))
+    assert brief.apply(rows, seed=0, drop=lambda *told: dropped.append(told)).rows == ()
+    assert dropped == [("here", "too long")] * len(rows)
+    terse = made(run_block, "rewards")
+    assert terse.score([], ["a b", "word " * 40], [[1], [2]]) == [1.0, 0.5]
 
 
 @PEFT_READS_A_RENAMED_PROPERTY

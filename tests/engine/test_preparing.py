@@ -195,7 +195,7 @@ def raises(self, rows, *, seed, drop):
 @pytest.mark.parametrize(
     ("apply", "said"),
     [
-        (loses, r"'own' lost 1 of 3 rows, such as row 1"),
+        (loses, r"'stranger:own' lost 1 of 3 rows, such as row 1"),
         (tells_twice, r"was given 3 rows, and returned 3 and dropped 1, such as row 1"),
         (invents, r"returned 4 and dropped 0, such as nowhere"),
         (repeats, r"returned 4 and dropped 0, such as row 1.*adds_rows"),
