@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from tunesmith.testing.conformance import MethodConformance, TrainerConformance
+from tunesmith.testing.conformance import (
+    MethodConformance,
+    TrainerConformance,
+    TransformConformance,
+)
 
 PLUGIN = "tunesmith_growth.plugin"
 
@@ -22,3 +26,8 @@ class TestBitFit(MethodConformance):
 class TestRewardHead(TrainerConformance):
     plugin = PLUGIN
     name = "reward_head"
+
+
+class TestShortFirst(TransformConformance):
+    plugin = PLUGIN
+    name = "short_first"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tunesmith import Tuner
+from tunesmith import Data, Tuner
 from tunesmith.errors import PlanError, RunError
 
 TALKS = [
@@ -283,3 +283,16 @@ class TestAnswers:
             shown = [row["completion"] for row in stage if row["completion"].isprintable()]
             assert all(html.escape(text)[:20] in page for text in shown)
         assert f'<th scope="col">{after.name}</th>' in page
+
+
+class TestShortFirst:
+    """A transform before a split that a trainer evaluates on."""
+
+    def test_rows_are_ordered_and_what_is_held_out_is_evaluated_on(self, tiny_model, tmp_path):
+        data = Data(TALKS).transform("short_first").split(1)
+        made = tuner(tiny_model).lora(r=4).sft(data, **QUICK)
+        rows = [row.example for row in made.explain().steps[1].data.examples]
+        lengths = [sum(len(turn.content) for turn in row.messages) for row in rows]
+        assert len(rows) == 5
+        assert lengths == sorted(lengths)
+        assert run(made, tmp_path / "run").metrics["02-sft"]["eval_loss"] > 0

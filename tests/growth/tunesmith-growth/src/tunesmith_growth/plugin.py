@@ -7,6 +7,7 @@ from tunesmith_growth.bitfit import BitFitConfig
 from tunesmith_growth.prompt_tuning import PromptTuningConfig
 from tunesmith_growth.release_note import ReleaseNoteConfig
 from tunesmith_growth.reward_head import RewardHeadConfig
+from tunesmith_growth.short_first import ShortFirstConfig
 from tunesmith_growth.trl_grpo import TrlGrpoConfig
 from tunesmith_growth.two_adapters import TwoAdaptersConfig
 
@@ -24,6 +25,19 @@ def tunesmith_methods():
             f"{AT}.prompt_tuning:PromptTuning",
             summary="learned embeddings before a row",
         ),
+    ]
+
+
+@hookimpl
+def tunesmith_transforms():
+    """Register the transform."""
+    return [
+        Spec(
+            "short_first",
+            ShortFirstConfig,
+            f"{AT}.short_first:ShortFirst",
+            summary="short rows first",
+        )
     ]
 
 

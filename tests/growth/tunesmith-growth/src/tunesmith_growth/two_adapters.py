@@ -4,12 +4,12 @@ penalty of KL; Williams 1992, arXiv:1909.08593).
 
 from __future__ import annotations
 
-import importlib
-
 import attrs
 
+from tunesmith.data.examples import Prompt
 from tunesmith.errors import RunError
 from tunesmith.plugin.options import at_least
+from tunesmith.plugin.rewards import Rewards, scorer
 from tunesmith.plugin.trainers import Trainer, TrainerConfig, training_arguments
 
 
@@ -17,8 +17,8 @@ from tunesmith.plugin.trainers import Trainer, TrainerConfig, training_arguments
 class TwoAdaptersConfig(TrainerConfig):
     """Options of `.train("two_adapters")`."""
 
-    reward: str
-    """What scores answers: "package.module:function" of texts."""
+    reward: Rewards
+    """What scores answers."""
     reference: str = "sft"
     """The adapter that is held to, by its name."""
     kl: float = attrs.field(default=0.05, validator=at_least(0))
@@ -49,19 +49,20 @@ class TwoAdapters(Trainer[TwoAdaptersConfig]):
             raise RunError(f"two_adapters: there is no adapter '{config.reference}' to hold to")
         model = session.model
         model.load_adapter(held.directory, "reference", is_trainable=False)
-        module, _, name = config.reward.partition(":")
-        score = getattr(importlib.import_module(module), name)
+        score = scorer(config.reward).score
         pad, stops = padding_id(tokenizer), stop_ids(tokenizer)
         sampling = Sampling(max_new_tokens=config.new_tokens)
-        prompts = [prompt_ids(tokenizer, row.example.messages[:-1]) for row in data.train]
+        asked = [Prompt(row.example.messages[:-1]) for row in data.train]
+        prompts = [(each, prompt_ids(tokenizer, each.prompt)) for each in asked]
 
         class PolicyTrainer(transformers.Trainer):
             rewards = ()
 
             def compute_loss(self, model, inputs, return_outputs=False, **_):
+                asked, ids = zip(*inputs["prompts"], strict=True)
                 found = roll_out(
                     model,
-                    inputs["prompts"],
+                    ids,
                     sampling,
                     stop_ids=stops,
                     pad_id=pad,
@@ -70,7 +71,8 @@ class TwoAdapters(Trainer[TwoAdaptersConfig]):
                 )
                 said = found.completions()
                 texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in said]
-                rewards = torch.tensor(score(texts))
+                repeated = [each for each in asked for _ in range(config.samples)]
+                rewards = torch.tensor(score(repeated, texts, said).total)
                 with torch.no_grad():
                     model.base_model.set_adapter("reference", inference_mode=True)
                     reference = token_logps(model, found.prompts, said, pad_id=pad)
@@ -92,6 +94,6 @@ class TwoAdapters(Trainer[TwoAdaptersConfig]):
         return PolicyTrainer(
             model=model,
             args=training_arguments(self, session, data, directory),
-            train_dataset=[{"prompts": ids} for ids in prompts],
+            train_dataset=[{"prompts": each} for each in prompts],
             data_collator=lambda rows: {"prompts": [row["prompts"] for row in rows]},
         )
