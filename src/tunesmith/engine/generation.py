@@ -61,5 +61,11 @@ def generate(
     from tunesmith.nn.rollout import Sampling
     from tunesmith.plugin.rollouts import ask
 
-    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        # what its makers found a model to need in a chat; the rest of it is as asked here
+        repetition_penalty=getattr(model.generation_config, "repetition_penalty", None) or 1.0,
+    )
     return ask(model, tokenizer, [prompt], sampling, seed=seed).texts[0]

@@ -6,25 +6,33 @@ and for chat.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import attrs
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
+from tunesmith.data.render import IGNORE_INDEX
 from tunesmith.errors import OpError
 from tunesmith.nn import decoder
+from tunesmith.nn.head_logps import Headless
+from tunesmith.nn.logps import logps_of_logits
 
-__all__ = ["Rollout", "Sampling", "roll_out", "token_logps"]
+__all__ = ["LOGITS_BYTES", "Rollout", "Sampling", "roll_out", "token_logps"]
+
+LOGITS_BYTES = 1 << 30
+"""How much the logits of a pass without gradients may take in fp32, unless one row takes more."""
 
 
 @attrs.frozen(kw_only=True)
 class Sampling:
-    """How tokens are chosen."""
+    """How tokens are chosen; all there is to it, whatever a model's own generation config says."""
 
     max_new_tokens: int = 256
     temperature: float = 1.0
@@ -43,27 +51,17 @@ class Sampling:
         for name, least in (("max_new_tokens", 1), ("min_new_tokens", 0), ("top_k", 0)):
             if getattr(self, name) < least:
                 raise OpError(f"{name}: got {getattr(self, name)}; expected {least} or more")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise OpError(
+                f"min_new_tokens: got {self.min_new_tokens}; expected at most max_new_tokens, "
+                f"which is {self.max_new_tokens}"
+            )
         if not self.temperature >= 0:
             raise OpError(f"temperature: got {self.temperature}; expected 0 or more")
         if not 0 < self.top_p <= 1:
             raise OpError(f"top_p: got {self.top_p}; expected more than 0 and at most 1")
         if not self.repetition_penalty > 0:
             raise OpError(f"repetition_penalty: got {self.repetition_penalty}; expected above 0")
-
-    def options(self) -> dict[str, Any]:
-        """Return it in the terms of transformers' `generate`."""
-        given: dict[str, Any] = {
-            "max_new_tokens": self.max_new_tokens,
-            "do_sample": self.temperature > 0,
-        }
-        if self.temperature > 0:
-            # all three said, for a model's own generation config may bring others
-            given |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-        if self.repetition_penalty != 1.0:
-            given["repetition_penalty"] = self.repetition_penalty
-        if self.min_new_tokens:
-            given["min_new_tokens"] = self.min_new_tokens
-        return given
 
 
 @attrs.frozen(eq=False)
@@ -77,10 +75,20 @@ class Rollout:
     completion_mask: Tensor
     """bool [rows, new tokens]: true for what was said, the token that stopped it included."""
     finished: Tensor
-    """bool [rows]: whether a stop token came; if not, max_new_tokens had."""
+    """bool [rows]: whether a stop token came, or `stops` held; if not, max_new_tokens had."""
     logps: Tensor | None
     """fp32 [rows, new tokens]: log-probability of each token as the model has it, whatever the
-    sampling; 0 where nothing was said. None if it was not asked for."""
+    sampling (logits at temperature 1, no token left out); 0 where nothing was said. None if it was
+    not asked for."""
+    sampled_logps: Tensor | None = None
+    """fp32 [rows, new tokens]: log-probability with which each token was drawn, after penalty,
+    temperature, top_k and top_p; 0 where nothing was said, and everywhere at temperature 0. None if
+    it was not asked for."""
+
+    @property
+    def finish_reasons(self) -> tuple[str, ...]:
+        """Why each row ended: "stop", or "length" for one that had all its max_new_tokens."""
+        return tuple("stop" if each else "length" for each in self.finished.tolist())
 
     def completions(self) -> list[list[int]]:
         """Return what was said in each row, as ids, the stop token included."""
@@ -96,38 +104,73 @@ def roll_out(
     stop_ids: Sequence[int],
     pad_id: int,
     samples: int = 1,
-    seed: int | None = None,
+    seed: int | torch.Generator | None = None,
+    stops: Callable[[list[int]], bool] | None = None,
     logps: bool = True,
+    sampled_logps: bool = False,
     batch_size: int = 64,
 ) -> Rollout:
     """Return what a model says to prompts of ids, each answered `samples` times.
 
-    Rows go through the model `batch_size` at a time; those of other lengths are padded where the
-    model gives them the same numbers, and are decoded by length where it does not. With a `seed`
-    the same call gives the same rows, and random numbers drawn by others stay as they were. Greedy
-    rows (temperature 0) are those of a row alone but for rounding. The model is left in the mode it
-    was in; nothing has a gradient. Errors: `OpError` for an empty prompt.
+    A row ends with one of `stop_ids`, or where `stops` is true of its ids so far (asked after each
+    token). Rows go through the model `batch_size` at a time; those of other lengths are padded
+    where the model gives them the same numbers, and are decoded by length where it does not. The
+    model is left as it was; nothing has a gradient.
+
+    Each row has random numbers of its own. They come from `seed`, the ids of its prompt and how
+    many rows before it have the same prompt, and from nothing else: not from other prompts and
+    their order, not from batch_size, not from the device, and no other random number is drawn.
+    `samples=2` is as the prompt given twice. What rounding does remains: logits of a row differ in
+    their last bits from batch to batch, and a token at the very border of its chance may then be
+    another. A `seed` that is a torch.Generator gives one number a call; None takes that one from
+    torch's own, for the CPU. Greedy rows (temperature 0) draw nothing.
+
+    Errors: `OpError` for an empty prompt, one longer than the model has positions, and numbers that
+    make no sense.
     """
+    for name, value in (("samples", samples), ("batch_size", batch_size)):
+        if value < 1:
+            raise OpError(f"{name}: got {value}; expected 1 or more")
     rows = [tuple(map(int, prompt)) for prompt in prompts for _ in range(samples)]
     if empty := [number for number, row in enumerate(rows) if not row]:
         raise OpError(f"prompt {empty[0] // samples + 1} has no tokens; give it one at least")
+    model = _bare(model)
     device = next(model.parameters()).device
-    said: dict[int, list[int]] = {}
-    devices = [device] if device.type == "cuda" else []
-    with _in_eval(model), torch.no_grad(), torch.random.fork_rng(devices, enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
+    draws = _draws(rows, sampling, seed)  # [rows, max_new_tokens]
+    said: list[_Said] = [_Said([], False, []) for _ in rows]
+    with _in_eval(model), _without_defaults(model), torch.no_grad():
         for numbers in _batches(model, rows, pad_id, batch_size):
-            answers = _decode(model, [rows[n] for n in numbers], sampling, stop_ids, pad_id, device)
-            said.update(zip(numbers, answers, strict=True))
-        completions = [said[number] for number in range(len(rows))]
+            try:
+                answers = _decode(
+                    model,
+                    [rows[number] for number in numbers],
+                    sampling,
+                    _Chooser(sampling, None if draws is None else draws[numbers].to(device)),
+                    _Ends(len(numbers), set(stop_ids), stops, sampling.min_new_tokens),
+                    pad_id,
+                    device,
+                )
+            except IndexError as error:
+                longest = max(numbers, key=lambda number: len(rows[number]))
+                beyond = _beyond(model, len(rows[longest]), sampling.max_new_tokens)
+                if beyond is None:
+                    raise
+                raise OpError(f"prompt {longest // samples + 1} {beyond}") from error
+            for number, answer in zip(numbers, answers, strict=True):
+                said[number] = answer
+        completions = [each.ids for each in said]
         found = None
         if logps:
             found = token_logps(model, rows, completions, pad_id=pad_id, batch_size=batch_size)
     ids, mask = _padded(completions, pad_id, device)
-    stops = set(stop_ids)
-    finished = torch.tensor([bool(each) and each[-1] in stops for each in completions])
-    return Rollout(tuple(rows), ids, mask, finished.to(device), found)
+    drawn = None
+    if sampled_logps:
+        drawn = torch.zeros(mask.shape, dtype=torch.float32)
+        for number, each in enumerate(said):
+            drawn[number, : len(each.logps)] = torch.tensor(each.logps)
+        drawn = drawn.to(device)
+    finished = torch.tensor([each.finished for each in said], dtype=torch.bool, device=device)
+    return Rollout(tuple(rows), ids, mask, finished, found, drawn)
 
 
 def token_logps(
@@ -141,62 +184,213 @@ def token_logps(
     """Return the log-probability of each token of completions: fp32 [rows, longest completion].
 
     0 where a completion has ended. Prompt and completion are read in one pass, in the mode that the
-    model is in; gradients flow if they are on.
+    model is in; gradients flow if they are on. A pass has `batch_size` rows, fewer without
+    gradients where their logits would take more than LOGITS_BYTES. `model` may be a `Headless`
+    (`split_head`), whose logits are never held.
     """
-    device = next(model.parameters()).device
+    if len(prompts) != len(completions):
+        raise OpError(
+            f"completions: got {len(completions)} of {len(prompts)} prompts; give one to each"
+        )
+    inner = model.body if isinstance(model, Headless) else model
+    device = next(inner.parameters()).device
     width = max((len(each) for each in completions), default=0)
     parts = []
-    for start in range(0, len(prompts), batch_size):
-        rows = [
-            (list(prompt), list(said))
-            for prompt, said in zip(
-                prompts[start : start + batch_size],
-                completions[start : start + batch_size],
-                strict=True,
-            )
-        ]
+    for part in _passes(model, prompts, completions, batch_size):
+        rows = [(list(prompts[number]), list(completions[number])) for number in part]
         # on the right, where no token sees it
         ids, mask = _padded([prompt + said for prompt, said in rows], pad_id, device)
-        logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits
-        logits = logits[:, -ids.shape[1] :]  # what is more stands before, of an adapter
-        places = torch.zeros_like(mask)
+        labels = torch.full_like(ids, IGNORE_INDEX)
         for number, (prompt, said) in enumerate(rows):
-            places[number, len(prompt) : len(prompt) + len(said)] = True
-        picked = logits[:, :-1][places[:, 1:]].float()  # [tokens said, vocabulary]
-        found = -F.cross_entropy(picked, ids[places], reduction="none")
+            if said and not prompt:
+                raise OpError(f"prompt {part[number] + 1} has no tokens; give it one at least")
+            place = slice(len(prompt), len(prompt) + len(said))
+            labels[number, place] = ids[number, place]
+        inputs = {"input_ids": ids, "attention_mask": mask.long()}
+        if isinstance(model, Headless):
+            found, _ = model.token_logps(inputs, labels)
+        else:
+            found, _ = logps_of_logits(model(**inputs, use_cache=False).logits, labels)
         lengths = torch.tensor([len(said) for _, said in rows], device=device)
         held = torch.arange(width, device=device)[None] < lengths[:, None]
-        part = torch.zeros(len(rows), width, dtype=torch.float32, device=device)
-        parts.append(part.masked_scatter(held, found))
+        empty = torch.zeros(len(rows), width, dtype=torch.float32, device=device)
+        parts.append(empty.masked_scatter(held, found))
     if not parts:
         return torch.zeros(0, 0, dtype=torch.float32, device=device)
     return torch.cat(parts)
+
+
+def _passes(
+    model: Any, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], most: int
+) -> Iterator[range]:
+    """Yield the numbers of rows that are read together."""
+    lengths = [len(a) + len(b) for a, b in zip(prompts, completions, strict=True)]
+    a_token = 0
+    if not isinstance(model, Headless) and not torch.is_grad_enabled():
+        a_token = 4 * _bare(model).get_input_embeddings().num_embeddings
+    start = 0
+    while start < len(lengths):
+        end, longest = start + 1, lengths[start]
+        while end < min(len(lengths), start + most):
+            longest = max(longest, lengths[end])
+            if (end + 1 - start) * longest * a_token > LOGITS_BYTES:
+                break
+            end += 1
+        yield range(start, end)
+        start = end
+
+
+@attrs.frozen(eq=False)
+class _Said:
+    """A row's answer: its ids, whether it stopped by itself, and how likely each was drawn."""
+
+    ids: list[int]
+    finished: bool
+    logps: list[float]
+
+
+def _bare(model: Any) -> Any:
+    # DistributedDataParallel has none of a model's methods, and is for gradients only
+    while isinstance(model, DistributedDataParallel):
+        model = model.module
+    return model
 
 
 def _decode(
     model: Any,
     rows: Sequence[Sequence[int]],
     sampling: Sampling,
-    stop_ids: Sequence[int],
+    chooser: _Chooser,
+    ends: _Ends,
     pad_id: int,
     device: torch.device,
-) -> list[list[int]]:
+) -> list[_Said]:
     ids, mask = _padded(rows, pad_id, device, left=True)
+    options: dict[str, Any] = {"max_new_tokens": sampling.max_new_tokens}
+    if sampling.repetition_penalty != 1.0:
+        options["repetition_penalty"] = float(sampling.repetition_penalty)
+    if sampling.min_new_tokens:
+        options["min_new_tokens"] = sampling.min_new_tokens
+    if sampling.temperature > 0:  # else the likeliest of what is left of the logits is taken
+        options["logits_processor"] = [chooser]
     output = decoder.generate(
         model,
         input_ids=ids,
         attention_mask=mask.long(),
-        eos_token_id=list(stop_ids) or None,
+        do_sample=False,
+        eos_token_id=sorted(ends.stop_ids) or None,
         pad_token_id=pad_id,
         use_cache=True,
-        **sampling.options(),
+        stopping_criteria=[ends],
+        **options,
     )
-    stops = set(stop_ids)
+    logps = chooser.logps()
     answers = []
-    for row in output[:, ids.shape[1] :].tolist():
-        end = next((at + 1 for at, token in enumerate(row) if token in stops), len(row))
-        answers.append(row[:end])
+    for number, row in enumerate(output[:, ids.shape[1] :].tolist()):
+        end = ends.at.get(number)
+        said = row if end is None else row[:end]
+        answers.append(_Said(said, end is not None, logps[number][: len(said)] if logps else []))
     return answers
+
+
+def _beyond(model: Any, tokens: int, more: int) -> str | None:
+    """Return what is wrong with a prompt if a model's table of positions is too short for it."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(limit, int) or tokens + more - 1 <= limit:
+        return None
+    if tokens > limit:
+        return f"has {tokens} tokens, and the model has {limit} positions, no more; shorten it"
+    return (
+        f"has {tokens} tokens and max_new_tokens is {more}, but the model has {limit} positions, "
+        f"no more; ask for {limit + 1 - tokens} new tokens or less, or shorten the prompt"
+    )
+
+
+def _draws(
+    rows: Sequence[tuple[int, ...]], sampling: Sampling, seed: int | torch.Generator | None
+) -> Tensor | None:
+    """Return a number from 0 to 1 for each token that may come: fp64 [rows, max_new_tokens]."""
+    if sampling.temperature == 0 or not rows:
+        return None
+    if not isinstance(seed, int):
+        where = "cpu" if seed is None else seed.device
+        seed = int(torch.randint(1 << 62, (), generator=seed, device=where))
+    before: Counter[tuple[int, ...]] = Counter()
+    draws = []
+    for row in rows:
+        name = repr((int(seed), row, before[row])).encode()
+        before[row] += 1
+        own = torch.Generator()
+        own.manual_seed(int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little"))
+        draws.append(torch.randint(1 << 32, (sampling.max_new_tokens,), generator=own))
+    return torch.stack(draws).double() / (1 << 32)
+
+
+class _Chooser:
+    """Draws tokens, as the last of the logits' processors: what it returns has one left to take.
+
+    So every loop that takes the likeliest token takes the one that was drawn.
+    """
+
+    def __init__(self, sampling: Sampling, draws: Tensor | None) -> None:
+        from transformers.generation import logits_process as stock
+
+        self._draws = draws
+        self._warpers: list[Any] = []
+        if sampling.temperature not in (0, 1):
+            self._warpers.append(stock.TemperatureLogitsWarper(float(sampling.temperature)))
+        if sampling.top_k:
+            self._warpers.append(stock.TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            self._warpers.append(stock.TopPLogitsWarper(float(sampling.top_p)))
+        self._logps: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return scores [rows, vocabulary]: 0 for the token drawn, -inf for all others."""
+        assert self._draws is not None
+        for warper in self._warpers:
+            scores = warper(input_ids, scores)
+        logps = scores.float().log_softmax(-1)
+        # the first token whose chance and those before it reach beyond the number drawn
+        reach = logps.double().exp().cumsum(-1)
+        draw = self._draws[:, len(self._logps), None] * reach[:, -1:]
+        chosen = torch.searchsorted(reach, draw, right=True)  # [rows, 1]
+        self._logps.append(logps.gather(1, chosen))
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
+
+    def logps(self) -> list[list[float]]:
+        """Return the log-probability of each token drawn, by row; those after a row's end too."""
+        return torch.cat(self._logps, 1).tolist() if self._logps else []
+
+
+class _Ends:
+    """Says which rows are to end, as a stopping criterion, and keeps after how many tokens."""
+
+    def __init__(
+        self,
+        rows: int,
+        stop_ids: set[int],
+        stops: Callable[[list[int]], bool] | None,
+        least: int,
+    ) -> None:
+        self.stop_ids = stop_ids
+        self.at: dict[int, int] = {}
+        self._stops, self._least = stops, least
+        self._said: list[list[int]] = [[] for _ in range(rows)]
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """Return bool [rows]: whether each has ended. Called once after each new token."""
+        for number, token in enumerate(input_ids[:, -1].tolist()):
+            if number in self.at:
+                continue
+            said = self._said[number]
+            said.append(token)
+            if len(said) < self._least:
+                continue
+            if token in self.stop_ids or (self._stops is not None and self._stops(list(said))):
+                self.at[number] = len(said)
+        ended = [number in self.at for number in range(len(self._said))]
+        return torch.tensor(ended, device=input_ids.device)
 
 
 def _batches(
@@ -275,3 +469,24 @@ def _in_eval(model: Any) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def _without_defaults(model: Any) -> Iterator[None]:
+    """Keep a model's own generation config out of it: what it suppresses, penalises, stops at."""
+    from transformers import GenerationConfig
+
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    before = inner.generation_config
+    bare = GenerationConfig()
+    for name in _KEPT:
+        setattr(bare, name, getattr(before, name, None))
+    inner.generation_config = bare
+    try:
+        yield
+    finally:
+        inner.generation_config = before
+
+
+# of a model's own generation config: how it is computed, not which tokens come
+_KEPT = ("cache_implementation", "cache_config", "compile_config", "disable_compile")
