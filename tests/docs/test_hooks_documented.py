@@ -164,6 +164,19 @@ def test_the_guides_quantizer_method_trainer_metric_and_exporter_work_together(r
     assert (tmp_path / "out" / "adapter_config.json").exists()
 
 
+def test_the_guides_metric_of_answers_measures(tmp_path):
+    (block,) = [each for each in BLOCKS if "class Exact(" in each]
+    names = {"__name__": "exact"}
+    exec(compile(block, "plugins.md, the metric of answers", "exec"), names)
+    session = tiny_session(tmp_path / "base")
+    metric = names["Exact"](names["ExactConfig"](new_tokens=4))
+    examples = tiny_examples("conversation")
+    measured = metric.measure(session, examples)
+    assert 0 <= measured.values["exact"] <= 1
+    assert len(measured.samples) == min(4, len(examples))
+    assert all("\n" not in sample.completion for sample in measured.samples)
+
+
 @PEFT_READS_A_RENAMED_PROPERTY
 def test_the_guides_fast_trainer_trains(tmp_path):
     from tunesmith.data.examples import Sourced
