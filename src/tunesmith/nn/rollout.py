@@ -318,7 +318,10 @@ def _decode(
         options["min_new_tokens"] = sampling.min_new_tokens
     if sampling.temperature > 0:  # else the likeliest of what is left of the logits is taken
         options["logits_processor"] = [chooser]
-    how = decoder.generate if _takes_cache(model, pad_id) else _without_cache
+    cached = _takes_cache(model, pad_id)
+    if ends.stops is not None or not cached:  # generate() minds stop_ids by itself
+        options["stopping_criteria"] = [ends]
+    how = decoder.generate if cached else _without_cache
     output = how(
         model,
         input_ids=ids,
@@ -327,13 +330,12 @@ def _decode(
         eos_token_id=sorted(ends.stop_ids) or None,
         pad_token_id=pad_id,
         use_cache=True,
-        stopping_criteria=[ends],
         **options,
     )
     logps = chooser.logps()
     answers = []
     for number, row in enumerate(output[:, ids.shape[1] :].tolist()):
-        end = ends.at.get(number)
+        end = ends.end(number, row)
         said = row if end is None else row[:end]
         answers.append(_Said(said, end is not None, logps[number][: len(said)] if logps else []))
     return answers
@@ -421,7 +423,7 @@ class _Ends:
     ) -> None:
         self.stop_ids = stop_ids
         self.at: dict[int, int] = {}
-        self._stops, self._least = stops, least
+        self.stops, self._least = stops, least
         self._said: list[list[int]] = [[] for _ in range(rows)]
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
@@ -433,10 +435,16 @@ class _Ends:
             said.append(token)
             if len(said) < self._least:
                 continue
-            if token in self.stop_ids or (self._stops is not None and self._stops(list(said))):
+            if token in self.stop_ids or (self.stops is not None and self.stops(list(said))):
                 self.at[number] = len(said)
         ended = [number in self.at for number in range(len(self._said))]
         return torch.tensor(ended, device=input_ids.device)
+
+    def end(self, number: int, said: list[int]) -> int | None:
+        """Return after how many of its tokens a row ended, or None if it was cut."""
+        if self._said[number]:  # it was asked
+            return self.at.get(number)
+        return next((at for at, token in enumerate(said, 1) if token in self.stop_ids), None)
 
 
 def _batches(
@@ -566,13 +574,14 @@ def _padded(
 @contextmanager
 def _in_eval(model: Any) -> Iterator[None]:
     """Let a model say what it says without dropout, and leave every module in its mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    training = [module for module in model.modules() if module.training]
+    if training:
+        model.eval()
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module in training:
+            module.training = True
 
 
 @contextmanager
