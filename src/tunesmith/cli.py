@@ -28,12 +28,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status: int = options.command(options)
     except TunesmithError as error:
+        if _told_elsewhere():
+            return 1
         print(f"tunesmith: {error}", file=sys.stderr)
         for note in getattr(error, "__notes__", ()):
             print(f"  {note}", file=sys.stderr)
         return 1
     except (Interrupted, Terminated) as stop:
-        print(f"tunesmith: {stop}", file=sys.stderr)
+        if not _told_elsewhere():
+            print(f"tunesmith: {stop}", file=sys.stderr)
         return stop.status
     except KeyboardInterrupt:
         print("tunesmith: stopped", file=sys.stderr)
@@ -45,12 +48,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit:
         raise
     except BaseException as error:
+        if _told_elsewhere():
+            return 1
         # also what Rust panics with, which is no Exception
         from tunesmith.unforeseen import unforeseen
 
         print(f"tunesmith: {unforeseen(error, _run_directory(options))}", file=sys.stderr)
         return 1
     return status
+
+
+def _told_elsewhere() -> bool:
+    """Whether the main process of several tells what has ended this one."""
+    from tunesmith.engine.world import current
+
+    try:
+        return current().told
+    except TunesmithError:  # the environment tells of no world: this is what is told
+        return False
 
 
 def _run_directory(options: argparse.Namespace) -> Path | None:
@@ -97,10 +112,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> int:
-    with stoppable():
+    from tunesmith.engine.world import current
+
+    if current().several:
+        # of each process, that its search for unused parameters has found none
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    with stoppable(), current().together():
         from tunesmith.tuner import Tuner
 
         result = Tuner.from_yaml(options.recipe).run(options.out, progress=not options.quiet)
+    if not current().main:
+        return 0
     print(f"run      {result.path}")
     for label, directory in result.adapters.items():
         print(f"adapter  {label}: {directory}")

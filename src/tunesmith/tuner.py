@@ -123,17 +123,26 @@ class Tuner(Verbs):
         Errors: `PlanError` with every problem, before any weight is read; `RunError`. Ctrl-C ends
         as `KeyboardInterrupt` and SIGTERM as `SystemExit`, with a report and, from a training, a
         checkpoint: the message says from where the same call goes on.
+
+        Of several processes (`torchrun`) the main one alone shows, tells the listeners and writes
+        the report; an error ends all of them.
         """
         from contextlib import ExitStack
 
         from tunesmith.engine.signals import stoppable
+        from tunesmith.engine.world import current
 
-        with stoppable(), reported(self._recipe, Path(directory)) as heard, ExitStack() as stack:
+        with stoppable(), ExitStack() as stack:
+            main = current().main
+            # outside of the report: the other processes wait until it is written
+            stack.enter_context(current().together())
+            listening = list(listeners)
+            if main:
+                listening.insert(0, stack.enter_context(reported(self._recipe, Path(directory))))
             from tunesmith.engine.runner import run
             from tunesmith.plugin.registry import registry
 
-            listening = [heard, *listeners]
-            if progress:
+            if progress and main:
                 from tunesmith.report.console import ConsoleReporter
 
                 listening.append(stack.enter_context(ConsoleReporter()))

@@ -64,7 +64,9 @@ class DPO(FastTrainer[DPOConfig]):
         from tunesmith.data.pack import PreferenceCollator, padding_id
 
         collator = PreferenceCollator(padding_id(session.tokenizer))
-        named = self._seen(self._render(session, data.train, data), session.seed)
+        arguments = training_arguments(self, session, data, directory, label_names=["labels"])
+        rows = self._render(session, data.train, data)
+        named = self._seen(rows, session.seed, arguments.world_size)
         held_out = self._render(session, data.evaluation, data)
         train, evaluation = ([pair for pair, _ in pairs] for pairs in (named, held_out))
         for kept, given, what in (
@@ -78,7 +80,6 @@ class DPO(FastTrainer[DPOConfig]):
                 )
         model = session.model
         prepare(model, self.config)
-        arguments = training_arguments(self, session, data, directory, label_names=["labels"])
         headless, own = loss_of_model(model, self.config, arguments)
         trainer = _trainer_class()(
             headless=headless,
@@ -102,7 +103,7 @@ class DPO(FastTrainer[DPOConfig]):
             return self.config.learning_rate
         return 5e-6 if peft else 5e-7
 
-    def _seen(self, pairs: list[Pair], seed: int) -> list[Pair]:
+    def _seen(self, pairs: list[Pair], seed: int, processes: int) -> list[Pair]:
         """Return the pairs that max_steps lets the training see, drawn at random.
 
         The reference of a pair that no step comes to would be computed for nothing.
@@ -110,7 +111,7 @@ class DPO(FastTrainer[DPOConfig]):
         config = self.config
         if config.max_steps is None:
             return pairs
-        count = config.max_steps * config.batch_size * config.gradient_accumulation
+        count = config.max_steps * config.batch_size * config.gradient_accumulation * processes
         if count >= len(pairs):
             return pairs
         return random.Random(seed if config.seed is None else config.seed).sample(pairs, count)
@@ -162,24 +163,34 @@ def _trainer_class() -> Any:
             self._compared = False
 
         def add_reference(self, pairs: list[dict[str, Any]]) -> None:
-            """Write the present model's log-probabilities into each pair."""
+            """Write the present model's log-probabilities into each pair.
+
+            Of several processes each computes a share, and tells the others.
+            """
+            from accelerate.utils import gather_object
+
             model = self.model
             was_training = model.training
             model.eval()
             size = self.args.per_device_eval_batch_size
             # like lengths together: less padding
-            ordered = sorted(pairs, key=lambda pair: len(pair["chosen"].input_ids))
+            order = sorted(range(len(pairs)), key=lambda at: len(pairs[at]["chosen"].input_ids))
+            batches = [order[start : start + size] for start in range(0, len(order), size)]
+            found: list[tuple[int, float, float]] = []
             with torch.no_grad():
-                for start in range(0, len(ordered), size):
-                    batch_pairs = ordered[start : start + size]
+                for places in batches[self.args.process_index :: self.args.world_size]:
+                    batch_pairs = [pairs[at] for at in places]
                     batch = self._prepare_inputs(self.data_collator(batch_pairs))
                     # in mixed precision the trainer wraps the model once it trains, and not before
                     with self.accelerator.autocast():
                         logps, _ = self._logps(model, batch)
                     chosen, rejected = logps.cpu().chunk(2)
-                    for pair, good, bad in zip(batch_pairs, chosen, rejected, strict=True):
-                        pair["reference_chosen_logps"] = float(good)
-                        pair["reference_rejected_logps"] = float(bad)
+                    found += zip(places, chosen.tolist(), rejected.tolist(), strict=True)
+            if self.args.world_size > 1:
+                found = gather_object(found)
+            for at, good, bad in found:
+                pairs[at]["reference_chosen_logps"] = good
+                pairs[at]["reference_rejected_logps"] = bad
             model.train(was_training)
 
         def in_training_mode(self) -> AbstractContextManager[None]:

@@ -150,6 +150,12 @@ class Checkpoints:
         self._rotate(KEPT)
         return self.complete[step]
 
+    def know(self, step: int, *, over: bool = False, best_step: int | None = None) -> Checkpoint:
+        """Take note of a checkpoint that the process which owns the directory writes."""
+        found = Checkpoint(self.directory / f"checkpoint-{step}", step, over, best_step)
+        self.complete[step] = found
+        return found
+
     def at(self, step: int | None) -> Checkpoint | None:
         """Return the complete checkpoint of a step, if there is one."""
         return self.complete.get(step) if step is not None else None

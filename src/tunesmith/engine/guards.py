@@ -17,6 +17,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from tunesmith.engine.world import current as world
 from tunesmith.errors import RunError
 
 __all__ = ["Guard", "broken_base", "check_measured", "guarded"]
@@ -64,7 +65,10 @@ def guarded(trainer: Any, stage: str, rate: float) -> Iterator[Guard]:
     def training_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         guard.batches.append(inputs)
         loss = stock_step(model, inputs, *args, **kwargs)
-        if not bool(torch.isfinite(loss).all()):
+        broken = not bool(torch.isfinite(loss).all())
+        if world().most(broken):  # all stop here, with the rows of the process that has them
+            if not broken:
+                world().hear()
             guard.refuse_loss(float(loss.mean()), inputs)
         return loss
 

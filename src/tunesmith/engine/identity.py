@@ -13,6 +13,7 @@ from typing import Any
 
 from tunesmith.engine.models import describe_model
 from tunesmith.engine.plan import Plan
+from tunesmith.engine.world import current
 from tunesmith.plugin.options import plain_options
 from tunesmith.recipe import VERBS
 
@@ -34,7 +35,10 @@ def lock_of(plan: Plan, base: Path) -> dict[str, Any]:
         if step.plugin is not None:
             plugins[step.plugin.key] = step.plugin.version
             versions |= {name: _version(name) for name in step.plugin.spec.requires}
+    # as many times the rows in a step
+    several = {"processes": current().size} if current().several else {}
     return {
+        **several,
         "versions": versions,
         "python": platform.python_version(),
         "platform": sys.platform,
@@ -69,6 +73,7 @@ def fingerprints(plan: Plan, lock: Mapping[str, Any]) -> dict[int, str]:
             "seed": recipe.seed,
             "template": recipe.chat_template,
         }
+        | {key: lock[key] for key in ("processes",) if key in lock}
     )
     found: dict[int, str] = {}
     for step in plan.steps:

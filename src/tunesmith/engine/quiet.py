@@ -11,7 +11,7 @@ __all__ = ["quiet_libraries"]
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Switch off transformers' loading bars, and one warning that no user can act on."""
+    """Switch off transformers' loading bars, and warnings that no user can act on."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -20,6 +20,8 @@ def quiet_libraries() -> Iterator[None]:
         with warnings.catch_warnings():
             # PEFT reads an attribute that transformers has renamed
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            # accelerate passes on an argument that torch has renamed
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
             yield
     finally:
         if shown:

@@ -19,6 +19,7 @@ import attrs
 
 from tunesmith.engine.checkpoints import Checkpoint, Checkpoints, Contents
 from tunesmith.engine.states import StateError, encode
+from tunesmith.engine.world import World, current
 from tunesmith.errors import RunError
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ class Keeper:
     ended: bool = False
     """Whether the training has come to its own end, as it does when patience is spent."""
     saved_step: int = -1
+    world: World = attrs.field(factory=current)
 
     def over(self, trainer: Any) -> bool:
         """Return whether the training has come to its own end."""
@@ -150,7 +152,7 @@ def _mixin() -> type:
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
             keeper = self.tunesmith_keeper
             assert keeper.resumed is not None
-            keeper.states = keeper.checkpoints.states(keeper.resumed)
+            keeper.states = _own_states(keeper.checkpoints.states(keeper.resumed), keeper)
             _put_weights(_model(self), keeper.checkpoints.weights(keeper.resumed), keeper)
 
         def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -177,6 +179,7 @@ def _mixin() -> type:
         def _load_best_model(self) -> None:
             keeper = self.tunesmith_keeper
             trainer: Any = self
+            keeper.world.barrier()  # the main process may be writing it
             best = keeper.checkpoints.at(trainer.state.best_global_step)
             if best is None:
                 raise RunError(
@@ -262,6 +265,7 @@ def _decide(trainer: Any, keeper: Keeper) -> bool:
         if control.should_training_stop and not reached:
             keeper.stopped = True
         due = keeper.pace is not None and keeper.pace.due(state.global_step, state.max_steps)
+        due = bool(keeper.world.most(due))  # the main process has the clock
         if due or reached or keeper.stopped:
             control.should_save = True
         if control.should_save and (ends_epoch or reached):
@@ -271,18 +275,25 @@ def _decide(trainer: Any, keeper: Keeper) -> bool:
 
 def _save(trainer: Any, keeper: Keeper) -> None:
     state = trainer.state
-    if not trainer.args.should_save or keeper.saved_step == state.global_step:
+    if keeper.saved_step == state.global_step:
         return
+    keeper.saved_step = state.global_step
     began = time.monotonic()
     over = keeper.over(trainer)
     keeper.check(over)
     trainer.store_flos()
     best = state.best_global_step if trainer.args.load_best_model_at_end else None
-    states: dict[str, Any] = {
-        "generators": _generators(),
-        "epoch_generators": keeper.epoch_generators,
-        "gathered": _gathered(trainer),
-    }
+    own, *others = keeper.world.gather(
+        {
+            "generators": _generators(),
+            "epoch_generators": keeper.epoch_generators,
+            "gathered": _gathered(trainer),
+        }
+    )
+    if not keeper.world.main:
+        keeper.checkpoints.know(state.global_step, over=over, best_step=best)
+        return
+    states: dict[str, Any] = {**own, "others": others} if others else own
     if not over:
         scaler = _scaler(trainer)
         states |= {
@@ -305,11 +316,21 @@ def _save(trainer: Any, keeper: Keeper) -> None:
         )
         keeper.pace = None
         return
-    keeper.saved_step = state.global_step
     if best == state.global_step:
         state.best_model_checkpoint = str(written.path)
     if keeper.pace is not None:
         keeper.pace.taken(state.global_step, began)
+
+
+def _own_states(states: dict[str, Any], keeper: Keeper) -> dict[str, Any]:
+    """Return what a process of several is to go on with: each has its own random numbers."""
+    others = states.pop("others", [])
+    if len(others) + 1 != keeper.world.size:
+        raise RunError(
+            f"{keeper.checkpoints.directory}: the checkpoint is of {len(others) + 1} processes, "
+            f"and there are {keeper.world.size}; start as many, or delete it to begin anew"
+        )
+    return states if keeper.world.main else {**states, **others[keeper.world.rank - 1]}
 
 
 def _model(trainer: Any) -> torch.nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from tunesmith.engine.result import RunResult
 from tunesmith.engine.room import require_room_for_run
 from tunesmith.engine.session import open_session
 from tunesmith.engine.signals import current, outlook_of
-from tunesmith.engine.steps import Place, Work, work_of
+from tunesmith.engine.steps import Made, Place, Work, work_of
 from tunesmith.engine.store import RunStore, Stage, finished_stages
 from tunesmith.engine.traces import recipe_text
+from tunesmith.engine.world import World
+from tunesmith.engine.world import current as current_world
 from tunesmith.nn.pretrained import trusting
 from tunesmith.plugin.events import (
     Event,
@@ -51,36 +54,51 @@ def run(
     Errors: `PlanError` with every problem, before anything is written; `RunError` for a directory
     that is in use, or beside another run of this process; what a plugin raises, with the stage
     named in a note.
+
+    Of several processes the main one alone writes into the directory and tells the listeners.
     """
-    with alone(f"the run in {directory}"):
-        plan = make_plan(recipe, registry, directory=directory, estimates=False)
+    world = current_world()
+    with alone(f"the run in {directory}"), world.together():
+        plan = make_plan(
+            recipe, registry, directory=directory if world.main else None, estimates=False
+        )
         plan.raise_if_problems()
+        world.barrier()
         with (
-            RunStore(directory) as store,
+            RunStore(directory) if world.main else nullcontext() as store,
             quiet_libraries(),
             trusting(recipe.trust_remote_code),
         ):
-            return _Runner(plan, registry, store, listeners).run()
+            return _Runner(plan, registry, directory, store, listeners, world).run()
 
 
 @attrs.define
 class _Runner:
     plan: Plan
     registry: Registry
-    store: RunStore
+    path: Path
+    """The run directory: what listeners may read of a run."""
+    owned: RunStore | None
+    """None in a process that does not own the directory."""
     listeners: Sequence[Listener]
+    world: World
 
     @property
-    def path(self) -> Path:
-        """The run directory: what listeners may read of a run."""
-        return self.store.path
+    def store(self) -> RunStore:
+        """The directory, for the process that owns it."""
+        assert self.owned is not None
+        return self.owned
 
     def run(self) -> RunResult:
         began = time.perf_counter()
         assert self.plan.model is not None
         kept = [step for step in self.plan.steps if step.verb.leaves_stage]
-        self.store.warn = lambda text: self.emit(Warned(text))
+        if self.owned is not None:
+            self.owned.warn = lambda text: self.emit(Warned(text))
         self.emit(RunStarted(tuple(step.name for step in kept)))
+        if self.world.main:
+            local_directory(self.plan.model)  # fetched and converted once, for all processes
+        self.world.barrier()
         base = local_directory(self.plan.model)
         check_base(self.plan, base)
         hashes = self._resolve(base, kept)
@@ -91,7 +109,7 @@ class _Runner:
             work = work_of(step.step.verb)
             stage = None
             if step.verb.leaves_stage:
-                stage = self.store.find(step.name, hashes[step.number])
+                stage = self._shared(partial(self._found, step.name, hashes[step.number]))
                 if stage is not None:
                     self.emit(StageReused(step.name))
                 else:
@@ -107,6 +125,8 @@ class _Runner:
 
     def emit(self, event: Event) -> None:
         """Tell the listeners and the plugins; one that fails is named and passed over."""
+        if not self.world.main:
+            return
         for listener in self.listeners:
             listener(self, event)
         answers = self.registry.each_hook("tunesmith_on_event", run=self, event=event)
@@ -118,6 +138,9 @@ class _Runner:
 
     def _resolve(self, base: Path, kept: Sequence[PlannedStep]) -> Mapping[int, str]:
         """Write down what the run is resolved to; return each step's fingerprint by its number."""
+        return dict(self.world.share(lambda: list(self._written(base, kept).items())))
+
+    def _written(self, base: Path, kept: Sequence[PlannedStep]) -> Mapping[int, str]:
         lock = lock_of(self.plan, base)
         hashes = fingerprints(self.plan, lock)
         wanted = {step.name: hashes[step.number] for step in kept}
@@ -131,46 +154,82 @@ class _Runner:
         """Return the session to begin with, if there is room for what is still to be made."""
         device = self.plan.device
         assert device is not None
+        if self.world.main:
+            self._require_room(base, hashes, device.precision)
+        name = self.world.device(device.name)
+        return open_session(self.plan.recipe, base, name, device.precision)
+
+    def _require_room(self, base: Path, hashes: Mapping[int, str], precision: str) -> None:
         done = {stage.name: stage.fingerprint for stage in finished_stages(self.path)}
         unfinished = [
             step
             for step in self.plan.steps
             if not step.verb.leaves_stage or done.get(step.name) != hashes[step.number]
         ]
-        require_room_for_run(self.path, unfinished, base, device.precision)
-        return open_session(self.plan.recipe, base, device.name, device.precision)
+        require_room_for_run(self.path, unfinished, base, precision)
+
+    def _found(self, name: str, fingerprint: str) -> Stage | None:
+        return self.store.find(name, fingerprint)
+
+    def _shared(self, make: Callable[[], Stage | None]) -> Stage | None:
+        """Return the stage that the owner of the directory makes or finds."""
+        made: list[Stage | None] = []
+
+        def record() -> dict[str, Any] | None:
+            made.append(make())
+            return None if made[0] is None else {**made[0].to_dict(), "path": str(made[0].path)}
+
+        told = self.world.share(record)
+        if self.world.main or told is None:
+            return made[0] if made else None
+        path = Path(told.pop("path"))
+        self.world.sees(path)
+        return Stage(path=path, **told)
 
     def _make(self, step: PlannedStep, fingerprint: str, session: Session, work: Work) -> Stage:
         """Do a step's work in its own directory and keep it as a stage."""
         self.emit(StageStarted(step.name))
         began = time.perf_counter()
-        directory = self.store.begin(step.name, fingerprint)
+        directory = Path(self.world.share(lambda: str(self.store.begin(step.name, fingerprint))))
         current().outlook = partial(outlook_of, step.name, directory / "checkpoints")
-        place = Place(
-            directory, self.path, self.registry, self.emit, self.store.put_aside, self.plan.steps
-        )
+        aside = self.owned.put_aside if self.owned is not None else _not_owned
+        place = Place(directory, self.path, self.registry, self.emit, aside, self.plan.steps)
+        made = Made()
         try:
             with told(directory, within=directory):
-                made = work.do(step, session, place)
+                if self.world.main or work.in_all_processes:
+                    made = work.do(step, session, place)
         except Exception as error:
-            error.add_note(f"in stage {step.name} of {self.path}")
+            note = f"in stage {step.name} of {self.path}"
+            if note not in getattr(error, "__notes__", ()):  # another process may have said so
+                error.add_note(note)
             raise
-        stage = self.store.finish(
-            Stage(
-                name=step.name,
-                path=directory,
-                verb=step.step.verb,
-                plugin=step.plugin.key if step.plugin else step.step.plugin,
-                fingerprint=fingerprint,
-                options=plain_options(step.config),
-                metrics=made.metrics,
-                artefacts={
-                    name: path.relative_to(directory).as_posix()
-                    for name, path in made.artefacts.items()
-                },
-                seconds=round(time.perf_counter() - began, 3),
-            )
+        stage = self._shared(
+            lambda: self.store.finish(self._record(step, fingerprint, directory, made, began))
         )
+        assert stage is not None
         current().outlook = lambda: f"run the same again, which goes on after {step.name}"
         self.emit(StageFinished(step.name, stage.seconds, stage.metrics))
         return stage
+
+    def _record(
+        self, step: PlannedStep, fingerprint: str, directory: Path, made: Made, began: float
+    ) -> Stage:
+        return Stage(
+            name=step.name,
+            path=directory,
+            verb=step.step.verb,
+            plugin=step.plugin.key if step.plugin else step.step.plugin,
+            fingerprint=fingerprint,
+            options=plain_options(step.config),
+            metrics=made.metrics,
+            artefacts={
+                name: path.relative_to(directory).as_posix()
+                for name, path in made.artefacts.items()
+            },
+            seconds=round(time.perf_counter() - began, 3),
+        )
+
+
+def _not_owned(path: Path) -> Path:
+    raise AssertionError(f"{path} belongs to the main process")

@@ -27,6 +27,7 @@ __all__ = [
     "Stopping",
     "Terminated",
     "current",
+    "heed",
     "outlook_of",
     "stoppable",
     "stops_after_step",
@@ -71,6 +72,8 @@ class Stopping:
     """The signal, once there was one."""
     since: float = 0.0
     """When it came, by `time.monotonic`."""
+    deaf: bool = False
+    """True once a signal can change nothing, as where one process of several ends the others."""
     waits: bool = False
     """True while a step is taken to its end instead of being broken off."""
     outlook: Callable[[], str] = lambda: "no stage was begun: run the same again"
@@ -114,6 +117,8 @@ def stoppable() -> Iterator[Stopping]:
             signal.signal(number, before[number])
             os.kill(os.getpid(), number)
             return
+        if stopping.deaf:
+            return
         again = stopping.asked is not None
         if not again:
             stopping.asked, stopping.since = number, time.monotonic()
@@ -134,7 +139,9 @@ def stoppable() -> Iterator[Stopping]:
         finally:
             _active = None
             for number, handler in before.items():
-                signal.signal(number, handler)
+                deaf = stopping.deaf and number == signal.SIGTERM
+                # what is left to be done is to say what has happened
+                signal.signal(number, signal.SIG_IGN if deaf else handler)
     except BaseException as error:
         # what a signal breaks off may end as another error, such as a failed import
         if stopping.asked is None or not isinstance(error, (Exception, _Stop, KeyboardInterrupt)):
@@ -150,15 +157,24 @@ def stops_after_step(trainer: Any) -> Iterator[None]:
     """
     from transformers import TrainerCallback
 
+    from tunesmith.engine.world import current as world
+
     stopping = current()
+
+    def asked() -> bool:
+        """Whether a signal has come to any process: all stop after the same step."""
+        number = world().most(stopping.asked or 0)
+        if number and stopping.asked is None:
+            stopping.asked, stopping.since = number, time.monotonic()
+        return bool(number)
 
     class StopsAfterStep(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if stopping.asked is not None:
+            if asked():
                 control.should_save = control.should_training_stop = True
 
         def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if stopping.asked is None:
+            if not asked():
                 return
             control.should_save = True
             if state.global_step < state.max_steps:
@@ -195,6 +211,13 @@ def outlook_of(stage: str, checkpoints: Path) -> str:
     return f"run the same again, which begins {stage} anew and keeps the stages before it"
 
 
+def heed(number: int | None) -> None:
+    """Be stopped by a signal that has come to another process of this run, or by none."""
+    stopping = current()
+    if stopping is not _INERT and stopping.asked != number:
+        stopping.asked, stopping.since = number, time.monotonic()
+
+
 def _stopped_by(number: int, outlook: str) -> Interrupted | Terminated:
     if number == signal.SIGINT:
         return Interrupted(f"stopped by Ctrl-C (SIGINT); {outlook}")
@@ -202,7 +225,11 @@ def _stopped_by(number: int, outlook: str) -> Interrupted | Terminated:
 
 
 def _say(text: str) -> None:
-    """Write a line to stderr, past whatever else is being written there."""
+    """Write a line to stderr, past whatever else is being written there; one process says it."""
+    from tunesmith.engine.world import current as world
+
+    if not world().main or world().failing:
+        return
     os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\ntunesmith: {text}\n".encode())
 
 

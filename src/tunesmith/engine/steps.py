@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
 
@@ -58,6 +58,9 @@ class Made:
 class Work:
     """A verb at work."""
 
+    in_all_processes: ClassVar[bool] = False
+    """Whether several processes do it together; else the main one does, and the others wait."""
+
     def do(self, step: PlannedStep, session: Session, place: Place) -> Made:
         """Do the work of a step that leaves a stage."""
         raise NotImplementedError
@@ -89,6 +92,8 @@ class Peft(Work):
 
 class Train(Work):
     """Trains, and keeps what was trained: an adapter, or the whole model."""
+
+    in_all_processes = True
 
     def do(self, step: PlannedStep, session: Session, place: Place) -> Made:
         from tunesmith.engine.training import StageTraining

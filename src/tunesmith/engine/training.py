@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import attrs
 
 from tunesmith.data.clean import DropLog
 from tunesmith.data.examples import Sourced
-from tunesmith.engine.checkpoints import Checkpoints
+from tunesmith.engine.checkpoints import Checkpoint, Checkpoints
 from tunesmith.engine.guards import guarded
 from tunesmith.engine.plan import PlannedStep
 from tunesmith.engine.progress import ProgressCallback, peak_memory_bytes
@@ -21,6 +22,8 @@ from tunesmith.engine.resuming import Keeper, Pace, keep_checkpoints
 from tunesmith.engine.room import paced_by_room
 from tunesmith.engine.signals import current, stops_after_step
 from tunesmith.engine.steps import Made, Place
+from tunesmith.engine.world import World
+from tunesmith.engine.world import current as current_world
 from tunesmith.errors import RunError
 from tunesmith.plugin.events import RowsCut, RowsDropped, Warned
 from tunesmith.plugin.session import Session
@@ -38,6 +41,7 @@ class StageTraining:
     place: Place
     cuts: DropLog = attrs.field(factory=DropLog, init=False)
     """Rows that are used without the end of their answer."""
+    world: World = attrs.field(factory=current_world, init=False)
 
     @property
     def seed(self) -> int:
@@ -80,7 +84,8 @@ class StageTraining:
             metrics["rows_cut"] = float(len(self.cuts))
         self._check_objective(plugin, metrics)
         try:
-            artefacts = self._keep_weights(trainer.model)
+            # the others have the same weights, and wait for the stage to be kept
+            artefacts = self._keep_weights(trainer.model) if self.world.main else {}
         except Exception as error:
             error.add_note(
                 f"the trained weights are kept in {self.checkpoints}; run the same again, which "
@@ -88,7 +93,8 @@ class StageTraining:
             )
             raise
         self.session.unload()
-        self._tidy()
+        if self.world.main:
+            self._tidy()
         del trainer
         _release()
         return Made(metrics, artefacts)
@@ -100,22 +106,29 @@ class StageTraining:
         assert self.step.data is not None
         drops = DropLog()
         train, evaluation = self._rows(drops)
-        self.checkpoints.mkdir(exist_ok=True)
+        if self.world.main:
+            self.checkpoints.mkdir(exist_ok=True)
+        self.world.barrier()
+        self.world.sees(self.checkpoints)
         set_seed(self.seed)
         trainer = plugin.build(
             self.session,
             TrainingData(train, evaluation, drops.add, self.cuts.add),
             self.checkpoints,
         )
-        self._tell_drops(drops, self.step.data.rows)
-        self._tell_cuts(self.step.data.rows)
+        if self.world.several:
+            self._check_shares(trainer)
+        if self.world.main:
+            self._tell_drops(drops, self.step.data.rows)
+            self._tell_cuts(self.step.data.rows)
         return trainer
 
     def _listen(self, trainer: Any) -> ProgressCallback:
         """Add the callbacks; return the one that gathers the metrics."""
         from transformers import EarlyStoppingCallback, PrinterCallback
 
-        progress = ProgressCallback(self.step.name, self.place.emit, self.directory / "log.jsonl")
+        log = self.directory / "log.jsonl" if self.world.main else Path(os.devnull)
+        progress = ProgressCallback(self.step.name, self.place.emit, log)
         # transformers' own printer writes each log to stdout, with its numbers turned into text
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(progress)
@@ -126,16 +139,52 @@ class StageTraining:
     def _keeper(self, trainer: Any) -> Keeper:
         """Let the trainer keep checkpoints, and go on from the newest one there is."""
         checkpoints = Checkpoints(self.checkpoints, self.place.put_aside, self._warn)
-        found = checkpoints.begin()
+        found = self._newest(checkpoints)
         # whoever asks for some gets those, and no others between them
         pace = None if self.step.config.save_steps else Pace()
-        short = paced_by_room(self.checkpoints, trainer.model, self.step.config)
+        short = None
+        if self.world.main:
+            short = paced_by_room(self.checkpoints, trainer.model, self.step.config)
+        else:
+            pace = None  # the main process says when
         if short is not None and pace is not None:
             self._warn(f"{self.step.name}: {short}")
             pace = None
         if found is not None:
             self._warn(f"{self.step.name} goes on from {found.path.name}")
         return keep_checkpoints(trainer, checkpoints, found, self._warn, pace)
+
+    def _newest(self, checkpoints: Checkpoints) -> Checkpoint | None:
+        """Return the checkpoint to go on from, which the main process has chosen."""
+        known: list[list[Any]] = self.world.share(lambda: _found_by(checkpoints))
+        if not self.world.main:
+            for step, over, best_step in known:
+                checkpoints.know(step, over=over, best_step=best_step)
+        return checkpoints.at(known[0][0]) if known else None
+
+    def _check_shares(self, trainer: Any) -> None:
+        """Refuse a training that is not of all processes; say what that makes of an update."""
+        here = f"{self.step.name}: {self.world.size} processes"
+        arguments: Any = getattr(trainer, "args", None)
+        size = getattr(arguments, "world_size", None)
+        if size != self.world.size:
+            raise RunError(
+                f"{here} were asked for, and the trainer '{self.step.step.plugin}' would train "
+                f"{'in one' if size is None else f'in {size}'}, each the same; run it in one "
+                "process, without torchrun"
+            )
+        batch, times = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
+        self._warn(
+            f"{here} with batch_size={batch} and gradient_accumulation={times}: an update is over "
+            f"{size * batch * times} rows"
+        )
+        rows: Any = getattr(trainer, "train_dataset", None)
+        count = len(rows) if hasattr(rows, "__len__") else 0
+        if not getattr(trainer, "shares_rows", False) and count % (size * batch):
+            self._warn(
+                f"{here} do not divide {count} rows by batches of {batch}: up to "
+                f"{size * batch - count % (size * batch)} rows are trained twice in each epoch"
+            )
 
     def _warn(self, text: str) -> None:
         self.place.emit(Warned(text))
@@ -202,6 +251,15 @@ class StageTraining:
             cuts.write(self.directory / "cut.jsonl")
             path = self.place.run / "stages" / self.step.name / "cut.jsonl"
             self.place.emit(RowsCut(self.step.name, len(cuts), total, cuts.reasons, path))
+
+
+def _found_by(checkpoints: Checkpoints) -> list[list[Any]]:
+    """Return (step, over, best step) of the checkpoint to go on from, and of those it needs."""
+    found = checkpoints.begin()
+    if found is None:
+        return []
+    others = [each for each in checkpoints.complete.values() if each is not found]
+    return [[each.step, each.over, each.best_step] for each in (found, *others)]
 
 
 def _release() -> None:

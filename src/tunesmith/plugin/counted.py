@@ -73,6 +73,8 @@ def counted(cls: Any = None) -> Any:
     """
     import torch
 
+    from tunesmith.plugin.shares import UNCOUNTED, share_rows
+
     base: Any = fast() if cls is None else cls
 
     class CountedTrainer(base):  # type: ignore[misc]
@@ -80,8 +82,12 @@ def counted(cls: Any = None) -> Any:
 
         An optimizer step minimises the sum over all items of its forward passes, divided by their
         number. What is logged is the same over all steps since the last log, and `loss_over` beside
-        it is the number of items; an evaluation is over all that it has seen.
+        it is the number of items; an evaluation is over all that it has seen. With several
+        processes all of this is over the rows of all, each of which is in one of them.
         """
+
+        shares_rows = True
+        """Whether no row counts twice with several processes."""
 
         def __init__(self, **kwargs: Any) -> None:
             super().__init__(**kwargs)
@@ -103,9 +109,15 @@ def counted(cls: Any = None) -> Any:
             names = getattr(self.data_collator, "named", None)
             return names(batch) if names is not None else []
 
+        def get_train_dataloader(self) -> Any:
+            return share_rows(super().get_train_dataloader())
+
+        def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+            return share_rows(super().get_eval_dataloader(*args, **kwargs))
+
         def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
             samples, _ = super().get_batch_samples(*args, **kwargs)
-            count = sum(self.items_in(batch) for batch in samples)
+            count = sum(self.items_in(batch) for batch in samples if UNCOUNTED not in batch)
             if self.args.world_size > 1:
                 held = torch.as_tensor(count, device=self.args.device)
                 count = self.accelerator.gather(held).sum()
@@ -118,8 +130,7 @@ def counted(cls: Any = None) -> Any:
             return_outputs: bool = False,
             num_items_in_batch: Any = None,
         ) -> Any:
-            inputs = {name: value for name, value in inputs.items() if name != ROWS}
-            measured = self.measure(model, inputs, training=True)
+            measured = self._measured_on(model, inputs, training=True)
             _add(self._measured["train"], measured)
             count = measured.count if num_items_in_batch is None else num_items_in_batch
             loss = measured.sums["loss"] / count
@@ -131,11 +142,21 @@ def counted(cls: Any = None) -> Any:
             self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
         ) -> tuple[torch.Tensor, None, None]:
             inputs = self._prepare_inputs(inputs)
-            inputs = {name: value for name, value in inputs.items() if name != ROWS}
             with torch.no_grad(), self.compute_loss_context_manager():
-                measured = self.measure(model, inputs, training=False)
+                measured = self._measured_on(model, inputs, training=False)
             _add(self._measured["eval"], measured)
-            return (measured.sums["loss"] / measured.count).detach(), None, None
+            loss = measured.sums["loss"] / measured.count.clamp(min=1)
+            return loss.detach(), None, None
+
+        def _measured_on(self, model: Any, inputs: dict[str, Any], *, training: bool) -> Sums:
+            beside = (ROWS, UNCOUNTED)
+            given = {name: value for name, value in inputs.items() if name not in beside}
+            measured = self.measure(model, given, training=training)
+            if UNCOUNTED not in inputs:
+                return measured
+            # the other processes wait for its gradients, which are none
+            nothing = {name: value * 0.0 for name, value in measured.sums.items()}
+            return Sums(nothing, torch.zeros_like(measured.count))
 
         def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
             self._measured["eval"].clear()

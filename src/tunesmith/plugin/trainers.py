@@ -323,6 +323,8 @@ def training_arguments(
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "dataloader_pin_memory": session.device.type == "cuda",
+        # no buffer is trained, and those of a quantized base are the base: sent at every step
+        "ddp_broadcast_buffers": False,
     }
     # transformers 5.20 renamed the option; the old name warns
     made: Any = transformers.TrainingArguments if cls is None else cls
