@@ -72,9 +72,11 @@ def begin(
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--rdzv-endpoint"]
     arguments = [str(child), "run", str(recipe), "--out", str(out), *["--quiet"] * quiet]
     unset = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    # PEFT writes a set into adapter_config.json
+    own = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
     return subprocess.Popen(
         [sys.executable, *launcher, "localhost:0", "--rdzv-backend=c10d", *arguments],
-        env={k: v for k, v in os.environ.items() if k not in unset} | {"OMP_NUM_THREADS": "1"},
+        env={k: v for k, v in os.environ.items() if k not in unset} | own,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -4,7 +4,7 @@ One of them, the main process, owns the run directory, the report and what is sa
 the same data, build the same trainer, and do what the main one decides. What is decided goes
 through the launcher's key-value store, where a wait can be broken off by a signal or by another
 process's failure; tensors go through the process group (gloo on the CPU, nccl on CUDA). See
-docs/adr/0021-one-main-process.md. Importing this imports no torch.
+docs/adr/0023-one-main-process.md. Importing this imports no torch.
 """
 
 from __future__ import annotations

@@ -158,6 +158,11 @@ def counted(cls: Any = None) -> Any:
             nothing = {name: value * 0.0 for name, value in measured.sums.items()}
             return Sums(nothing, torch.zeros_like(measured.count))
 
+        def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+            if UNCOUNTED in inputs:  # no rows of it; the other processes wait for its number
+                inputs = {key: held[:0] for key, held in inputs.items() if held.dim()}
+            super()._track_num_input_tokens(inputs)
+
         def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
             self._measured["eval"].clear()
             output = super().evaluation_loop(*args, **kwargs)
