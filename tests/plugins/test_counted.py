@@ -211,14 +211,17 @@ def test_what_routers_cost_is_reported_beside_the_loss_of_dpo(tmp_path, preferen
 
 
 def test_held_out_rows_of_which_none_is_left_are_an_error(place, tmp_path):
-    from tunesmith.errors import DataError
+    from tunesmith.errors import DataError, PlanError
 
     (tmp_path / "blank.json").write_text(json.dumps([{"instruction": "say", "output": " "}]))
     long = [{"instruction": "word " * 300, "output": "x"}]
     (tmp_path / "long.json").write_text(json.dumps(long))
     tuner = Tuner(place / "model", precision="fp32").lora(r=2)
-    for name, said in (("blank", "eval_data: every one of 1 rows"), ("long", "1 held-out rows")):
-        with pytest.raises(DataError, match=said):
+    for name, error, said in (
+        ("blank", PlanError, "eval_data: every one of 1 rows"),
+        ("long", DataError, "1 held-out rows"),  # which the tokenizer alone can tell
+    ):
+        with pytest.raises(error, match=said):
             tuner.sft(
                 place / "rows.json", eval_data=str(tmp_path / f"{name}.json"), max_length=256
             ).run(tmp_path / name, progress=False)
