@@ -13,7 +13,7 @@ from tunesmith.plugin.registry import registry
 SOURCE = Path(__file__).parent / "tunesmith-growth" / "src"
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Put the package and its metadata on the path, as pip would, and take them off again."""
     site = tmp_path_factory.mktemp("site")
