@@ -103,24 +103,28 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
     max_leaves=5,
 )
-NAMES = st.from_regex(r"([a-z]{1,9}:)?[a-zé0-9_+-][a-z0-9_.+-]{0,20}", fullmatch=True)
+BARE = st.from_regex(r"[a-zé0-9_+-][a-z0-9_.+-]{0,20}", fullmatch=True)
+NAMES = BARE | st.from_regex(r"[a-z]{1,9}:[a-zé0-9_+-][a-z0-9_.+-]{0,20}", fullmatch=True)
+OPTIONS = st.dictionaries(
+    KEYS | st.sampled_from(["data", "format", "name", "with", *VERBS]), VALUES, max_size=4
+)
 STEPS = st.builds(
     Step,
-    verb=st.sampled_from(list(VERBS)),
+    verb=st.sampled_from([verb for verb in VERBS if not VERBS[verb].named and VERBS[verb].kind]),
     plugin=NAMES,
-    options=st.dictionaries(
-        KEYS | st.sampled_from(["data", "format", "with", *VERBS]), VALUES, max_size=4
-    ),
+    options=OPTIONS,
     data=st.none()
     | st.text()
     | st.lists(st.text(), max_size=3)
     | st.lists(st.dictionaries(KEYS, VALUES), max_size=2),
     format=st.none() | NAMES,
 )
+NAMED = st.builds(Step, verb=st.just("peft"), plugin=NAMES, options=OPTIONS, name=st.none() | BARE)
+USES = st.builds(Step, verb=st.just("use"), plugin=BARE)
 RECIPES = st.builds(
     Recipe,
     model=st.text(min_size=1),
-    steps=st.lists(STEPS, max_size=4),
+    steps=st.lists(STEPS | NAMED | USES, max_size=4),
     seed=st.integers(0, 2**32 - 1),
     device=st.text(),
     precision=st.sampled_from(["auto", "fp32", "bf16", "fp16"]),
@@ -232,7 +236,7 @@ def test_every_problem_is_reported_at_once():
         "recipe: 'chat_template' is 1; expected Jinja source, the path of a .jinja file, or "
         "'chatml'",
         "recipe: step 1: got the keys quantise; expected exactly one of quantize, peft, train, "
-        "evaluate, export; did you mean 'quantize' or 'evaluate'?",
+        "use, evaluate, export; did you mean 'quantize' or 'use'?",
         "recipe: step 2: 'peft' is ''; expected a name of at most 100 letters, digits, '_', '-', "
         "'+' and '.', such as 'lora', or 'distribution:name'",
         "recipe: step 3: got 'sft'; expected a mapping such as 'quantize: nf4'",

@@ -61,7 +61,7 @@ class Verb:
     """What a step of a recipe can be: a row of `VERBS`. Nothing asks for a verb by its name."""
 
     kind: str
-    """Which plugin kind serves it."""
+    """Which plugin kind serves it; empty for one that no plugin does: it names an adapter."""
     work: str
     """Lazy path "package.module:Class" of what does it."""
     takes_data: bool = False
@@ -71,6 +71,8 @@ class Verb:
     """Whether what comes after it depends on it."""
     labelled: bool = False
     """Whether a step's label begins with the verb; if not, it is the plugin's name alone."""
+    named: bool = False
+    """Whether what is trained by it can be given a name, to be found again by."""
     once: str = ""
     """What to do about a second one on the same base; empty where there may be more."""
     not_after: Mapping[str, str] = attrs.field(factory=dict)
@@ -92,8 +94,7 @@ VERBS: dict[str, Verb] = {
     "peft": Verb(
         "methods",
         "tunesmith.engine.steps:Peft",
-        once="one method a base: leave one of them out",
-        not_after={"train": "all weights were trained by then; put the method before it"},
+        named=True,
     ),
     "train": Verb(
         "trainers",
@@ -108,6 +109,7 @@ VERBS: dict[str, Verb] = {
             )
         },
     ),
+    "use": Verb("", "tunesmith.engine.steps:Use", labelled=True),
     "evaluate": Verb(
         "metrics",
         "tunesmith.engine.steps:Evaluate",
@@ -135,13 +137,15 @@ class Step:
     verb: str
     """One of `VERBS`."""
     plugin: str
-    """Name of the plugin that does it, bare or as "distribution:name"."""
+    """Name of the plugin that does it, bare or as "distribution:name"; or of an adapter."""
     options: Mapping[str, Any] = attrs.field(factory=dict, converter=frozen_options)
     """Options as given, not filled with defaults."""
     data: Any = None
     """Path or paths, hub id, `datasets.Dataset`, rows, or a `Data`; None for a step without."""
     format: str | None = None
     """Name of the data format; None detects it from the rows."""
+    name: str | None = None
+    """Name of the adapter that is trained from here on; None goes by the training step's label."""
 
     def __attrs_post_init__(self) -> None:
         if self.verb not in VERBS:
@@ -150,6 +154,18 @@ class Step:
                 f"a step is one of: {', '.join(VERBS)}"
             )
         check_name(self.plugin, f"'{self.verb}'")
+        if self.name is not None:
+            check_name(self.name, "'name'")
+            if not self.takes_name or ":" in self.name:
+                raise RecipeError(
+                    f"'name' is {shown(self.name)}; expected letters, digits, '.', '_' and '-', "
+                    f"and it is given to a step that begins an adapter, such as .lora(name='zh')"
+                )
+        if not self.kind and self.options:
+            raise RecipeError(
+                f"'{self.verb}' takes the name of an adapter and nothing else; got "
+                f"{listed(self.options)}"
+            )
         if self.format is not None:
             check_name(self.format, "'format'")
             if isinstance(self.data, Data):
@@ -162,6 +178,11 @@ class Step:
     def kind(self) -> str:
         """Plugin kind that serves this step."""
         return VERBS[self.verb].kind
+
+    @property
+    def takes_name(self) -> bool:
+        """Whether it can be given a name."""
+        return VERBS[self.verb].named
 
     @property
     def source(self) -> Data | None:
@@ -177,12 +198,15 @@ class Step:
     def to_dict(self) -> dict[str, Any]:
         """Return the step as a mapping of plain values; refuse data that a file cannot hold."""
         row: dict[str, Any] = {self.verb: self.plugin}
+        if self.name is not None:
+            row["name"] = self.name
         if self.data is not None:
             data = self.data
             row["data"] = data.to_dict() if isinstance(data, Data) else plain_data(data)
         if self.format is not None:
             row["format"] = self.format
-        clash = [key for key in self.options if key in (*VERBS, *_DATA_KEYS, "with")]
+        own = (*VERBS, *_DATA_KEYS, *(("name",) if self.takes_name else ()), "with")
+        clash = [key for key in self.options if key in own]
         given = {key: plain(value) for key, value in self.options.items()}
         if clash:
             row["with"] = given
@@ -208,7 +232,9 @@ class Step:
         verb = verbs[0]
         name = row[verb]
         check_keys(row, where)
-        options = {k: v for k, v in row.items() if k not in (verb, *_DATA_KEYS, "with")}
+        named = ("name",) if VERBS[verb].named else ()
+        own = (verb, *_DATA_KEYS, *named, "with")
+        options = {k: v for k, v in row.items() if k not in own}
         form = row.get("format")
         extra = row.get("with", {})
         if not isinstance(extra, Mapping):
@@ -223,7 +249,8 @@ class Step:
             data = row.get("data")
             if isinstance(data, Mapping):
                 data = Data.from_dict(data)
-            step = cls(verb, name, {**options, **more}, data, form)
+            given = row.get("name") if named else None
+            step = cls(verb, name, {**options, **more}, data, form, given)
             check_finite(step.options, "an option")
         except RecipeError as error:
             raise RecipeError(f"{where}: {error}") from error

@@ -75,9 +75,21 @@ class Tuner(Verbs):
         """
         return self._with("quantize", quantizer, options)
 
-    def peft(self, method: str | Any, **options: Any) -> Self:
-        """Train an adapter by any installed PEFT method, by name or by config instance."""
-        return self._with("peft", method, options)
+    def peft(self, method: str | Any, *, name: str | None = None, **options: Any) -> Self:
+        """Train an adapter by any installed PEFT method, by name or by config instance.
+
+        `name` is what the adapter is called, to be found again by: in `result.adapters`, and by
+        `.use(name)`; unset, it is the label of the step that trains it. A second adapter on the
+        same base needs one.
+        """
+        return self._with("peft", method, options, name=name)
+
+    def use(self, adapter: str) -> Self:
+        """Go on with an adapter that was trained before: measure, train further or export that one.
+
+        `adapter` is the name that its method was given, or the label of the step that trained it.
+        """
+        return self._with("use", adapter, {})
 
     def train(
         self, trainer: str | Any, data: Any, *, format: str | None = None, **options: Any
@@ -175,6 +187,7 @@ class Tuner(Verbs):
         options: dict[str, Any],
         data: Any = None,
         format: str | None = None,
+        name: str | None = None,
     ) -> Self:
         """Check a step's options against its plugin's config class and return it appended."""
         from tunesmith.plugin.options import given_options
@@ -182,10 +195,10 @@ class Tuner(Verbs):
 
         kind = VERBS[verb].kind
         if isinstance(plugin, str):
-            name = plugin
+            found = plugin
         elif attrs.has(type(plugin)):
             item = registry().find_config(kind, type(plugin))
-            name = item.spec.name if registry().find(kind, item.spec.name) is item else item.key
+            found = item.spec.name if registry().find(kind, item.spec.name) is item else item.key
             options = {**given_options(plugin), **options}
         else:
             raise OptionError(
@@ -194,8 +207,9 @@ class Tuner(Verbs):
                     "an instance of its config class"
                 ]
             )
-        step = Step(verb, name, options, data, format)
-        registry().config_of(step)
+        step = Step(verb, found, options, data, format, name)
+        if kind:
+            registry().config_of(step)
         if isinstance(data, Data):
             registry().check_data(data)
         return self.from_recipe(self._recipe.with_step(step))
@@ -230,6 +244,8 @@ def _shown(step: Step) -> str:
         arguments.append(repr(data) if shown else f"<{type(data).__name__} of {_count(data)} rows>")
     if step.format is not None:
         arguments.append(f"format={step.format!r}")
+    if step.name is not None:
+        arguments.append(f"name={step.name!r}")
     arguments += [f"{key}={value!r}" for key, value in step.options.items()]
     return f".{sugar or step.verb}({', '.join(arguments)})"
 

@@ -108,7 +108,15 @@ def test_rows_that_no_format_knows_are_answered_with_their_fields(tiny_model):
         (lambda t, f, p: t.lora().quantize("nf4").sft(f), "decided first"),
         (lambda t, f, p: t.quantize("nf4").sft(f), "quantized weights cannot be trained"),
         (lambda t, f, p: t.sft(f).lora().dpo(p), "all weights were trained by then"),
-        (lambda t, f, p: t.lora().lora(), "one method a base"),
+        (lambda t, f, p: t.lora().lora(), "of which nothing is trained"),
+        (lambda t, f, p: t.lora().sft(f).lora().dpo(p), "give it a name of its own"),
+        (lambda t, f, p: t.lora().sft(f).use("sgt"), "no adapter 'sgt' by then; did you mean"),
+        (lambda t, f, p: t.use("sft").sft(f), "trained on this base so far: none"),
+        (
+            lambda t, f, p: t.peft("lora", name="a").sft(f).peft("lora", name="a").sft(f),
+            "there is an adapter 'a' already",
+        ),
+        (lambda t, f, p: t.lora().sft(f).merge().use("sft"), "trained on this base so far: none"),
         (lambda t, f, p: t, "has no steps"),
     ],
 )

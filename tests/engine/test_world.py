@@ -291,11 +291,12 @@ if rank == {rank}:
     "data that one does not have": (
         """
 if rank == {rank}:
-    from tunesmith.engine import plan
+    from tunesmith.engine import preparing
     from tunesmith.errors import DataError
     def load_data(*a, **k):
         raise DataError("planted")
-    plan.load_data = load_data
+    assert preparing.load_data
+    preparing.load_data = load_data
 """,
         r"1 problem found before any weight was read:",
     ),

@@ -77,7 +77,6 @@ def fingerprints(plan: Plan, lock: Mapping[str, Any]) -> dict[int, str]:
     )
     found: dict[int, str] = {}
     for step in plan.steps:
-        assert step.plugin is not None
         options = {
             key: value
             for key, value in plain_options(step.config).items()
@@ -85,13 +84,15 @@ def fingerprints(plan: Plan, lock: Mapping[str, Any]) -> dict[int, str]:
         }
         own: dict[str, Any] = {
             "verb": step.step.verb,
-            "plugin": step.plugin.key,
-            "version": step.plugin.version,
+            "plugin": step.plugin.key if step.plugin is not None else step.step.plugin,
+            "version": step.plugin.version if step.plugin is not None else "",
             "options": options,
             "data": step.data.fingerprint if step.data else None,
             "format": step.data.format if step.data else None,
             "eval_data": step.eval_data.fingerprint if step.eval_data else None,
         }
+        if step.step.name is not None:
+            own["name"] = step.step.name
         if step.rewards:
             own["rewards"] = step.rewards
         found[step.number] = _digest({"before": chain, **own})

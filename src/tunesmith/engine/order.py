@@ -9,12 +9,48 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import attrs
+
+from tunesmith.errors import close_matches, listed
 from tunesmith.nn.tasks import CAUSAL_LM, Task
 
 if TYPE_CHECKING:
     from tunesmith.engine.plan import PlannedStep
 
-__all__ = ["order_problems"]
+__all__ = ["methods_at", "order_problems"]
+
+
+@attrs.define
+class _SoFar:
+    """What has been said of one base, up to a step."""
+
+    since: dict[str, PlannedStep] = attrs.field(factory=dict)
+    """First step of each verb."""
+    method: PlannedStep | None = None
+    trained: PlannedStep | None = None
+    """The last training of the adapter that goes on."""
+    adapters: dict[str, tuple[PlannedStep, PlannedStep]] = attrs.field(factory=dict)
+    """The method and the last training of each adapter, by its name."""
+    current: str | None = None
+
+    def passed(self, step: PlannedStep) -> None:
+        """Take in a step."""
+        kind = step.verb.kind
+        if kind == "methods":
+            self.method, self.trained, self.current = step, None, None
+        elif kind == "trainers":
+            self.trained = step
+            if self.method is not None and not self.method.flag("saves_model"):
+                self._trains(step, self.method)
+        elif not kind and step.step.plugin in self.adapters:
+            self.method, self.trained = self.adapters[step.step.plugin]
+            self.current = step.step.plugin
+        self.since.setdefault(step.step.verb, step)
+
+    def _trains(self, step: PlannedStep, method: PlannedStep) -> None:
+        label = step.step.label if step.step.label not in self.adapters else step.name
+        self.current = method.step.name or label
+        self.adapters[self.current] = (method, step)
 
 
 def order_problems(steps: Sequence[PlannedStep]) -> list[str]:
@@ -22,24 +58,34 @@ def order_problems(steps: Sequence[PlannedStep]) -> list[str]:
     if not steps:
         return ["the recipe has no steps; add one, such as .sft(data)"]
     problems: list[str] = []
-    since: dict[str, PlannedStep] = {}
-    method: PlannedStep | None = None
-    trained: PlannedStep | None = None
+    so_far = _SoFar()
     for step in steps:
-        problems += _by_table(step, since)
+        problems += _by_table(step, so_far.since)
         kind = step.verb.kind
         if kind == "methods":
-            problems += _by_method(step, since)
-            method, trained = step, None
+            problems += _by_method(step, so_far)
         elif kind == "trainers":
-            problems += _by_training(step, method, trained)
-            trained = step
+            problems += _by_training(step, so_far.method, so_far.trained)
         elif kind == "exporters":
-            problems += _by_export(step, method, trained)
-        since.setdefault(step.step.verb, step)
+            problems += _by_export(step, so_far.method, so_far.trained)
+        elif not kind:
+            problems += _by_use(step, so_far)
+        so_far.passed(step)
         if step.flag("makes_model"):
-            since, method, trained = {}, None, None
+            so_far = _SoFar()
     return problems
+
+
+def methods_at(steps: Sequence[PlannedStep]) -> dict[int, PlannedStep | None]:
+    """Return the step whose method is in force at each step, by the number of that step."""
+    found: dict[int, PlannedStep | None] = {}
+    so_far = _SoFar()
+    for step in steps:
+        so_far.passed(step)
+        found[step.number] = so_far.method
+        if step.flag("makes_model"):
+            so_far = _SoFar()
+    return found
 
 
 def _by_table(step: PlannedStep, since: dict[str, PlannedStep]) -> list[str]:
@@ -56,7 +102,30 @@ def _by_table(step: PlannedStep, since: dict[str, PlannedStep]) -> list[str]:
     ]
 
 
-def _by_method(step: PlannedStep, since: dict[str, PlannedStep]) -> list[str]:
+def _by_method(step: PlannedStep, so_far: _SoFar) -> list[str]:
+    since = so_far.since
+    if so_far.method is None and "train" in since:
+        return [
+            f"{_after(step, since['train'])}; all weights were trained by then; put the method "
+            "before it"
+        ]
+    if so_far.method is not None and so_far.trained is None:
+        return [
+            f"{_after(step, so_far.method)}, of which nothing is trained before it; leave one of "
+            "them out"
+        ]
+    name = step.step.name
+    if so_far.method is not None and name is None:
+        return [
+            f"{_after(step, so_far.method)}, and begins a second adapter on the same base; give it "
+            "a name of its own if that is meant, as in name='second', or put .merge() between "
+            "them, to train on top of what was trained"
+        ]
+    if name in so_far.adapters:
+        return [
+            f"{step.here}: there is an adapter '{name}' already; give this one another name, or "
+            f"go on with that one by .use('{name}')"
+        ]
     quantized = next((each for each in since.values() if each.verb.kind == "quantizers"), None)
     if step.flag("saves_model") and quantized is not None:
         return [
@@ -64,6 +133,16 @@ def _by_method(step: PlannedStep, since: dict[str, PlannedStep]) -> list[str]:
             "leave one of them out"
         ]
     return []
+
+
+def _by_use(step: PlannedStep, so_far: _SoFar) -> list[str]:
+    name = step.step.plugin
+    if name in so_far.adapters:
+        return []
+    return [
+        f"{step.here}: there is no adapter '{name}' by then{close_matches(name, so_far.adapters)}; "
+        f"trained on this base so far: {listed(so_far.adapters) or 'none'}"
+    ]
 
 
 def _by_training(

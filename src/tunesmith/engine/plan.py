@@ -19,7 +19,7 @@ from tunesmith.engine.dataset import LoadedData
 from tunesmith.engine.device import Device, find_device
 from tunesmith.engine.estimate import ITEMSIZE, Estimate, Shapes, estimate_step, model_shapes
 from tunesmith.engine.models import ModelSource, find_model, gguf_findings, metadata_directory
-from tunesmith.engine.order import order_problems
+from tunesmith.engine.order import methods_at, order_problems
 from tunesmith.engine.preparing import CLEAN, DataReader, after, before
 from tunesmith.engine.quiet import quiet_libraries
 from tunesmith.engine.store import problem_with
@@ -35,6 +35,7 @@ from tunesmith.errors import (
 from tunesmith.nn.checkpoint import stored_quantization
 from tunesmith.nn.pretrained import trusting
 from tunesmith.nn.weight_files import weight_files
+from tunesmith.plugin.options import NoOptions
 from tunesmith.plugin.quantizers import Quantizer
 from tunesmith.plugin.registry import Registered, Registry
 from tunesmith.plugin.rewards import identities
@@ -193,6 +194,8 @@ def _planned(
     registry = reader.registry
     plugin = config = data = eval_data = None
     rewards: tuple[Any, ...] = ()
+    if not step.kind:
+        return PlannedStep(number, step, config=NoOptions())
     try:
         plugin = registry.find(step.kind, step.plugin)
         config = plugin.structure_of(step)
@@ -439,21 +442,23 @@ def _with_estimates(
     notes: list[str],
 ) -> tuple[PlannedStep, ...]:
     done: list[PlannedStep] = []
-    by_kind: dict[str, Any] = {"quantizers": None, "methods": None}
+    at_work: Any = None
+    methods = methods_at(steps)
     for step in steps:
-        if step.verb.kind in by_kind:
-            first = step.verb.kind == "quantizers" and by_kind["quantizers"] is None
+        if step.verb.kind == "quantizers":
             # the first one has been told how the model is stored
-            by_kind[step.verb.kind] = quantizer if first and quantizer else _built(step)
+            told = quantizer if step is _first(steps, "quantizers") else None
+            at_work = told or _built(step)
         if step.flag("makes_model"):
-            by_kind = dict.fromkeys(by_kind)
+            at_work = None
         if step.verb.kind == "trainers" and step.data is not None:
+            method = methods[step.number]
             try:
                 found = estimate_step(
                     _built(step),
                     step.data.examples,
-                    by_kind["quantizers"],
-                    by_kind["methods"],
+                    at_work,
+                    None if method is None else _built(method),
                     shapes,
                     device,
                 )

@@ -23,7 +23,7 @@ class RunResult:
     metrics: Mapping[str, Mapping[str, float]]
     """Metrics of each stage by its name, such as "03-sft"."""
     adapters: Mapping[str, Path]
-    """Directory of each trained adapter by its step's label, such as "sft"."""
+    """Directory of each trained adapter by its name: that given to it, or its step's label."""
     model_path: Path | None
     """Directory of the last full model: merged, or fully fine-tuned; None if there is none."""
     stages: tuple[Stage, ...]
@@ -36,8 +36,7 @@ class RunResult:
         models = [stage.model for stage in stages if stage.model is not None]
         for stage in stages:
             if stage.adapter is not None:
-                label = stage.name.partition("-")[2]
-                adapters[label if label not in adapters else stage.name] = stage.adapter
+                adapters[stage.adapter_name] = stage.adapter
         return cls(
             path,
             {stage.name: stage.metrics for stage in stages},

@@ -227,6 +227,7 @@ class _Runner:
                 name: path.relative_to(directory).as_posix()
                 for name, path in made.artefacts.items()
             },
+            adapter_name=made.adapter_name,
             seconds=round(time.perf_counter() - began, 3),
         )
 

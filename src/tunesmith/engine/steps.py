@@ -53,6 +53,8 @@ class Made:
     metrics: Mapping[str, float] = attrs.field(factory=dict)
     artefacts: Mapping[str, Path] = attrs.field(factory=dict)
     """What others may find again, by name: files or directories in the step's own."""
+    adapter_name: str = ""
+    """Name of the adapter among them, if there is one."""
 
 
 class Work:
@@ -87,7 +89,16 @@ class Peft(Work):
     def then(
         self, step: Step, name: str, session: Session, stage: Stage | None, registry: Registry
     ) -> Session:
-        return session.with_method(registry.build(step))
+        return session.with_method(registry.build(step), step.name)
+
+
+class Use(Work):
+    """Goes on with another one of the adapters that were trained."""
+
+    def then(
+        self, step: Step, name: str, session: Session, stage: Stage | None, registry: Registry
+    ) -> Session:
+        return session.using(step.plugin)
 
 
 class Train(Work):
@@ -98,15 +109,21 @@ class Train(Work):
     def do(self, step: PlannedStep, session: Session, place: Place) -> Made:
         from tunesmith.engine.training import StageTraining
 
-        return StageTraining(step, session, place).run()
+        made = StageTraining(step, session, place).run()
+        if "adapter" not in made.artefacts:
+            return made
+        label = step.step.label
+        own = label if label not in session.adapters else step.name
+        return attrs.evolve(made, adapter_name=session.naming or own)
 
     def then(
         self, step: Step, name: str, session: Session, stage: Stage | None, registry: Registry
     ) -> Session:
         if stage is not None and stage.adapter is not None:
-            label = step.label if step.label not in session.adapters else name
             task = registry.find(step.kind, step.plugin).load().task
-            return session.with_adapter(label, stage.adapter, task=task, parent=session.current)
+            return session.with_adapter(
+                stage.adapter_name, stage.adapter, task=task, parent=session.current
+            )
         if stage is not None and stage.model is not None:
             return session.with_base(stage.model, method=session.method)
         return session
@@ -178,16 +195,21 @@ def work_of(verb: str) -> Work:
 def fold(
     recipe: Recipe, session: Session, stages: Mapping[str, Stage], registry: Registry
 ) -> Session:
-    """Return the session after a recipe's steps, as far as stages of theirs are finished.
+    """Return the session after a recipe's steps, or after the last finished one of a run cut short.
 
     `stages` are by name. Nothing is loaded.
     """
+    finished = session
     for number, step in enumerate(recipe.steps, 1):
-        name = stage_name(number, step)
+        name, verb = stage_name(number, step), VERBS[step.verb]
         stage = stages.get(name)
-        if VERBS[step.verb].leaves_stage and stage is None:
+        if verb.leaves_stage and stage is None:
+            if verb.is_link:  # what came before it was said for its sake
+                return finished
             continue
         session = work_of(step.verb).then(step, name, session, stage, registry)
+        if verb.leaves_stage:
+            finished = session
     return session
 
 

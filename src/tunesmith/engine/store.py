@@ -58,7 +58,7 @@ from tunesmith.engine.seals import (
     unsealed,
 )
 from tunesmith.errors import RunError
-from tunesmith.recipe import VERBS
+from tunesmith.recipe import VERBS, is_name
 
 __all__ = [
     "RunStore",
@@ -108,6 +108,8 @@ class Stage:
     """ISO 8601 time, UTC."""
     artefacts: Mapping[str, str] = attrs.field(factory=dict)
     """What others may find again, by name: paths in the stage's directory, with "/"."""
+    adapter_name: str = ""
+    """Name of the adapter among them; empty where there is none."""
     files: Files = attrs.field(factory=dict)
     """Size and SHA-256 of everything that was made, by its path in the stage's directory."""
 
@@ -466,6 +468,7 @@ def _stage(directory: Path, row: dict[str, Any]) -> Stage:
         "seconds": (int, float),
         "finished": str,
         "artefacts": dict,
+        "adapter_name": str,
         "files": dict,
     }
     for name in kinds.keys() - row.keys():
@@ -485,6 +488,8 @@ def _stage(directory: Path, row: dict[str, Any]) -> Stage:
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise ValueError(f"the metric '{name}' is {value!r:.80}")
     check_listing(row["files"])
+    if "adapter" in row["artefacts"] and not is_name(row["adapter_name"]):
+        raise ValueError(f"its adapter is called {row['adapter_name']!r:.80}")
     for name, place in row["artefacts"].items():
         # a listed file, or a directory of some: so it is within the stage
         if not any(f"{file}/".startswith(f"{place}/") for file in row["files"]):

@@ -36,7 +36,9 @@ class Adapter:
     directory: Path
     task: Task = CAUSAL_LM
     parent: str | None = None
-    """The adapter that its training began from; None if it began afresh."""
+    """Another adapter that its training began from; None if it began afresh."""
+    named: bool = False
+    """Whether the recipe gave it the name, which it keeps when it is trained further."""
 
 
 class _Held:
@@ -79,6 +81,8 @@ class Session:
     quantizer: Quantizer[Any] = attrs.field(factory=lambda: Quantizer(None))
     method: Method[Any] | None = None
     """What a training from here on adapts by; None trains all weights."""
+    naming: str | None = None
+    """Name of the adapter that a training from here on leaves; None takes the step's label."""
     adapters: Mapping[str, Adapter] = attrs.field(factory=dict)
     """Those trained so far on this base, by name."""
     current: str | None = None
@@ -149,22 +153,29 @@ class Session:
         """Return a session whose base is loaded by this quantizer."""
         return attrs.evolve(self, quantizer=quantizer)
 
-    def with_method(self, method: Method[Any]) -> Session:
-        """Return a session that trains a fresh adapter of this method next."""
-        return attrs.evolve(self, method=method, current=None)
+    def with_method(self, method: Method[Any], name: str | None = None) -> Session:
+        """Return a session that trains a fresh adapter of this method next, of a name if given."""
+        return attrs.evolve(self, method=method, naming=name, current=None)
 
     def using(self, name: str) -> Session:
         """Return a session that goes on with another one of its adapters, and its method."""
         adapter = self._named(name)
-        return attrs.evolve(self, method=adapter.method, current=name)
+        naming = name if adapter.named else None
+        return attrs.evolve(self, method=adapter.method, naming=naming, current=name)
 
     def with_adapter(
         self, name: str, directory: Path, *, task: Task = CAUSAL_LM, parent: str | None = None
     ) -> Session:
-        """Return a session with a finished adapter of its method, which goes on from there."""
+        """Return a session with a finished adapter of its method, which goes on from there.
+
+        It takes the place of an earlier one of its name, from which it was trained on.
+        """
         if self.method is None:
             raise RunError(f"adapter '{name}': there is no method that it is of; add one first")
-        added = Adapter(name, self.method, directory, task, parent)
+        if parent == name:
+            parent = self.adapters[name].parent
+        named = name == self.naming
+        added = Adapter(name, self.method, directory, task, parent, named)
         return attrs.evolve(self, adapters={**self.adapters, name: added}, current=name)
 
     def with_base(self, directory: Path, method: Method[Any] | None = None) -> Session:
