@@ -7,6 +7,8 @@ import platform
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
+from tunesmith.units import byte_size
+
 __all__ = ["examine"]
 
 OPTIONAL = {
@@ -47,7 +49,7 @@ def _machine() -> list[str]:
         f"  processors     {os.cpu_count()}",
     ]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    lines.append(f"  memory         {memory / 2**30:.1f} GiB")
+    lines.append(f"  memory         {byte_size(memory)}")
     try:
         import torch
     except ImportError as error:
@@ -66,7 +68,7 @@ def _machine() -> list[str]:
             properties = torch.cuda.get_device_properties(index)
             lines.append(
                 f"  cuda:{index}         {properties.name}, "
-                f"{properties.total_memory / 2**30:.0f} GiB, "
+                f"{byte_size(properties.total_memory)}, "
                 f"compute {properties.major}.{properties.minor}"
             )
     else:

@@ -319,7 +319,7 @@ def test_data_beyond_the_memory_that_is_free_is_refused_before_it_is_read(tmp_pa
     with path.open("wb") as stream:
         stream.truncate(900_000_000)
     monkeypatch.setattr(bounds, "free_memory", lambda: 1_000_000_000)
-    with pytest.raises(DataError, match=r"t\.jsonl: is 900 MB large, and 1,000 MB of memory are"):
+    with pytest.raises(DataError, match=r"t\.jsonl: is 858 MiB large, and 954 MiB of memory are"):
         read_rows(path)
 
 
@@ -328,7 +328,7 @@ def test_reading_stops_when_the_memory_is_nearly_used_up(tmp_path, monkeypatch):
     path.write_text(('{"a": "' + "x" * 90 + '"}\n') * 200_000)
     left = iter([10**9, 10**8])
     monkeypatch.setattr(bounds, "free_memory", lambda: next(left))
-    with pytest.raises(DataError, match=r"has taken all memory after 1\d MB read, and 100 MB of"):
+    with pytest.raises(DataError, match=r"has taken all memory after 1\d MiB read, and 95 MiB of"):
         for _ in sources.iter_rows(path):
             pass
 
@@ -341,7 +341,7 @@ def test_reading_stops_where_the_growth_so_far_says_that_the_rest_will_not_fit(
     grown = iter([0] + [10**9] * 99)
     monkeypatch.setattr(bounds, "_resident_memory", lambda: next(grown))
     monkeypatch.setattr(bounds, "free_memory", lambda: 500_000_000)
-    with pytest.raises(DataError, match=r"will need 1,\d\d\d MB as rows, judged by 3\d MB read"):
+    with pytest.raises(DataError, match=r"will need [1-9]\.\d GiB as rows, judged by 3\d MiB read"):
         for _ in sources.iter_rows(path):
             pass
 

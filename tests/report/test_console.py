@@ -12,6 +12,7 @@ import attrs
 import pytest
 from rich.console import Console
 
+from tunesmith.engine.figures import duration, main_metrics, number
 from tunesmith.plugin.events import (
     Event,
     Progress,
@@ -24,7 +25,7 @@ from tunesmith.plugin.events import (
     StageStarted,
     Warned,
 )
-from tunesmith.report.console import ConsoleReporter, duration, main_metrics, number
+from tunesmith.report.console import ConsoleReporter
 
 ESCAPE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
@@ -265,7 +266,7 @@ def test_unknown_numbers_are_no_reason_to_fail(show):
             memory_bytes=5 * 2**20,
         )
     )
-    assert "ETA -  5 MiB" in ESCAPE.sub("", text)
+    assert "ETA -  5.0 MiB" in ESCAPE.sub("", text)
     assert "loss" not in text
 
 

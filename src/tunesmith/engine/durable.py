@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tunesmith.errors import RunError, TunesmithError
+from tunesmith.units import byte_size
 
 __all__ = [
     "DRAFT",
@@ -27,7 +28,6 @@ __all__ = [
     "remove",
     "require_room",
     "size_of",
-    "sized",
     "sync_directory",
     "sync_tree",
     "told",
@@ -181,22 +181,13 @@ def size_of(directory: Path) -> int:
     )
 
 
-def sized(count: float) -> str:
-    """Return a number of bytes for people."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
-
-
 def require_room(directory: Path, need: int, what: str, kept: str = "") -> None:
     """Refuse to write so many bytes where they do not fit; says what is free and what is kept."""
     free = shutil.disk_usage(directory).free
     if free < need + MARGIN:
         raise RunError(
-            f"{directory}: {what} needs {sized(need)} and {sized(free)} are free{_and(kept)}; "
-            "make room, and run the same again"
+            f"{directory}: {what} needs {byte_size(need)} and {byte_size(free)} are free"
+            f"{_and(kept)}; make room, and run the same again"
         )
 
 
@@ -226,7 +217,7 @@ def told(
             within is not None and number not in WRITES_ONLY and not inside(where, within)
         ):
             raise
-        asked = f"; it needs {sized(need)}" if need else ""
+        asked = f"; it needs {byte_size(need)}" if need else ""
         raise RunError(
             f"{where}: cannot be written: {os.strerror(number).lower()}{asked}"
             f"{_and(kept() if kept else '')}; {ADVICE[number]}, and run the same again"

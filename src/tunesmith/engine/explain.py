@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from tunesmith.data.clean import Dropped
+from tunesmith.engine.figures import short_time
+from tunesmith.units import byte_size
 
-__all__ = ["gibibytes", "plan_text", "short_time"]
+__all__ = ["plan_text"]
 
 
 def plan_text(plan: Any) -> str:
@@ -19,7 +21,7 @@ def plan_text(plan: Any) -> str:
     if plan.device is not None:
         lines.append(
             f"device     {plan.device.name} ({plan.device.description}), {plan.device.precision}, "
-            f"{gibibytes(plan.device.memory_bytes)} memory"
+            f"{byte_size(plan.device.memory_bytes)} memory"
         )
     lines.append(f"seed       {plan.recipe.seed}")
     lines.append("")
@@ -60,9 +62,9 @@ def plan_text(plan: Any) -> str:
                 f"{found.tokens:,} tokens"
             )
             lines.append(
-                f"    takes    about {gibibytes(found.memory_bytes)} of memory (weights "
-                f"{gibibytes(found.weights_bytes)}, trained {gibibytes(found.adapter_bytes)}, "
-                f"activations {gibibytes(found.activations_bytes)}) and {short_time(found.seconds)}"
+                f"    takes    about {byte_size(found.memory_bytes)} of memory (weights "
+                f"{byte_size(found.weights_bytes)}, trained {byte_size(found.adapter_bytes)}, "
+                f"activations {byte_size(found.activations_bytes)}) and {short_time(found.seconds)}"
             )
             lines += [
                 f"    {'speed   ' if i == 0 else '        '} {text}"
@@ -82,15 +84,3 @@ def plan_text(plan: Any) -> str:
 def count_reasons(dropped: Iterable[Dropped]) -> list[tuple[str, int]]:
     """Return why rows were left out, and how many for each reason, the most frequent first."""
     return Counter(entry.reason for entry in dropped).most_common()
-
-
-def gibibytes(count: float) -> str:
-    """Return bytes as a person reads them, in binary units."""
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
-
-
-def short_time(seconds: float) -> str:
-    """Return seconds as "40 s", "3 min" or "2.5 h"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

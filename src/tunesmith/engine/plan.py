@@ -41,6 +41,7 @@ from tunesmith.plugin.registry import Registered, Registry
 from tunesmith.plugin.rewards import identities
 from tunesmith.recipe import VERBS, Data, Recipe, Step, Verb, stage_name
 from tunesmith.recipe_data import Transformation
+from tunesmith.units import byte_size
 
 __all__ = ["Plan", "PlannedStep", "check_base", "make_plan"]
 
@@ -468,8 +469,8 @@ def _with_estimates(
                 step = attrs.evolve(step, estimate=found)
                 if found.memory_bytes > device.memory_bytes:
                     notes.append(
-                        f"{step.name}: is predicted to need {found.memory_bytes / 2**30:.1f} GiB "
-                        f"and {device.name} has {device.memory_bytes / 2**30:.1f}; "
+                        f"{step.name}: is predicted to need {byte_size(found.memory_bytes)} and "
+                        f"{device.name} has {byte_size(device.memory_bytes)}; "
                         "lower batch_size or max_length, or set gradient_checkpointing=True"
                     )
         done.append(step)

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.engine.checkpoints import KEPT
-from tunesmith.engine.durable import MARGIN, require_room, sized
+from tunesmith.engine.durable import MARGIN, require_room
 from tunesmith.engine.plan import PlannedStep
 from tunesmith.plugin.optimizers import optimizer_called
+from tunesmith.units import byte_size
 
 __all__ = ["paced_by_room", "require_room_for_run"]
 
@@ -63,8 +64,8 @@ def paced_by_room(directory: Path, model: Any, config: Any) -> str | None:
     if free >= 2 * weights + checkpoints + MARGIN:
         return None
     return (
-        f"no checkpoint is taken before the end: {KEPT} need {sized(checkpoints)} beside what is "
-        f"kept, and {sized(free)} are free in {directory}"
+        f"no checkpoint is taken before the end: {KEPT} need {byte_size(checkpoints)} beside what "
+        f"is kept, and {byte_size(free)} are free in {directory}"
     )
 
 

@@ -27,6 +27,7 @@ from tunesmith.errors import ModelError
 from tunesmith.nn.checkpoint import within
 from tunesmith.nn.nf4_experts import experts_in
 from tunesmith.nn.tasks import task_of
+from tunesmith.units import byte_size
 
 __all__ = ["ENDS", "Kept", "Split", "described", "is_linear", "split", "tell"]
 
@@ -132,8 +133,8 @@ def described(found: Split, held: int, itemsize: int, precision: str) -> list[st
     plain = found.plain * itemsize
     share = plain / max(1, held + plain)
     lines = [
-        f"{_short(found.quantized)} weights in {_bytes(held)}; {_short(found.plain)} stay in "
-        f"{precision}, {_bytes(plain)}, {share:.0%} of the bytes:"
+        f"{_short(found.quantized)} weights in {byte_size(held)}; {_short(found.plain)} stay in "
+        f"{precision}, {byte_size(plain)}, {share:.0%} of the bytes:"
     ]
     return lines + [
         f"{_short(each.parameters)} {each.what} ({each.why})"
@@ -165,13 +166,6 @@ def _short(count: int) -> str:
         if count >= unit:
             return f"{count / unit:.1f} {name}"
     return str(count)
-
-
-def _bytes(count: int) -> str:
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if count >= unit:
-            return f"{count / unit:,.1f} {name}"
-    return f"{count} bytes"
 
 
 class _Reasons:

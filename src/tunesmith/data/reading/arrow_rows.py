@@ -13,9 +13,9 @@ from tunesmith.data.reading.bounds import MAX_ROW, MemoryWatch, free_memory
 from tunesmith.data.reading.files import File, seekable
 from tunesmith.data.reading.plain import plain_scalar
 from tunesmith.data.reading.row import Row
-from tunesmith.data.reading.words import megabytes
 from tunesmith.errors import DataError, TunesmithError, listed
 from tunesmith.strict_json import MAX_DEPTH, JsonError, parse
+from tunesmith.units import byte_size
 
 __all__ = ["arrow_rows", "batch_rows", "parquet_rows"]
 
@@ -42,8 +42,8 @@ def parquet_rows(file: File, digests: list[bytes]) -> Iterator[Row]:
             need = max(size, rows * _LEAST_BYTES)
             if need > 32_000_000 and need > (free := free_memory()):
                 raise DataError(
-                    f"{file.name}: holds {rows:,} rows of {megabytes(size)} unpacked, and "
-                    f"{megabytes(free)} of memory are free; split the data or take a sample of it"
+                    f"{file.name}: holds {rows:,} rows of {byte_size(size)} unpacked, and "
+                    f"{byte_size(free)} of memory are free; split the data or take a sample of it"
                 )
             count = max(1, min(_BATCH_ROWS, _BATCH_BYTES // per_row))
             batches = reader.iter_batches(batch_size=count)

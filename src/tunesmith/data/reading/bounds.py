@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from tunesmith.data.reading.words import megabytes
 from tunesmith.errors import DataError
+from tunesmith.units import byte_size
 
 __all__ = ["MAX_BLANK", "MAX_ROW", "MemoryWatch", "all_blank", "free_memory", "too_long"]
 
@@ -56,7 +56,7 @@ class MemoryWatch:
         self._next = _STRIDE
         self._begun = _resident_memory()
         if total is not None and total > _JUDGED and total > (free := free_memory()) - RESERVE:
-            raise DataError(self._message(f"is {megabytes(total)} large", free))
+            raise DataError(self._message(f"is {byte_size(total)} large", free))
 
     def add(self, count: int, done: int = 0) -> None:
         """Count bytes that hold rows, at `done` of the total; raise where the rest will not fit."""
@@ -71,15 +71,15 @@ class MemoryWatch:
             grown = max(0, _resident_memory() - self._begun)
             coming = grown * (self._total - done) / done
             if coming > free - RESERVE:
-                problem = f"will need {megabytes(grown + coming)} as rows, judged by {self._read()}"
+                problem = f"will need {byte_size(grown + coming)} as rows, judged by {self._read()}"
                 raise DataError(self._message(problem, free))
 
     def _read(self) -> str:
-        return f"{megabytes(self._seen)} read"
+        return f"{byte_size(self._seen)} read"
 
     def _message(self, problem: str, free: int) -> str:
         return (
-            f"{self._name}: {problem}, and {megabytes(max(0, free))} of memory are free; split "
+            f"{self._name}: {problem}, and {byte_size(max(0, free))} of memory are free; split "
             "the data, take a sample of it, or use a machine with more memory"
         )
 

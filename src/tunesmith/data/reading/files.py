@@ -16,9 +16,9 @@ from typing import Any
 import attrs
 
 from tunesmith.data.reading.bounds import MemoryWatch
-from tunesmith.data.reading.words import megabytes
 from tunesmith.errors import DataError, listed
 from tunesmith.strict_json import JsonError, parse
+from tunesmith.units import byte_size
 
 __all__ = [
     "SUFFIXES",
@@ -320,8 +320,8 @@ class _Content(io.RawIOBase):
         self._count += count
         if self._packed and self._count > max(_BOMB_BYTES, _BOMB_RATIO * self._raw.count):
             raise DataError(
-                f"{self._name}: {megabytes(self._raw.count)} of it unpack to more than "
-                f"{megabytes(self._count)}, more than {_BOMB_RATIO} times as much, as no data "
+                f"{self._name}: {byte_size(self._raw.count)} of it unpack to more than "
+                f"{byte_size(self._count)}, more than {_BOMB_RATIO} times as much, as no data "
                 "does; unpack the file and look at it"
             )
         self._watch.add(count, self._raw.count)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["SHOWN_CHARACTERS", "kind_of", "megabytes", "shortened"]
+__all__ = ["SHOWN_CHARACTERS", "kind_of", "shortened"]
 
 SHOWN_CHARACTERS = 120
 
@@ -36,8 +36,3 @@ def shortened(line: str) -> str:
     """Return a line without blanks around it, cut to what fits into a message."""
     line = line[: 4 * SHOWN_CHARACTERS].strip()
     return line if len(line) <= SHOWN_CHARACTERS else line[: SHOWN_CHARACTERS - 3] + "..."
-
-
-def megabytes(count: float) -> str:
-    """Return a number of bytes in MB."""
-    return f"{count / 1e6:,.0f} MB"
