@@ -119,7 +119,8 @@ STEPS = st.builds(
     | st.lists(st.dictionaries(KEYS, VALUES), max_size=2),
     format=st.none() | NAMES,
 )
-NAMED = st.builds(Step, verb=st.just("peft"), plugin=NAMES, options=OPTIONS, name=st.none() | BARE)
+NAMED_VERBS = st.sampled_from([verb for verb in VERBS if VERBS[verb].named])
+NAMED = st.builds(Step, verb=NAMED_VERBS, plugin=NAMES, options=OPTIONS, name=st.none() | BARE)
 USES = st.builds(Step, verb=st.just("use"), plugin=BARE)
 RECIPES = st.builds(
     Recipe,

@@ -16,6 +16,7 @@ import attrs
 from tunesmith.plugin.options import field_docs
 from tunesmith.plugin.registry import BUILTIN, Registered, registry
 from tunesmith.plugin.rewards import Rewards
+from tunesmith.recipe import VERBS
 
 TARGET = Path(__file__).parents[1] / "src" / "tunesmith" / "verbs.py"
 
@@ -31,10 +32,11 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, ParamSpec, Self, TypeVar, cast
 
 from tunesmith.errors import OptionError, close_matches
+from tunesmith.recipe import VERBS
 
 __all__ = ["Verbs"]
 
@@ -47,6 +49,7 @@ def _sugar(verb: str, plugin: str) -> Callable[[Callable[P, R]], Callable[P, R]]
 
     def decorate(declared: Callable[P, R]) -> Callable[P, R]:
         known = list(inspect.signature(declared).parameters)[1:]
+        names = VERBS[verb].named
 
         @functools.wraps(declared)
         def append(self: Any, *args: Any, **options: Any) -> Any:
@@ -66,7 +69,8 @@ def _sugar(verb: str, plugin: str) -> Callable[[Callable[P, R]], Callable[P, R]]
             if "data" in known and "data" not in options:
                 raise OptionError([f".{plugin}() needs data: a file, a hub id or rows"])
             data, format_name = options.pop("data", None), options.pop("format", None)
-            return self._with(verb, plugin, options, data, format_name)
+            name = options.pop("name", None) if names else None
+            return self._with(verb, plugin, options, data, format_name, name)
 
         return cast("Callable[P, R]", append)
 
@@ -89,6 +93,7 @@ class Verbs:
         options: dict[str, Any],
         data: Any = None,
         format: str | None = None,
+        name: str | None = None,
     ) -> Self:
         raise NotImplementedError
 '''
@@ -100,7 +105,7 @@ def type_text(hint: object) -> str:
         return "Any"
     if isinstance(hint, type) and not typing.get_args(hint):
         return hint.__name__
-    return str(hint).replace("NoneType", "None")
+    return str(hint).replace("NoneType", "None").replace("collections.abc.", "")
 
 
 def method_text(item: Registered) -> str:
@@ -114,6 +119,8 @@ def method_text(item: Registered) -> str:
         parameters += ["data: Any", "*", "format: str | None = None"]
     elif fields:
         parameters.append("*")
+    if names := VERBS[verb].named and (verb != "export" or item.load().makes_adapter):
+        parameters.append("name: str | None = None")
     for field in fields:
         default = "" if field.default is attrs.NOTHING else f" = {literal(field.default)}"
         parameters.append(f"{field.name}: {type_text(field.type)}{default}")
@@ -128,6 +135,8 @@ def method_text(item: Registered) -> str:
             "            which says what is mixed and what is done with the rows first.",
         ]
         lines.append("        format: name of the data format; unset detects it from the rows.")
+    if names:
+        lines.append("        name: What the adapter is called; unset, by the step that makes it.")
     for name, text in docs.items():
         wrapped = textwrap.fill(f"{name}: {' '.join(text.split())}", 92, subsequent_indent="    ")
         lines += textwrap.indent(wrapped, " " * 8).splitlines()

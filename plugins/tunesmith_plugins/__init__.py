@@ -10,6 +10,7 @@ from tunesmith.plugin import Spec, hookimpl
 from tunesmith.plugin.metrics import MetricConfig
 from tunesmith.plugin.options import NoOptions
 from tunesmith_plugins.exporters.merge import MergeConfig
+from tunesmith_plugins.exporters.mix import MixConfig
 from tunesmith_plugins.methods.lora import LoraConfig
 from tunesmith_plugins.quantizers.bitsandbytes import BitsAndBytesConfig
 from tunesmith_plugins.quantizers.fp4 import FP4Config
@@ -143,4 +144,7 @@ def tunesmith_metrics() -> list[Spec]:
 def tunesmith_exporters() -> list[Spec]:
     """Register the exporters."""
     at = f"{_HERE}.exporters"
-    return [Spec("merge", MergeConfig, f"{at}.merge:Merge", summary="adapter added into the base")]
+    return [
+        Spec("merge", MergeConfig, f"{at}.merge:Merge", summary="adapter added into the base"),
+        Spec("mix", MixConfig, f"{at}.mix:Mix", summary="several adapters added up to one"),
+    ]

@@ -118,7 +118,7 @@ VERBS: dict[str, Verb] = {
         is_link=False,
         labelled=True,
     ),
-    "export": Verb("exporters", "tunesmith.engine.steps:Export", leaves_stage=True),
+    "export": Verb("exporters", "tunesmith.engine.steps:Export", leaves_stage=True, named=True),
 }
 """Every verb by its name, in the order of a usual recipe. "The same base" in their rules is what
 was loaded at first, or by the last export that made a model to go on from."""
@@ -159,7 +159,7 @@ class Step:
             if not self.takes_name or ":" in self.name:
                 raise RecipeError(
                     f"'name' is {shown(self.name)}; expected letters, digits, '.', '_' and '-', "
-                    f"and it is given to a step that begins an adapter, such as .lora(name='zh')"
+                    "and it is given to a step that makes an adapter, such as .lora(name='zh')"
                 )
         if not self.kind and self.options:
             raise RecipeError(

@@ -108,9 +108,12 @@ class Tuner(Verbs):
         """Measure the model as it stands at this step by any installed metric."""
         return self._with("evaluate", metric, options, data, format)
 
-    def export(self, exporter: str | Any, **options: Any) -> Self:
-        """Write the model by any installed exporter, by name or by config instance."""
-        return self._with("export", exporter, options)
+    def export(self, exporter: str | Any, *, name: str | None = None, **options: Any) -> Self:
+        """Write the model by any installed exporter, by name or by config instance.
+
+        `name` is that of the adapter which it makes, if it makes one, as "mix" does.
+        """
+        return self._with("export", exporter, options, name=name)
 
     def explain(self) -> Plan:
         """Print and return the plan: what will be done, what it will take, what is wrong."""

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, ParamSpec, Self, TypeVar, cast
 
 from tunesmith.errors import OptionError, close_matches
+from tunesmith.recipe import VERBS
 
 __all__ = ["Verbs"]
 
@@ -24,6 +25,7 @@ def _sugar(verb: str, plugin: str) -> Callable[[Callable[P, R]], Callable[P, R]]
 
     def decorate(declared: Callable[P, R]) -> Callable[P, R]:
         known = list(inspect.signature(declared).parameters)[1:]
+        names = VERBS[verb].named
 
         @functools.wraps(declared)
         def append(self: Any, *args: Any, **options: Any) -> Any:
@@ -43,7 +45,8 @@ def _sugar(verb: str, plugin: str) -> Callable[[Callable[P, R]], Callable[P, R]]
             if "data" in known and "data" not in options:
                 raise OptionError([f".{plugin}() needs data: a file, a hub id or rows"])
             data, format_name = options.pop("data", None), options.pop("format", None)
-            return self._with(verb, plugin, options, data, format_name)
+            name = options.pop("name", None) if names else None
+            return self._with(verb, plugin, options, data, format_name, name)
 
         return cast("Callable[P, R]", append)
 
@@ -60,6 +63,7 @@ class Verbs:
         ("train", "dpo"): "dpo",
         ("train", "sft"): "sft",
         ("export", "merge"): "merge",
+        ("export", "mix"): "mix",
     }
     """(verb, plugin) to the method that stands for it."""
 
@@ -70,6 +74,7 @@ class Verbs:
         options: dict[str, Any],
         data: Any = None,
         format: str | None = None,
+        name: str | None = None,
     ) -> Self:
         raise NotImplementedError
 
@@ -77,6 +82,7 @@ class Verbs:
     def lora(
         self,
         *,
+        name: str | None = None,
         r: int = 16,
         alpha: float | None = None,
         dropout: float = 0.0,
@@ -88,6 +94,7 @@ class Verbs:
     ) -> Self:
         """Low-rank adaptation.
 
+        name: What the adapter is called; unset, by the step that makes it.
         r: Rank of the update; 16 as PEFT's QLoRA recipes (QLoRA itself: 64, with no gain above 8).
         alpha: The update is scaled by alpha / r; unset takes 2 r, the ratio of Microsoft's LoRA and
             of "LoRA Learns Less and Forgets Less" (arXiv:2405.09673).
@@ -289,5 +296,23 @@ class Verbs:
         verify: Open what was written and compare it with the adapter on its base: weight by weight,
             and by the logits of a few rows. It takes about as long again; the two are not in memory
             at once.
+        """
+        return self  # a declaration; the decorator appends the step
+
+    @_sugar("export", "mix")
+    def mix(
+        self,
+        *,
+        name: str | None = None,
+        adapters: Mapping[str, float],
+        rank: int | None = None,
+    ) -> Self:
+        """Several adapters added up to one.
+
+        name: What the adapter is called; unset, by the step that makes it.
+        adapters: Names of the adapters, and what the update of each is multiplied by before they
+            are added.
+        rank: Cut the sum to this rank by singular value decomposition; unset keeps all of it, at
+            the sum of the ranks.
         """
         return self  # a declaration; the decorator appends the step

@@ -110,3 +110,45 @@ def test_what_is_no_name_is_refused(row, message):
 def test_a_name_where_none_can_be_is_an_unknown_option(base, alpaca_file):
     with pytest.raises(Exception, match="unknown option 'name'"):
         base.train("sft", alpaca_file, name="zh")
+
+
+def test_adapters_are_mixed_and_the_run_goes_on_with_the_sum(
+    base, alpaca_file, preference_file, tmp_path
+):
+    hot = {**SHORT, "learning_rate": 0.01}
+    two = (base.lora(name="zh", r=4).sft(alpaca_file, **hot).lora(name="code", r=8)).sft(
+        alpaca_file, **{**hot, "learning_rate": 0.02}
+    )
+    alone = two.use("zh").merge().run(tmp_path / "a", progress=False)
+    itself = two.mix(adapters={"zh": 1.0}).merge().run(tmp_path / "b", progress=False)
+    assert list(itself.adapters) == ["zh", "code", "mix"]
+    ours, expected = (load_file(each.model_path / "model.safetensors") for each in (itself, alone))
+    for name, weight in expected.items():
+        assert (ours[name].float() - weight.float()).abs().max() < 1e-5, name
+
+    mixed = two.mix(name="both", adapters={"zh": 0.5, "code": 0.5}, rank=6)
+    result = mixed.dpo(preference_file, **SHORT).merge().run(tmp_path / "c", progress=False)
+    assert list(result.adapters) == ["zh", "code", "both"]
+    stages = [stage.name for stage in result.stages if stage.adapter is not None]
+    assert stages == ["03-sft", "05-sft", "06-mix", "07-dpo"]
+    assert result.adapters["both"] == result.stages[3].adapter
+    assert RunResult.open(tmp_path / "c").adapters == result.adapters
+
+
+@pytest.mark.parametrize(
+    ("chain", "message"),
+    [
+        (lambda t, f: t.lora().sft(f).mix(adapters={"sgt": 1.0}), "no adapter 'sgt' by then"),
+        (lambda t, f: t.lora().sft(f).export("merge", name="a"), "makes no adapter"),
+        (
+            lambda t, f: t.lora(name="a").sft(f).mix(adapters={"a": 1.0}, name="a"),
+            "there is an adapter 'a' already",
+        ),
+    ],
+)
+def test_a_mix_that_cannot_be_is_found_in_the_plan(base, alpaca_file, chain, message):
+    from tunesmith.engine.plan import make_plan
+    from tunesmith.plugin.registry import registry
+
+    plan = make_plan(chain(base, alpaca_file).recipe, registry(), estimates=False)
+    assert message in "\n".join(plan.problems)

@@ -174,6 +174,12 @@ class TestPreferenceAccuracy(MetricConformance):
     name = "preference_accuracy"
 
 
+class TestMix(ExporterConformance):
+    plugin = BUILTINS
+    name = "mix"
+    options = {"adapters": {"sft": 1.0}}
+
+
 class TestMerge(ExporterConformance):
     plugin = BUILTINS
     name = "merge"

@@ -49,6 +49,8 @@ class Lora(PeftMethod[LoraConfig]):
     Linear layers become `tunesmith.nn.lora_linear.LoraLinear`, which does both in one pass.
     """
 
+    mixable = True
+
     def targets(self, model: PreTrainedModel) -> Targets:
         """Return what of a model is adapted. Errors: `ModelError` for names it does not have."""
         from tunesmith.nn.targets import find_targets

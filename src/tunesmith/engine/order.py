@@ -42,15 +42,23 @@ class _SoFar:
             self.trained = step
             if self.method is not None and not self.method.flag("saves_model"):
                 self._trains(step, self.method)
+        elif step.flag("makes_adapter"):
+            of = _read_by(step)
+            if of and of[0] in self.adapters:
+                self.method, self.trained = self.adapters[of[0]]
+                self.current = step.step.name or self._label(step)
+                self.adapters[self.current] = (self.method, self.trained)
         elif not kind and step.step.plugin in self.adapters:
             self.method, self.trained = self.adapters[step.step.plugin]
             self.current = step.step.plugin
         self.since.setdefault(step.step.verb, step)
 
     def _trains(self, step: PlannedStep, method: PlannedStep) -> None:
-        label = step.step.label if step.step.label not in self.adapters else step.name
-        self.current = method.step.name or label
+        self.current = method.step.name or self._label(step)
         self.adapters[self.current] = (method, step)
+
+    def _label(self, step: PlannedStep) -> str:
+        return step.step.label if step.step.label not in self.adapters else step.name
 
 
 def order_problems(steps: Sequence[PlannedStep]) -> list[str]:
@@ -68,6 +76,7 @@ def order_problems(steps: Sequence[PlannedStep]) -> list[str]:
             problems += _by_training(step, so_far.method, so_far.trained)
         elif kind == "exporters":
             problems += _by_export(step, so_far.method, so_far.trained)
+            problems += _by_adapters(step, so_far)
         elif not kind:
             problems += _by_use(step, so_far)
         so_far.passed(step)
@@ -136,12 +145,50 @@ def _by_method(step: PlannedStep, so_far: _SoFar) -> list[str]:
 
 
 def _by_use(step: PlannedStep, so_far: _SoFar) -> list[str]:
-    name = step.step.plugin
-    if name in so_far.adapters:
-        return []
+    return _unknown(step, (step.step.plugin,), so_far)
+
+
+def _by_adapters(step: PlannedStep, so_far: _SoFar) -> list[str]:
+    """Say what is wrong with the adapters that an export reads, and with the one it makes."""
+    problems: list[str] = []
+    name, makes = step.step.name, step.flag("makes_adapter")
+    if name is not None and not makes:
+        problems.append(f"{step.here}: makes no adapter to be called '{name}'; leave the name out")
+    elif name in so_far.adapters:
+        problems.append(f"{step.here}: there is an adapter '{name}' already; take another name")
+    read = _read_by(step)
+    if unknown := _unknown(step, read, so_far):
+        return problems + unknown
+    if not makes or not read:
+        return problems
+    methods, trained = zip(*(so_far.adapters[each] for each in read), strict=True)
+    kinds = {each.step.plugin: each for each in methods}
+    problems += [
+        f"{step.here}: adapters of {label} cannot be added up to one"
+        for label, each in kinds.items()
+        if not each.flag("mixable")
+    ]
+    tasks = {str(_task(each)) for each in trained}
+    if len(kinds) > 1 or len(tasks) > 1:
+        problems.append(
+            f"{step.here}: the adapters are not of one kind: they are of {listed(kinds)}, trained "
+            f"for {listed(sorted(tasks))}; mix those that are"
+        )
+    return problems
+
+
+def _read_by(step: PlannedStep) -> tuple[str, ...]:
+    """Return the adapters that an export names."""
+    reads = step.flag("reads")
+    return tuple(reads(step.config)) if reads is not None and step.config is not None else ()
+
+
+def _unknown(step: PlannedStep, names: Sequence[str], so_far: _SoFar) -> list[str]:
     return [
         f"{step.here}: there is no adapter '{name}' by then{close_matches(name, so_far.adapters)}; "
         f"trained on this base so far: {listed(so_far.adapters) or 'none'}"
+        for name in names
+        if name not in so_far.adapters
     ]
 
 

@@ -24,6 +24,7 @@ from tunesmith.recipe import VERBS, Recipe, Step, stage_name
 
 if TYPE_CHECKING:
     from tunesmith.engine.plan import PlannedStep
+    from tunesmith.plugin.exporters import Exporter
 
 __all__ = ["Made", "Place", "Work", "fold", "work_of"]
 
@@ -112,9 +113,7 @@ class Train(Work):
         made = StageTraining(step, session, place).run()
         if "adapter" not in made.artefacts:
             return made
-        label = step.step.label
-        own = label if label not in session.adapters else step.name
-        return attrs.evolve(made, adapter_name=session.naming or own)
+        return attrs.evolve(made, adapter_name=session.naming or _free_label(step, session))
 
     def then(
         self, step: Step, name: str, session: Session, stage: Stage | None, registry: Registry
@@ -173,16 +172,30 @@ class Export(Work):
         session = attrs.evolve(session, samples=_samples(place.steps))
         artefacts = dict(exporter.export(session, target))
         session.unload()
-        _check_artefacts(step, artefacts, target, makes_model=exporter.makes_model)
+        _check_artefacts(step, artefacts, target, exporter)
         size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
-        return Made({"bytes": float(size)}, artefacts)
+        made = Made({"bytes": float(size)}, artefacts)
+        if not exporter.makes_adapter:
+            return made
+        return attrs.evolve(made, adapter_name=step.step.name or _free_label(step, session))
 
     def then(
         self, step: Step, name: str, session: Session, stage: Stage | None, registry: Registry
     ) -> Session:
         if stage is not None and stage.model is not None:
             return session.with_base(stage.model)
+        if stage is not None and stage.adapter is not None:
+            item, config = registry.config_of(step)
+            first = session.adapter(item.load().reads(config)[0])
+            session = attrs.evolve(session, method=first.method, naming=step.name)
+            return session.with_adapter(stage.adapter_name, stage.adapter, task=first.task)
         return session
+
+
+def _free_label(step: PlannedStep, session: Session) -> str:
+    """Return the name of an adapter that was given none."""
+    label = step.step.label
+    return label if label not in session.adapters else step.name
 
 
 def work_of(verb: str) -> Work:
@@ -214,7 +227,7 @@ def fold(
 
 
 def _check_artefacts(
-    step: PlannedStep, artefacts: Mapping[str, Path], target: Path, *, makes_model: bool
+    step: PlannedStep, artefacts: Mapping[str, Path], target: Path, exporter: Exporter[Any]
 ) -> None:
     wrong = [
         f"'{name}': {path} is not there"
@@ -225,8 +238,9 @@ def _check_artefacts(
     ]
     if not artefacts:
         wrong.append("it names none")
-    if makes_model and "model" not in artefacts:
-        wrong.append("there is no 'model', which the run is to go on from")
+    for makes, name in ((exporter.makes_model, "model"), (exporter.makes_adapter, "adapter")):
+        if makes and name not in artefacts:
+            wrong.append(f"there is no '{name}', which the run is to go on with")
     if wrong:
         raise PluginError(
             f"the exporter '{step.step.plugin}' says otherwise than what it has made: "

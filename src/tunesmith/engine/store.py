@@ -109,7 +109,7 @@ class Stage:
     artefacts: Mapping[str, str] = attrs.field(factory=dict)
     """What others may find again, by name: paths in the stage's directory, with "/"."""
     adapter_name: str = ""
-    """Name of the adapter among them; empty where there is none."""
+    """Name of the adapter among them that the run goes on with; empty where there is none."""
     files: Files = attrs.field(factory=dict)
     """Size and SHA-256 of everything that was made, by its path in the stage's directory."""
 
@@ -120,8 +120,8 @@ class Stage:
 
     @property
     def adapter(self) -> Path | None:
-        """Directory of the adapter that the stage trained."""
-        return self.paths.get("adapter")
+        """Directory of the adapter that the stage made, if it made one to go on with."""
+        return self.paths.get("adapter") if self.adapter_name else None
 
     @property
     def model(self) -> Path | None:
@@ -488,7 +488,7 @@ def _stage(directory: Path, row: dict[str, Any]) -> Stage:
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise ValueError(f"the metric '{name}' is {value!r:.80}")
     check_listing(row["files"])
-    if "adapter" in row["artefacts"] and not is_name(row["adapter_name"]):
+    if row["adapter_name"] and not is_name(row["adapter_name"]):
         raise ValueError(f"its adapter is called {row['adapter_name']!r:.80}")
     for name, place in row["artefacts"].items():
         # a listed file, or a directory of some: so it is within the stage

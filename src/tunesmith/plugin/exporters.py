@@ -22,9 +22,16 @@ class Exporter(ABC, Generic[C]):
     """Whether it makes a plain model that the run goes on from: an artefact called "model"."""
     merges: ClassVar[bool] = False
     """Whether it adds what was trained into the base's weights, which not every method can."""
+    makes_adapter: ClassVar[bool] = False
+    """Whether it makes an adapter that the run goes on with: an artefact called "adapter"."""
 
     def __init__(self, config: C) -> None:
         self.config = config
+
+    @classmethod
+    def reads(cls, config: C) -> tuple[str, ...]:
+        """Return the names of the adapters that it reads beside the current one, for a plan."""
+        return ()
 
     @abstractmethod
     def export(self, session: Session, directory: Path) -> Mapping[str, Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -28,6 +29,8 @@ class Method(ABC, Generic[C]):
 
     mergeable: ClassVar[bool] = True
     """Whether what it trains can be added into the base's weights."""
+    mixable: ClassVar[bool] = False
+    """Whether several adapters of it can be added up to one: see `mix`."""
     adds_tokens: ClassVar[bool] = False
     """Whether it puts tokens, or keys and values, of its own before those of a row: rows that are
     packed into one would all but the first be without them."""
@@ -89,6 +92,16 @@ class Method(ABC, Generic[C]):
         from tunesmith.nn.merging import merging
 
         return merging(model, quantizer)
+
+    def mix(
+        self, adapters: Sequence[tuple[Path, float]], directory: Path, *, rank: int | None
+    ) -> None:
+        """Write an adapter whose update is the sum of those in other directories, times a weight.
+
+        Asked of a method that is `mixable`. `rank` is the largest that the sum may have; None is
+        all that it takes. Errors: `ModelError` for what no sum holds.
+        """
+        raise NotImplementedError
 
 
 class PeftMethod(Method[C]):
@@ -158,6 +171,14 @@ class PeftMethod(Method[C]):
         wrapped = open_adapter(model, directory, self.registered(config), trainable=trainable)
         check_loaded(wrapped, directory)
         return wrapped
+
+    def mix(
+        self, adapters: Sequence[tuple[Path, float]], directory: Path, *, rank: int | None
+    ) -> None:
+        """Write the LoRA that is the sum of others; for a method whose adapters are LoRAs."""
+        from tunesmith.nn.mixing import mix_loras
+
+        mix_loras(adapters, directory, rank=rank)
 
     def save(self, model: Any, directory: Path) -> None:
         """Write the adapter in PEFT's own format, open it again and compare."""

@@ -125,7 +125,7 @@ class Session:
         adapter that there is not, or that was trained for another task.
         """
         name = self.current if adapter is None else adapter
-        named = None if name is None else self._named(name)
+        named = None if name is None else self.adapter(name)
         if named is not None and named.task != task:
             raise RunError(
                 f"adapter '{named.name}': was trained for {named.task}, and is asked for {task}; "
@@ -159,7 +159,7 @@ class Session:
 
     def using(self, name: str) -> Session:
         """Return a session that goes on with another one of its adapters, and its method."""
-        adapter = self._named(name)
+        adapter = self.adapter(name)
         naming = name if adapter.named else None
         return attrs.evolve(self, method=adapter.method, naming=naming, current=name)
 
@@ -213,7 +213,8 @@ class Session:
             f"{listed(known) or 'nothing yet'}; put the step that makes it before this one"
         )
 
-    def _named(self, name: str) -> Adapter:
+    def adapter(self, name: str) -> Adapter:
+        """Return an adapter by its name. Errors: `RunError` naming those that there are."""
         if name in self.adapters:
             return self.adapters[name]
         raise RunError(
