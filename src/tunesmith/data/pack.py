@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tunesmith.data.render import IGNORE_INDEX, Rendered
 from tunesmith.errors import DataError
+from tunesmith.modes import in_mode
 
 __all__ = [
     "PackingCollator",
@@ -161,18 +162,13 @@ def packing_supported(model: Any) -> str | None:
         return None
     size = inner.get_input_embeddings().num_embeddings
     first, second, other = ([(7 * k + s) % size for k in range(1, 7)] for s in (1, 2, 4))
-    modes = [(module, module.training) for module in inner.modules()]
-    inner.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), in_mode(inner, training=False):
             plain = _second_logits(inner, first, second, device)
             changed = _second_logits(inner, other, second, device)
             moved = _second_logits(inner, second, first, device, of=0)
     except TypeError as error:
         return f"its forward does not take packed samples: {error}"
-    finally:
-        for module, mode in modes:
-            module.training = mode
     scale = plain.float().abs().max().clamp_min(1e-6)
     leak = float((plain.float() - changed.float()).abs().max() / scale)
     shift = float((plain.float() - moved.float()).abs().max() / scale)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
 
-from tunesmith.engine.store import Stage
+from tunesmith.engine.store import SAMPLES, Stage
 from tunesmith.errors import PluginError
 from tunesmith.plugin.events import Event
 from tunesmith.plugin.registry import Registry
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from tunesmith.plugin.exporters import Exporter
 
 __all__ = ["Made", "Place", "Work", "fold", "work_of"]
-
-SAMPLES = "samples.jsonl"
 
 
 @attrs.frozen

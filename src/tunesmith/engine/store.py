@@ -61,6 +61,7 @@ from tunesmith.errors import RunError
 from tunesmith.recipe import VERBS, is_name
 
 __all__ = [
+    "SAMPLES",
     "RunStore",
     "Stage",
     "check_stage",
@@ -74,6 +75,8 @@ MARKER = "recipe.yaml"
 PARTIAL_MARK = "fingerprint"
 CHECKED = "checked.json"
 CHECKPOINTS = "checkpoints"
+SAMPLES = "samples.jsonl"
+"""What a metric has kept of a model's answers, in its stage's directory."""
 STAGE_NAME = re.compile(r"\d{2,}-[A-Za-z0-9][A-Za-z0-9._-]*")
 FINGERPRINT = re.compile(r"[0-9a-f]{2,64}")
 FILES = (MARKER, "lock.json", "report.html")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tunesmith.errors import OpError
+from tunesmith.modes import in_mode
 from tunesmith.nn import fused_layers, varlen_attention
 from tunesmith.nn.eval_mode import CHECKPOINTS
 from tunesmith.nn.lora_linear import LoraLinear, hooked
@@ -153,17 +154,13 @@ class _DecoderLayer(fused_layers.Fused):
 
     def disagreement(self) -> str | None:
         """Return why the layer itself does something else; None if it does the same."""
-        modes = [(module, module.training) for module in self.module.modules()]
-        self.module.train()  # dropout that a layer does by itself then shows
         try:
-            with torch.no_grad(), torch.random.fork_rng([]):
+            # in training, so that dropout that a layer does by itself shows
+            with in_mode(self.module, training=True), torch.no_grad(), torch.random.fork_rng([]):
                 torch.manual_seed(0)
                 return self._disagreement()
         except Exception as error:  # whatever a stranger's code raises at made-up input
             return f"a {type(self.module).__name__} does not take made-up input: {error}"
-        finally:
-            for module, training in modes:
-                module.training = training
 
     def _disagreement(self) -> str | None:
         attention, name = self.module.self_attn, type(self.module).__name__

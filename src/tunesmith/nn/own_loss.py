@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.data.render import IGNORE_INDEX
+from tunesmith.modes import in_mode
 
 __all__ = ["OwnLoss", "as_in_training", "mean_nll", "own_loss", "trial_batch"]
 
@@ -118,13 +119,7 @@ def as_in_training(model: Any) -> Iterator[None]:
     Some layers change their weights when they are first used in eval mode. Random numbers drawn
     within are no others' loss.
     """
-    own = model.training
-    modes = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
-    model.train()
-    try:
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        for module in model.modules():  # some may be new: BigBird makes layers when first asked
-            module.training = modes.get(module, own)
+    devices = [device] if device.type == "cuda" else []
+    with in_mode(model, training=True), torch.no_grad(), torch.random.fork_rng(devices):
+        yield

@@ -22,6 +22,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import ModelError
+from tunesmith.modes import in_mode
 from tunesmith.nn.checkpoint import within
 from tunesmith.nn.merging import Adapted, Dense, Merging, dense_shell, standing_in
 
@@ -98,7 +99,7 @@ def check_weight(name: str, each: Adapted, merged: torch.Tensor, dense: Dense) -
 
     `merged` is fp32, as the plain model has it. Errors: `ModelError` naming the weight.
     """
-    with torch.no_grad(), _evaluated(each.layers[0]):
+    with torch.no_grad(), in_mode(each.layers[0], training=False):
         value = dense.dense_parameter(each.module, each.name)
         shell = dense_shell(each, value, dense)
         plain = value.T if each.transposed else value
@@ -179,17 +180,6 @@ def _activated(layers: Sequence[Any]) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _evaluated(module: nn.Module) -> Iterator[None]:
-    modes = [(each, each.training) for each in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for each, mode in modes:
-            each.training = mode
-
-
 def _within_any(name: str, modules: Sequence[str]) -> bool:
     return any(within(name, module) for module in modules)
 
@@ -212,7 +202,7 @@ def row_logits(model: Any, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """Return the logits [tokens, vocabulary] of each row of ids, in fp32 on the CPU."""
     device = next(model.parameters()).device
     found = []
-    with torch.no_grad(), _evaluated(model):
+    with torch.no_grad(), in_mode(model, training=False):
         for row in rows:
             ids = torch.tensor([list(row)], device=device)
             out = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tunesmith.data.render import IGNORE_INDEX
 from tunesmith.errors import OpError
+from tunesmith.modes import in_mode
 from tunesmith.nn import decoder
 from tunesmith.nn.head_logps import Headless
 from tunesmith.nn.logps import logps_of_logits
@@ -139,7 +140,7 @@ def roll_out(
     device = next(model.parameters()).device
     draws = _draws(rows, sampling, seed)  # [rows, max_new_tokens]
     said: list[_Said] = [_Said([], False, []) for _ in rows]
-    with _in_eval(model), _without_defaults(model), torch.no_grad():
+    with in_mode(model, training=False), _without_defaults(model), torch.no_grad():
         for numbers in _batches(model, rows, pad_id, batch_size):
             try:
                 answers = _decode(
@@ -569,19 +570,6 @@ def _padded(
         ids[number, part] = torch.tensor(list(row), dtype=torch.int64)
         mask[number, part] = True
     return ids.to(device), mask.to(device)
-
-
-@contextmanager
-def _in_eval(model: Any) -> Iterator[None]:
-    """Let a model say what it says without dropout, and leave every module in its mode."""
-    training = [module for module in model.modules() if module.training]
-    if training:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tunesmith.engine.figures import duration, main_metrics, number
+from tunesmith.engine.store import SAMPLES
 from tunesmith.recipe import Recipe
 from tunesmith.report.charts import charts
 from tunesmith.report.pieces import identifier_of, notes_list, table, text_of
@@ -109,7 +110,7 @@ def _samples(run: ReadRun) -> str:
     return (
         "<section><h2>Samples</h2>"
         + table("Answers by stage", heads, rows)
-        + (f"<p>and {more} more in samples.jsonl of these stages</p>" if more else "")
+        + (f"<p>and {more} more in {SAMPLES} of these stages</p>" if more else "")
         + "</section>"
     )
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import attrs
 
+from tunesmith.engine.store import SAMPLES
 from tunesmith.recipe import VERBS, Recipe
 
 __all__ = ["ReadRun", "ReadStage", "finite_or_nan", "is_number", "mapping", "read_run", "shortened"]
@@ -113,7 +114,7 @@ def _read_stage(directory: Path) -> ReadStage:
         stage.reasons[reason] += 1
         if len(stage.dropped) < DROPPED_SHOWN:
             stage.dropped.append((shortened(row.get("where", "")), reason))
-    samples = _read_lines(directory / "samples.jsonl", f"{where}/samples.jsonl", stage.notes)
+    samples = _read_lines(directory / SAMPLES, f"{where}/{SAMPLES}", stage.notes)
     stage.samples = list(samples)
     return stage
 
