@@ -19,7 +19,7 @@ from layers import CODES, assert_close
 from torch import Tensor
 
 from tunesmith import _native
-from tunesmith.ops import reference
+from tunesmith.ops import four_bit
 
 HUGE = 2**31
 BLOCKSIZE = 4096
@@ -76,13 +76,13 @@ def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def dequantize(native: ModuleType) -> None:
     rest = 3 * BLOCKSIZE + 4001
     numel, blocks = HUGE + rest, -(-(HUGE + rest) // BLOCKSIZE)
-    packed, absmax = reference.quantize_4bit(numbers(rest), BLOCKSIZE, "nf4")
+    packed, absmax = four_bit.reference_quantize_4bit(numbers(rest), BLOCKSIZE, "nf4")
     out = round_and_round(2 * numel)
     native.dequantize_4bit(
         zeros((numel + 1) // 2, packed), zeros(4 * blocks, absmax), 0, 0, numel, BLOCKSIZE,
         CODES["nf4"], CODES[torch.bfloat16], out, None,
     )  # fmt: skip
-    expected = reference.dequantize_4bit(
+    expected = four_bit.reference_dequantize_4bit(
         packed, absmax, None, None, [rest], BLOCKSIZE, "nf4", torch.bfloat16
     )
     assert torch.equal(read_end(out, 2 * numel, rest, torch.bfloat16), expected)
@@ -97,7 +97,7 @@ def quantize(native: ModuleType) -> None:
         zeros(2 * numel, weight), CODES[torch.bfloat16], numel, BLOCKSIZE, CODES["nf4"], packed,
         absmax, None,
     )  # fmt: skip
-    expected = reference.quantize_4bit(weight, BLOCKSIZE, "nf4")
+    expected = four_bit.reference_quantize_4bit(weight, BLOCKSIZE, "nf4")
     for at, nbytes, ours in zip(
         (packed, absmax), ((numel + 1) // 2, 4 * blocks), expected, strict=True
     ):
@@ -123,8 +123,8 @@ def weight(native: ModuleType) -> None:
     columns, few = 64, 128
     rows = HUGE // columns + few
     w = numbers(few, columns)
-    packed, absmax = reference.quantize_4bit(w, BLOCKSIZE, "nf4")
-    dense = reference.dequantize_4bit(
+    packed, absmax = four_bit.reference_quantize_4bit(w, BLOCKSIZE, "nf4")
+    dense = four_bit.reference_dequantize_4bit(
         packed, absmax, None, None, w.shape, BLOCKSIZE, "nf4", torch.float32
     ).double()
     numel = rows * columns

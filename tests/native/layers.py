@@ -11,8 +11,9 @@ import attrs
 import torch
 from torch import Tensor
 
-from tunesmith.ops import reference
-from tunesmith.ops.schema import BLOCKSIZES, DTYPES, QUANT_TYPES
+from tunesmith.ops import four_bit
+from tunesmith.ops.dtypes import DTYPES
+from tunesmith.ops.four_bit import BLOCKSIZES, QUANT_TYPES
 
 CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, "nf4": 3, "fp4": 4}
 """Types as csrc/kernels.h numbers them."""
@@ -218,12 +219,12 @@ def random_layer(
     scales: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
     dense = weight.double()
     if quant_type:
-        weight, absmax = reference.quantize_4bit(weight, blocksize, quant_type)
+        weight, absmax = four_bit.reference_quantize_4bit(weight, blocksize, quant_type)
         nested_absmax = nested_offset = None
         if choose.random() < 0.5:
-            absmax, nested_absmax, nested_offset = reference.quantize_absmax(absmax)
+            absmax, nested_absmax, nested_offset = four_bit.reference_quantize_absmax(absmax)
         scales = (absmax, nested_absmax, nested_offset)
-        dense = reference.dequantize_4bit(
+        dense = four_bit.reference_dequantize_4bit(
             weight,
             absmax,
             nested_absmax,

@@ -13,7 +13,8 @@ from guards import PageEnds
 from layers import CODES, random_layer
 
 from tunesmith import _native
-from tunesmith.ops.schema import DTYPES, QUANT_TYPES
+from tunesmith.ops.dtypes import DTYPES
+from tunesmith.ops.four_bit import QUANT_TYPES
 
 SIZES = range(1, 514)
 

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from tunesmith.errors import OpError
-from tunesmith.ops import NF4Weight, dequantize_nf4, linear_nf4, quantize_nf4, reference
-from tunesmith.ops.schema import DTYPES, QUANT_TYPES
+from tunesmith.ops import NF4Weight, dequantize_nf4, four_bit, linear_nf4, quantize_nf4
+from tunesmith.ops.dtypes import DTYPES
+from tunesmith.ops.four_bit import QUANT_TYPES
+from tunesmith.ops.tables import DYNAMIC_MAP
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,16 +38,16 @@ def test_codes_scales_and_values_are_the_same(
     ops = torch.ops.tunesmith
     for numel in (0, 1, 63, 64, 65, 513, 64 * 1000 + 37, 4096 * 300):
         weight = torch.randn(numel).to(dtype)
-        packed, absmax = reference.quantize_4bit(weight, blocksize, quant_type)
+        packed, absmax = four_bit.reference_quantize_4bit(weight, blocksize, quant_type)
         on_gpu = ops.quantize_4bit(weight.cuda(), blocksize, quant_type)
         assert torch.equal(on_gpu[0].cpu(), packed)
         assert torch.equal(on_gpu[1].cpu(), absmax)
         # the mean, and with it the codes, may differ in the last bit from device to device, so
         # double quantization is compared on the way back
-        nested = reference.quantize_absmax(absmax)
+        nested = four_bit.reference_quantize_absmax(absmax)
         for parts in ((absmax, None, None), nested):
             args = ([numel], blocksize, quant_type, dtype)
-            values = reference.dequantize_4bit(packed, *parts, *args)
+            values = four_bit.reference_dequantize_4bit(packed, *parts, *args)
             moved = [part if part is None else part.cuda() for part in parts]
             assert torch.equal(ops.dequantize_4bit(packed.cuda(), *moved, *args).cpu(), values)
 
@@ -55,7 +57,7 @@ def test_absmax_codes_are_the_nearest_to_what_the_device_took_for_the_mean() -> 
     codes, nested_absmax, offset = torch.ops.tunesmith.quantize_absmax(absmax.cuda())
     scales = nested_absmax.cpu().repeat_interleave(256)[:1000]
     scaled = (absmax - offset.cpu()) * (1 / scales)
-    middle = (reference.DYNAMIC_MAP[:-1] + reference.DYNAMIC_MAP[1:]) / 2
+    middle = (DYNAMIC_MAP[:-1] + DYNAMIC_MAP[1:]) / 2
     assert torch.equal(codes.cpu().int(), torch.bucketize(scaled, middle, out_int32=True))
 
 
@@ -78,7 +80,7 @@ def test_more_than_2_to_31_elements_are_dequantized() -> None:
         size = min(2 * 4096, numel - start)
         codes = packed[start // 2 : (start + size + 1) // 2].cpu()
         scales = absmax[start // blocksize :][: -(-size // blocksize)].cpu()
-        expected = reference.dequantize_4bit(codes, scales, None, None, [size], *args)
+        expected = four_bit.reference_dequantize_4bit(codes, scales, None, None, [size], *args)
         assert torch.equal(out[start : start + size].cpu(), expected)
 
 
@@ -105,8 +107,8 @@ class Layer:
         device: str = "cuda",
     ) -> "Layer":
         weight = torch.randn(out_features, in_features)
-        packed, absmax = reference.quantize_4bit(weight, 64, quant_type)
-        scales = reference.quantize_absmax(absmax) if nested else (absmax, None, None)
+        packed, absmax = four_bit.reference_quantize_4bit(weight, 64, quant_type)
+        scales = four_bit.reference_quantize_absmax(absmax) if nested else (absmax, None, None)
         return cls(
             packed.to(device),
             tuple(part if part is None else part.to(device) for part in scales),
@@ -127,7 +129,7 @@ class Layer:
         """Compare with the same in fp64, as near as y's dtype and fp32 sums allow."""
         shape = (self.out_features, x.shape[-1])
         parts = (self.packed, *self.scales, shape, 64, self.quant_type, torch.float32)
-        dense = reference.dequantize_4bit(*parts).double()
+        dense = four_bit.reference_dequantize_4bit(*parts).double()
         a, b, wide = self.lora_a.double(), 0.5 * self.lora_b.double(), x.double()
         expected = wide @ dense.T + self.bias.double() + wide @ a.T @ b.T
         terms = wide.abs() @ dense.abs().T + wide.abs() @ a.abs().T @ b.abs().T

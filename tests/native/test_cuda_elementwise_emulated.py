@@ -12,7 +12,7 @@ import torch
 from emulation.device import ACTIVATIONS, CSRC, Device, build
 from test_cuda_emulated import ORDERS, bits, changed_kernels, random
 
-from tunesmith.ops.schema import DTYPES
+from tunesmith.ops.dtypes import DTYPES
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 

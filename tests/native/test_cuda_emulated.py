@@ -14,8 +14,11 @@ import torch
 from emulation.device import CODES, CSRC, KERNELS, Device, EmulationError, Linear, build, int64
 from torch import Tensor
 
-from tunesmith.ops import reference
-from tunesmith.ops.schema import BLOCKSIZES, DTYPES, QUANT_TYPES, SMALL_TOKENS
+from tunesmith.ops import four_bit
+from tunesmith.ops.dtypes import DTYPES
+from tunesmith.ops.four_bit import BLOCKSIZES, QUANT_TYPES
+from tunesmith.ops.linear import SMALL_TOKENS
+from tunesmith.ops.tables import TABLES
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 
@@ -59,14 +62,14 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def scales_of(absmax: Tensor, nested: bool) -> Scales:
-    return reference.quantize_absmax(absmax) if nested else (absmax, None, None)
+    return four_bit.reference_quantize_absmax(absmax) if nested else (absmax, None, None)
 
 
 def check_quantize(
     device: Device, weight: Tensor, blocksize: int, type_: str, misaligned: tuple[str, ...] = ()
 ) -> None:
     packed, absmax = device.quantize_4bit(weight, blocksize, type_, misaligned=misaligned)
-    expected_packed, expected_absmax = reference.quantize_4bit(weight, blocksize, type_)
+    expected_packed, expected_absmax = four_bit.reference_quantize_4bit(weight, blocksize, type_)
     assert torch.equal(packed, expected_packed)
     assert torch.equal(bits(absmax), bits(expected_absmax))
 
@@ -79,12 +82,14 @@ def check_dequantize(
     nested: bool,
     misaligned: tuple[str, ...] = (),
 ) -> None:
-    packed, absmax = reference.quantize_4bit(weight, blocksize, type_)
+    packed, absmax = four_bit.reference_quantize_4bit(weight, blocksize, type_)
     scales, numel = scales_of(absmax, nested), weight.numel()
     out = device.dequantize_4bit(
         packed, scales, numel, blocksize, type_, weight.dtype, misaligned=misaligned
     )
-    expected = reference.dequantize_4bit(packed, *scales, [numel], blocksize, type_, weight.dtype)
+    expected = four_bit.reference_dequantize_4bit(
+        packed, *scales, [numel], blocksize, type_, weight.dtype
+    )
     assert torch.equal(bits(out), bits(expected))
 
 
@@ -110,7 +115,7 @@ def check_linear(
         .repeat_interleave(32)[: weight.numel()]
         .view_as(weight)
     )
-    packed, absmax = reference.quantize_4bit(weight, blocksize, type_)
+    packed, absmax = four_bit.reference_quantize_4bit(weight, blocksize, type_)
     scales = scales_of(absmax, nested)
     x = random(tokens, in_features, dtype=dtype, seed=3)
     b = random(out_features, dtype=dtype, seed=4) if bias else None
@@ -121,7 +126,9 @@ def check_linear(
         x, packed, scales, out_features, blocksize, type_, b, lora_a, lora_b, scaling, misaligned
     )
     shape = (out_features, in_features)
-    dense = reference.dequantize_4bit(packed, *scales, shape, blocksize, type_, torch.float32)
+    dense = four_bit.reference_dequantize_4bit(
+        packed, *scales, shape, blocksize, type_, torch.float32
+    )
     wide = x.double()
     terms = wide.abs() @ dense.double().abs().T  # [tokens, out_features]: what rounding scales with
     expected = wide @ dense.double().T
@@ -159,7 +166,7 @@ def test_quantized_codes_and_scales_are_the_same_bits(
 def test_quantizing_ties_zeros_and_denormals_gives_the_same_bits(
     device: Device, type_: str
 ) -> None:
-    code = reference.CODES[type_][0].sort().values
+    code = TABLES[type_][0].sort().values
     middle = (code[:-1] + code[1:]) / 2
     one = torch.ones(())
     around = torch.cat([middle, torch.nextafter(middle, one), torch.nextafter(middle, -one), code])
@@ -174,7 +181,7 @@ def test_double_quantized_scales_are_the_same_bits(device: Device) -> None:
     for order, blocks in zip((*ORDERS, 0, 1), (1, 255, 256, 257, 4000), strict=True):
         device.set_order(order)
         absmax = random(blocks).abs()
-        codes, nested_absmax, offset = reference.quantize_absmax(absmax)
+        codes, nested_absmax, offset = four_bit.reference_quantize_absmax(absmax)
         ours = device.quantize_absmax(absmax, offset)
         assert torch.equal(ours[0], codes)
         assert torch.equal(bits(ours[1]), bits(nested_absmax))
@@ -225,7 +232,7 @@ def test_a_grid_that_is_too_small_strides_over_the_rest(narrow_device: Device) -
             narrow_device, random(48 * 1024 + 37), blocksize, "fp4", misaligned=("packed",)
         )
     absmax = random(256 * 20 + 3).abs()
-    codes, nested_absmax, offset = reference.quantize_absmax(absmax)
+    codes, nested_absmax, offset = four_bit.reference_quantize_absmax(absmax)
     ours = narrow_device.quantize_absmax(absmax, offset)
     assert torch.equal(ours[0], codes)
     assert torch.equal(ours[1], nested_absmax)
@@ -343,7 +350,7 @@ def test_dequantizing_past_the_first_2_to_31_elements(device: Device) -> None:
                 )
         ours = put.read(out, torch.bfloat16, start * 2)
     args = ([rest], 4096, "nf4", torch.bfloat16)
-    assert torch.equal(ours, reference.dequantize_4bit(tail, scale, None, None, *args))
+    assert torch.equal(ours, four_bit.reference_dequantize_4bit(tail, scale, None, None, *args))
 
 
 def test_quantizing_past_the_first_2_to_31_elements(device: Device) -> None:
@@ -362,7 +369,7 @@ def test_quantizing_past_the_first_2_to_31_elements(device: Device) -> None:
             put.read(packed, torch.uint8, HUGE // 2),
             put.read(absmax, torch.float32, HUGE // 4096 * 4),
         )
-    expected = reference.quantize_4bit(weight, 4096, "nf4")
+    expected = four_bit.reference_quantize_4bit(weight, 4096, "nf4")
     assert torch.equal(ours[0], expected[0])
     assert torch.equal(ours[1], expected[1])
 
@@ -390,7 +397,9 @@ def test_a_linear_layer_of_more_than_2_to_31_weights(
         ours = put.read(y, y_dtype, 2**17 * 4)
     # 2^17 rows are whole blocks
     shape = (rows, in_features)
-    dense = reference.dequantize_4bit(tail, scales, None, None, shape, 4096, "nf4", torch.float32)
+    dense = four_bit.reference_dequantize_4bit(
+        tail, scales, None, None, shape, 4096, "nf4", torch.float32
+    )
     expected = (x.double() @ dense.double().T)[0]
     terms = (x.double().abs() @ dense.double().abs().T)[0]
     assert ((ours - expected).abs() <= 1e-6 * terms).all()

@@ -21,8 +21,9 @@ from fuzz import build
 from layers import CODES, random_layer
 from torch import Tensor
 
-from tunesmith.ops.reference import CODES as CODE_VALUES
-from tunesmith.ops.schema import BLOCKSIZES, DTYPES, QUANT_TYPES
+from tunesmith.ops.dtypes import DTYPES
+from tunesmith.ops.four_bit import BLOCKSIZES, QUANT_TYPES
+from tunesmith.ops.tables import TABLES as CODE_VALUES
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++"),

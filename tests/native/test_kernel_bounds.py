@@ -7,8 +7,9 @@ import torch
 from guards import Guarded
 from layers import CODES
 
-from tunesmith.ops import reference
-from tunesmith.ops.schema import DTYPES, QUANT_TYPES
+from tunesmith.ops import four_bit
+from tunesmith.ops.dtypes import DTYPES
+from tunesmith.ops.four_bit import QUANT_TYPES
 
 SIZES = [*range(1, 514), 64 * 300 + 1]
 
@@ -87,7 +88,9 @@ def test_an_output_too_large_for_the_caches_is_written_inside_its_buffer(
     generator = torch.Generator().manual_seed(0)
     packed = torch.randint(256, ((numel + 1) // 2,), dtype=torch.uint8, generator=generator)
     absmax = torch.randn(-(-numel // 64), generator=generator)
-    expected = reference.dequantize_4bit(packed, absmax, None, None, [numel], 64, "nf4", dtype)
+    expected = four_bit.reference_dequantize_4bit(
+        packed, absmax, None, None, [numel], 64, "nf4", dtype
+    )
     for misaligned in (0, 32, dtype.itemsize):
         out = Guarded(numel * dtype.itemsize, misaligned)
         native.dequantize_4bit(

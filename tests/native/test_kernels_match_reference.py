@@ -14,10 +14,12 @@ from tunesmith.ops import (
     NF4Weight,
     Weight4Bit,
     dequantize_4bit,
+    four_bit,
     quantize_4bit,
-    reference,
 )
-from tunesmith.ops.schema import BLOCKSIZES, DTYPES, QUANT_TYPES
+from tunesmith.ops.dtypes import DTYPES
+from tunesmith.ops.four_bit import BLOCKSIZES, QUANT_TYPES
+from tunesmith.ops.tables import TABLES
 
 pytestmark = pytest.mark.usefixtures("isa")
 
@@ -30,17 +32,17 @@ def random_weight(numel: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 def by_reference(
     weight: Tensor, blocksize: int, nested: bool, quant_type: str = "nf4"
 ) -> Weight4Bit:
-    packed, absmax = reference.quantize_4bit(weight, blocksize, quant_type)
+    packed, absmax = four_bit.reference_quantize_4bit(weight, blocksize, quant_type)
     nested_absmax = nested_offset = None
     if nested:
-        absmax, nested_absmax, nested_offset = reference.quantize_absmax(absmax)
+        absmax, nested_absmax, nested_offset = four_bit.reference_quantize_absmax(absmax)
     kind = NF4Weight if quant_type == "nf4" else FP4Weight
     return kind(packed, absmax, nested_absmax, nested_offset, weight.shape, weight.dtype, blocksize)
 
 
 def dequantized_by_reference(w: Weight4Bit, dtype: torch.dtype) -> Tensor:
     parts = (w.packed, w.absmax, w.nested_absmax, w.nested_offset)
-    return reference.dequantize_4bit(*parts, w.shape, w.blocksize, w.quant_type, dtype)
+    return four_bit.reference_dequantize_4bit(*parts, w.shape, w.blocksize, w.quant_type, dtype)
 
 
 def bits(tensor: Tensor | None) -> Tensor:
@@ -112,7 +114,7 @@ def test_any_values_are_the_same(
 def test_values_on_and_beside_each_midpoint_are_the_same(
     dtype: torch.dtype, quant_type: str
 ) -> None:
-    code = reference.CODES[quant_type][0].sort().values
+    code = TABLES[quant_type][0].sort().values
     middle = (code[:-1] + code[1:]) / 2
     one = torch.ones(())
     around = [middle, torch.nextafter(middle, one), torch.nextafter(middle, -one), code]

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import attrs
@@ -21,8 +21,17 @@ from layers import Layer, assert_close, random_layer
 from torch import Tensor
 
 from tunesmith.errors import OpError
-from tunesmith.ops import linear_nf4, lora_linear, native_status, quantize_4bit, reference
-from tunesmith.ops.schema import DTYPES, QUANT_TYPES
+from tunesmith.ops import (
+    FrozenLinear,
+    four_bit,
+    linear,
+    linear_nf4,
+    lora_linear,
+    native_status,
+    quantize_4bit,
+)
+from tunesmith.ops.dtypes import DTYPES
+from tunesmith.ops.four_bit import QUANT_TYPES
 
 HERE = Path(__file__).parent
 
@@ -208,7 +217,11 @@ def test_what_flows_into_the_adapter_is_scaled_and_then_rounded_once(
 def backend(request: pytest.FixtureRequest) -> Iterator[Any]:
     """The ops in PyTorch, and as they are bound to the kernels."""
     if request.param == "reference":
-        yield reference
+        yield SimpleNamespace(
+            linear=lambda x, *layer: linear.reference_linear(x, FrozenLinear(*layer)),
+            quantize_4bit=four_bit.reference_quantize_4bit,
+            dequantize_4bit=four_bit.reference_dequantize_4bit,
+        )
         return
     if not native_status().loaded:
         pytest.skip(str(native_status()))
@@ -221,6 +234,7 @@ def linear_of(backend: Any, layer: Layer) -> tuple[Tensor, Tensor]:
         layer.weight,
         *layer.scales,
         layer.out_features,
+        layer.in_features,
         layer.blocksize,
         layer.quant_type,
         layer.bias,
@@ -301,8 +315,8 @@ def test_large_and_small_numbers_that_balance(
     if dtype == torch.bfloat16 and "bf16" in isa:
         pytest.skip("its bf16 products take what is subnormal for zero")
     layer = random_layer(2, 128, 8, rank=0, dtype=dtype)
-    packed, absmax = reference.quantize_4bit(torch.randn(8, 128) * of_scale, 64, "nf4")
-    values = reference.dequantize_4bit(
+    packed, absmax = four_bit.reference_quantize_4bit(torch.randn(8, 128) * of_scale, 64, "nf4")
+    values = four_bit.reference_dequantize_4bit(
         packed, absmax, None, None, (8, 128), 64, "nf4", torch.float32
     )
     layer = attrs.evolve(
@@ -324,7 +338,7 @@ def test_large_and_small_numbers_that_balance(
 # nothing that is large here is left to torch: of its own threads it makes no such promise
 FORK = """
 import os, signal, torch
-from tunesmith.ops import linear_nf4, quantize_nf4
+from tunesmith.ops import linear, FrozenLinear, linear_nf4, quantize_nf4
 torch.manual_seed(0)
 large, weight = torch.randn(1 << 18), quantize_nf4(torch.randn(512, 768))
 x, grad_y = torch.randn(40, 768, requires_grad=True), torch.randn(40, 512)
@@ -414,7 +428,7 @@ def test_threads_that_fetch_the_scales_together_put_each_in_its_place(
 def test_with_tunesmith_native_0_the_layer_gives_the_same_in_pytorch() -> None:
     code = """
 import torch
-from tunesmith.ops import linear_nf4, native_status, quantize_4bit
+from tunesmith.ops import linear, FrozenLinear, linear_nf4, native_status, quantize_4bit
 torch.manual_seed(0)
 for kind in ("nf4", "fp4"):
     w = quantize_4bit(torch.randn(33, 75), quant_type=kind)

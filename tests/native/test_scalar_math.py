@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tunesmith.ops.reference import DYNAMIC_MAP, FP4_CODE, FP4_ORDER, NF4_CODE
+from tunesmith.ops.tables import DYNAMIC_MAP, FP4_CODE, FP4_ORDER, NF4_CODE
 
 
 def every_half(dtype: torch.dtype) -> Tensor:

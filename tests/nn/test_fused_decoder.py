@@ -31,7 +31,7 @@ from tunesmith.data.pack import PackingCollator, PaddingCollator
 from tunesmith.nn import varlen_attention
 from tunesmith.nn.fused_decoder import described, find, use
 from tunesmith.nn.nf4_linear import NF4Linear
-from tunesmith.ops import native, native_status
+from tunesmith.ops import linear, native_status
 from tunesmith.ops.layers import DecoderLayer
 
 peft = pytest.importorskip("peft")
@@ -310,12 +310,12 @@ def masked(model: Any) -> Iterator[None]:
 
 @contextmanager
 def many_tokens(_: Any) -> Iterator[None]:
-    kept = native._OWN_TOKENS_FP32
-    native._OWN_TOKENS_FP32 = 4
+    kept = linear._OWN_TOKENS_FP32
+    linear._OWN_TOKENS_FP32 = 4
     try:
         yield
     finally:
-        native._OWN_TOKENS_FP32 = kept
+        linear._OWN_TOKENS_FP32 = kept
 
 
 LAYER = "base_model.model.model.layers.0"

@@ -17,7 +17,7 @@ from tunesmith.nn import interchange
 from tunesmith.nn.interchange import Format, as_tensors, from_tensors
 from tunesmith.nn.nf4_linear import NF4Linear
 from tunesmith.ops import dequantize_4bit, quantize_4bit
-from tunesmith.ops.schema import DTYPES
+from tunesmith.ops.dtypes import DTYPES
 
 QUANT_TYPES = ("nf4", "fp4")
 
@@ -210,7 +210,7 @@ def test_the_first_element_of_a_byte_is_in_its_high_nibble() -> None:
     tensors = {
         "weight": torch.tensor([[0x0F], [0x7D]], dtype=torch.uint8),
         "weight.absmax": torch.tensor([2.0]),
-        "weight.quant_map": interchange.CODES["nf4"][0].clone(),
+        "weight.quant_map": interchange.TABLES["nf4"][0].clone(),
         "weight.quant_state.bitsandbytes__nf4": torch.tensor(
             list(b'{"quant_type":"nf4","blocksize":64,"dtype":"float32","shape":[2,2]}'),
             dtype=torch.uint8,
@@ -272,7 +272,7 @@ FAULTS: dict[str, tuple[Any, str]] = {
         r"weight\.nested_quant_map: its values are not those",
     ),
     "the other type's table": (
-        lambda t: {**t, "weight.quant_map": interchange.CODES["fp4"][0]},
+        lambda t: {**t, "weight.quant_map": interchange.TABLES["fp4"][0]},
         r"weight\.quant_map: its values are not those",
     ),
     "no offset": (lambda t: with_state(t, nested_offset=None), "got nested_offset None"),

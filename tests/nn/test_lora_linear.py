@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from tunesmith.errors import ModelError, OpError
 from tunesmith.nn.nf4_linear import NF4Linear
 from tunesmith.ops import dequantize_4bit, quantize_4bit
-from tunesmith.ops.schema import DTYPES
+from tunesmith.ops.dtypes import DTYPES
 
 peft = pytest.importorskip("peft")
 from peft.tuners import lora  # noqa: E402

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from tunesmith.errors import OpError
 from tunesmith.nn.nf4_linear import NF4Linear
 from tunesmith.ops import FP4Weight, NF4Weight, dequantize_4bit, quantize_fp4, quantize_nf4
-from tunesmith.ops.schema import DTYPES
+from tunesmith.ops.dtypes import DTYPES
 
 PARTS = ("packed", "absmax", "nested_absmax", "nested_offset")
 

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from tunesmith.errors import OpError
 from tunesmith.ops import (
+    FrozenLinear,
     LoraWeights,
     dequantize_4bit,
+    linear,
     linear_nf4,
     lora_linear,
     native,
@@ -24,10 +26,8 @@ from tunesmith.ops import (
     quantize_4bit,
     quantize_fp4,
     quantize_nf4,
-    reference,
-    schema,
 )
-from tunesmith.ops.schema import DTYPES
+from tunesmith.ops.dtypes import DTYPES
 
 TOKENS = (0, 1, 2, 3, 5, 16, 17, 64, 130)
 SIZES = ((64, 64), (96, 40), (77, 33), (130, 5), (1, 1), (3, 1), (256, 130))  # K, N
@@ -45,11 +45,21 @@ TOLERANCE = {
 }
 
 
+def flat(forward: Any, backward: Any) -> SimpleNamespace:
+    """Return an implementation that takes what the schemas of the ops list."""
+    return SimpleNamespace(
+        linear=linear._flat(forward), linear_backward=linear._flat_backward(backward)
+    )
+
+
+REFERENCE = flat(linear.reference_linear, linear.reference_linear_backward)
+
+
 @pytest.fixture(params=["reference", "native: one call", "native: by library"])
 def ops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Whatever implements the two ops, each in turn."""
     if request.param == "reference":
-        yield reference
+        yield REFERENCE
         return
     status = native_status()
     if not status.loaded:
@@ -59,7 +69,7 @@ def ops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     def in_one_call(tokens: int, dtype: torch.dtype, weight: Tensor, quant_type: str) -> bool:
         return own and weight.is_contiguous()
 
-    monkeypatch.setattr(native, "in_one_call", in_one_call)
+    monkeypatch.setattr(linear, "in_one_call", in_one_call)
     yield torch.ops.tunesmith
 
 
@@ -78,11 +88,11 @@ class Layer:
     scaling: float = 0.75
     keep_scale: float = 1.25
 
-    def forward(self, ops: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.linear(
-            x,
+    @property
+    def value(self) -> FrozenLinear:
+        return FrozenLinear(
             *self.parts,
-            self.dense.shape[0],
+            *self.dense.shape,
             self.blocksize,
             self.quant_type,
             self.bias,
@@ -93,24 +103,13 @@ class Layer:
             self.keep_scale,
         )
 
+    def forward(self, ops: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.linear(x, *self.value)
+
     def backward(
         self, ops: Any, grad_y: Tensor, x: Tensor | None, s: Tensor | None, *need: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return ops.linear_backward(
-            grad_y,
-            x,
-            s,
-            *self.parts,
-            self.dense.shape[1],
-            self.blocksize,
-            self.quant_type,
-            self.lora_a,
-            self.lora_b,
-            self.scaling,
-            self.keep,
-            self.keep_scale,
-            *need,
-        )
+        return ops.linear_backward(grad_y, x, s, *self.value, *need)
 
     def formula(self, x: Tensor, grad_y: Tensor, narrow: bool = False) -> dict[str, Tensor]:
         """Return y, s and the gradients in fp64, by autograd over the written-out formula.
@@ -199,7 +198,7 @@ def assert_close(ours: Tensor, expected: Tensor, tolerance: float, what: str) ->
 
 def check(ops: Any, layer: Layer, x: Tensor, grad_y: Tensor) -> None:
     """Compare forward and backward with the formula, elementwise."""
-    narrow = ops is not reference and x.dtype == torch.bfloat16 and "bf16" in native_status().isa
+    narrow = ops is not REFERENCE and x.dtype == torch.bfloat16 and "bf16" in native_status().isa
     expected = layer.formula(x, grad_y, narrow)
     tolerance = TOLERANCE[x.dtype]
     y, s = layer.forward(ops, x)
@@ -514,7 +513,7 @@ def test_what_does_not_fit_together_is_refused_by_the_functions() -> None:
 
 
 def test_one_row_of_an_odd_weight_takes_no_more_features_than_it_has() -> None:
-    # 3 and 4 elements are both 2 bytes: the op cannot tell them apart
+    # 3 and 4 elements are both 2 bytes: their number alone does not tell them apart
     with pytest.raises(OpError, match="the weight has 3 columns"):
         linear_nf4(random_x(2, 4), quantize_nf4(random_x(1, 3)))
 
@@ -526,7 +525,7 @@ def test_what_does_not_fit_together_is_refused_by_every_implementation(ops: Any)
     packed, *scales = layer.parts
     plain = random_x(40, 96)
     forward: list[tuple[dict[str, Any], str]] = [
-        ({"parts": (packed[:-1], *scales)}, r"an input of 96 features and a packed weight of 1919"),
+        ({"parts": (packed[:-1], *scales)}, r"packed: got uint8 \[1919\]"),
         ({"parts": (packed, scales[0][:-1], *scales[1:])}, "absmax codes: got uint8"),
         ({"parts": (packed, None, None, None)}, "got no absmax for a weight in nf4"),
         ({"parts": (packed, *(t if t is None else t.to("meta") for t in scales))}, "on meta"),
@@ -548,6 +547,8 @@ def test_what_does_not_fit_together_is_refused_by_every_implementation(ops: Any)
             attrs.evolve(layer, **change).forward(ops, x)
     with pytest.raises(OpError, match=r"x: got a sparse_coo tensor"):
         layer.forward(ops, x.to_sparse())
+    with pytest.raises(OpError, match=r"x: .* \[2, 95\]; allowed is a dense tensor \[\.\.\., 96\]"):
+        layer.forward(ops, x[:, :-1])
     backward: list[tuple[tuple[Any, ...], str]] = [
         ((grad_y, None, s, True, True, True), "got need_a without x"),
         ((grad_y, x, None, True, True, True), "got need_b without s"),
@@ -555,7 +556,7 @@ def test_what_does_not_fit_together_is_refused_by_every_implementation(ops: Any)
         ((grad_y, x.half(), s, True, True, True), r"x: got float16"),
         ((grad_y, x, s[:1], True, True, True), r"s: got float32 \[1, 3\]"),
         ((grad_y, x, s.half(), True, True, True), r"s: got float16"),
-        ((grad_y[:, :-1], x, s, True, True, True), r"an input of 96 features"),
+        ((grad_y[:, :-1], x, s, True, True, True), r"grad_y: .* \[2, 39\]; .* \[\.\.\., 40\]"),
         ((grad_y.int(), x, s, True, True, True), r"grad_y: got dtype int32"),
         ((grad_y[:1], x, s, True, False, False), r"keep: got bool \[2, 96\]"),
     ]
@@ -622,9 +623,10 @@ def test_the_way_over_cuda_gives_the_formula_too(
         calls.append(same[0])
         native.kernels.linear(*same, False)
 
-    monkeypatch.setattr(schema, "SMALL_TOKENS", small_tokens)
+    monkeypatch.setattr(linear, "SMALL_TOKENS", small_tokens)
     monkeypatch.setattr(native.kernels, "linear_small", linear_small)
     tolerance = {torch.float64: 1e-6, torch.float32: 1e-5}.get(dtype, 2e-2)
+    on_cuda = flat(linear._linear_cuda, linear._linear_backward_cuda)
     for tokens in (0, 1, 5, 16, 17):
         for weight in ("nf4 nested", "fp4", "plain"):
             for rank, keep in ((0, None), (4, None), (4, (tokens,))):
@@ -633,13 +635,12 @@ def test_the_way_over_cuda_gives_the_formula_too(
                 grad_y = random_x(tokens, 40, dtype=dtype, seed=2)
                 expected = layer.formula(x, grad_y)
                 before = len(calls)
-                y, s = layer.forward(SimpleNamespace(linear=native._linear_cuda), x)
+                y, s = layer.forward(on_cuda, x)
                 small = 0 < tokens <= small_tokens and weight != "plain" and keep is None
                 assert len(calls) - before == (small and dtype != torch.float64)
                 assert s.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-                backward = SimpleNamespace(linear_backward=native._linear_backward_cuda)
                 need = (True, rank > 0, rank > 0)
-                grads = layer.backward(backward, grad_y, x, s, *need)
+                grads = layer.backward(on_cuda, grad_y, x, s, *need)
                 assert_close(y, expected["y"], tolerance, "y")
                 assert_close(grads[0], expected["x"], tolerance, "grad_x")
                 if rank:
@@ -655,37 +656,37 @@ def test_the_way_over_cuda_gives_the_formula_too(
 def test_few_tokens_and_dtypes_that_the_cpu_does_not_multiply_take_one_call(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(native, "_multiplies", lambda dtype: dtype == torch.float32)
-    limit = native._OWN_TOKENS_FP32
-    assert native._own_product(1, torch.float32)
-    assert native._own_product(limit, torch.float32)
-    assert not native._own_product(limit + 1, torch.float32)
-    assert native._own_product(limit + 1, torch.bfloat16)
+    monkeypatch.setattr(linear, "_multiplies", lambda dtype: dtype == torch.float32)
+    limit = linear._OWN_TOKENS_FP32
+    assert linear._own_product(1, torch.float32)
+    assert linear._own_product(limit, torch.float32)
+    assert not linear._own_product(limit + 1, torch.float32)
+    assert linear._own_product(limit + 1, torch.bfloat16)
 
     packed, weight = torch.empty(0, dtype=torch.uint8), torch.empty(4, 4)
-    assert native.in_one_call(1, torch.float32, packed, "nf4")
-    assert not native.in_one_call(limit + 1, torch.float32, packed, "nf4")
+    assert linear.in_one_call(1, torch.float32, packed, "nf4")
+    assert not linear.in_one_call(limit + 1, torch.float32, packed, "nf4")
     # a plain weight that the library can take as it is
-    assert not native.in_one_call(1, torch.float32, weight, "")
-    assert native.in_one_call(1, torch.float32, weight.half(), "")
-    assert native.in_one_call(1, torch.bfloat16, weight.bfloat16(), "")
-    assert not native.in_one_call(1, torch.bfloat16, weight.bfloat16().t()[:2], "")
+    assert not linear.in_one_call(1, torch.float32, weight, "")
+    assert linear.in_one_call(1, torch.float32, weight.half(), "")
+    assert linear.in_one_call(1, torch.bfloat16, weight.bfloat16(), "")
+    assert not linear.in_one_call(1, torch.bfloat16, weight.bfloat16().t()[:2], "")
 
 
 def test_how_many_tokens_take_one_call_depends_on_what_multiplies_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(native, "_multiplies", lambda dtype: True)
+    monkeypatch.setattr(linear, "_multiplies", lambda dtype: True)
     for isa, dtype, most in (
-        ("amx_bf16", torch.bfloat16, native._OWN_TOKENS_AMX),
-        ("amx_bf16", torch.float32, native._OWN_TOKENS_FP32),
-        ("amx_bf16", torch.float16, native._OWN_TOKENS),
-        ("avx512", torch.bfloat16, native._OWN_TOKENS),
-        ("avx2", torch.float32, native._OWN_TOKENS_FP32),
+        ("amx_bf16", torch.bfloat16, linear._OWN_TOKENS_AMX),
+        ("amx_bf16", torch.float32, linear._OWN_TOKENS_FP32),
+        ("amx_bf16", torch.float16, linear._OWN_TOKENS),
+        ("avx512", torch.bfloat16, linear._OWN_TOKENS),
+        ("avx2", torch.float32, linear._OWN_TOKENS_FP32),
     ):
         monkeypatch.setattr(native, "kernels", SimpleNamespace(isa=lambda isa=isa: isa))
-        assert native._own_product(most, dtype)
-        assert not native._own_product(most + 1, dtype)
+        assert linear._own_product(most, dtype)
+        assert not linear._own_product(most + 1, dtype)
 
 
 def test_what_the_cpu_multiplies_is_read_from_its_flags(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -693,10 +694,10 @@ def test_what_the_cpu_multiplies_is_read_from_its_flags(monkeypatch: pytest.Monk
         (frozenset({"avx2"}), (True, False)),
         (frozenset({"avx512_fp16"}), (True, True)),
     ):
-        monkeypatch.setattr(native, "cpu_flags", lambda flags=flags: flags)
-        native._multiplies.cache_clear()
-        got = (native._multiplies(torch.float32), native._multiplies(torch.float16))
-        native._multiplies.cache_clear()
+        monkeypatch.setattr(linear, "cpu_flags", lambda flags=flags: flags)
+        linear._multiplies.cache_clear()
+        got = (linear._multiplies(torch.float32), linear._multiplies(torch.float16))
+        linear._multiplies.cache_clear()
         assert got == expected
 
 

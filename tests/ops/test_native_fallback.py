@@ -9,13 +9,12 @@ import logging, sys
 {before}
 logging.basicConfig(stream=sys.stdout, format="LOG %(levelname)s %(name)s %(message)s")
 import torch
-from tunesmith.ops import dequantize_nf4, native_status, quantize_nf4, reference
+from tunesmith.ops import dequantize_nf4, four_bit, native_status, quantize_nf4
 from tunesmith import ops
-from tunesmith.ops import native, schema
 weight = torch.arange(-64, 64).float()
 w = quantize_nf4(weight)
 print("STATUS", native_status())
-print("SAME", torch.equal(w.packed, reference.quantize_4bit(weight, 64, "nf4")[0]))
+print("SAME", torch.equal(w.packed, four_bit.reference_quantize_4bit(weight, 64, "nf4")[0]))
 print("BACK", (dequantize_nf4(w) - weight).abs().max().item() < 10)
 """
 

@@ -13,12 +13,13 @@ from tunesmith.ops import (
     NF4Weight,
     dequantize_4bit,
     dequantize_nf4,
+    four_bit,
     quantize_4bit,
     quantize_fp4,
     quantize_nf4,
-    reference,
 )
-from tunesmith.ops.schema import DTYPES
+from tunesmith.ops.dtypes import DTYPES
+from tunesmith.ops.tables import DYNAMIC_MAP
 
 
 def random_weight(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -142,10 +143,12 @@ def test_a_block_of_zeros_among_others_comes_back_as_plus_zero_through_nesting(
         assert (w.packed.view(256, 32)[5] == 0x77).all()
         assert is_plus_zero(dequantize_nf4(w)[5])
         parts = (w.packed, w.absmax, w.nested_absmax, w.nested_offset)
-        assert is_plus_zero(reference.dequantize_4bit(*parts, w.shape, 64, "nf4", dtype)[5])
+        assert is_plus_zero(
+            four_bit.reference_dequantize_4bit(*parts, w.shape, 64, "nf4", dtype)[5]
+        )
         assert w.nested_absmax is not None
         assert w.nested_offset is not None
-        value = reference.DYNAMIC_MAP[int(w.absmax[5])]
+        value = DYNAMIC_MAP[int(w.absmax[5])]
         below_zero += int(value * w.nested_absmax[0] + w.nested_offset < 0)
     assert below_zero > 0
 
@@ -160,7 +163,9 @@ def test_the_weight_is_left_alone_and_needs_no_gradient_afterwards() -> None:
     assert not any(part.requires_grad for part in parts if part is not None)
 
 
-@pytest.mark.parametrize("quantize", [torch.ops.tunesmith.quantize_4bit, reference.quantize_4bit])
+@pytest.mark.parametrize(
+    "quantize", [torch.ops.tunesmith.quantize_4bit, four_bit.reference_quantize_4bit]
+)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_and_inf_are_refused_by_name_and_block(
     quantize: Callable[[Tensor, int, str, str], tuple[Tensor, Tensor]], bad: float

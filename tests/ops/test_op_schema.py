@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tunesmith.ops import quantize_4bit
-from tunesmith.ops.schema import DTYPES, QUANT_TYPES
+from tunesmith.ops.dtypes import DTYPES
+from tunesmith.ops.four_bit import QUANT_TYPES
 
 CHECKS = (
     "test_schema",

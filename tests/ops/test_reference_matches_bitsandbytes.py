@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tunesmith.ops import reference, schema
-from tunesmith.ops.schema import BLOCKSIZES, DTYPES
+from tunesmith.ops import four_bit, tables
+from tunesmith.ops.dtypes import DTYPES
+from tunesmith.ops.four_bit import BLOCKSIZES
 
 bnb = pytest.importorskip("bitsandbytes.functional")
 
-quant_types = pytest.mark.parametrize("quant_type", schema.QUANT_TYPES)
+quant_types = pytest.mark.parametrize("quant_type", four_bit.QUANT_TYPES)
 
 
 def random_weight(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -31,7 +32,7 @@ def by_bitsandbytes(weight: Tensor, blocksize: int, quant_type: str, nested: boo
 
 @quant_types
 def test_the_16_values_are_the_same(quant_type: str) -> None:
-    code, order = reference.CODES[quant_type]
+    code, order = tables.TABLES[quant_type]
     assert torch.equal(code, bnb.get_4bit_type(quant_type, device="cpu"))
     assert (code[order.int()].diff() >= 0).all()
     assert order.sort().values.tolist() == list(range(16))
@@ -42,8 +43,8 @@ def test_the_dynamic_map_is_the_same() -> None:
     # FMA, and one unit in the last place away without
     theirs = bnb.create_dynamic_map()
     if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
-        assert torch.equal(reference.DYNAMIC_MAP, theirs)
-    torch.testing.assert_close(reference.DYNAMIC_MAP, theirs, rtol=1.3e-7, atol=0)
+        assert torch.equal(tables.DYNAMIC_MAP, theirs)
+    torch.testing.assert_close(tables.DYNAMIC_MAP, theirs, rtol=1.3e-7, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -51,7 +52,7 @@ def test_the_dynamic_map_is_the_same() -> None:
 @quant_types
 def test_codes_and_absmax_are_the_same(quant_type: str, blocksize: int, dtype: torch.dtype) -> None:
     weight = random_weight(37, 4096, dtype=dtype)
-    packed, absmax = reference.quantize_4bit(weight, blocksize, quant_type)
+    packed, absmax = four_bit.reference_quantize_4bit(weight, blocksize, quant_type)
     theirs, state = by_bitsandbytes(weight, blocksize, quant_type)
     assert torch.equal(packed, theirs)
     assert torch.equal(absmax, state.absmax)
@@ -63,7 +64,7 @@ def test_a_short_block_and_the_nibble_beside_an_odd_last_element_are_the_same(
     quant_type: str, numel: int
 ) -> None:
     weight = random_weight(numel, seed=numel)
-    packed, absmax = reference.quantize_4bit(weight, 64, quant_type)
+    packed, absmax = four_bit.reference_quantize_4bit(weight, 64, quant_type)
     theirs, state = by_bitsandbytes(weight, 64, quant_type)
     assert torch.equal(packed, theirs)
     assert torch.equal(absmax, state.absmax)
@@ -71,18 +72,18 @@ def test_a_short_block_and_the_nibble_beside_an_odd_last_element_are_the_same(
 
 @quant_types
 def test_values_on_and_beside_each_midpoint_get_the_same_codes(quant_type: str) -> None:
-    code = reference.CODES[quant_type][0].sort().values
+    code = tables.TABLES[quant_type][0].sort().values
     middle = (code[:-1] + code[1:]) / 2
     above, below = torch.nextafter(middle, torch.ones(())), torch.nextafter(middle, -torch.ones(()))
     weight = torch.cat([middle, above, below, code, torch.tensor([0.0, -0.0, 1e-30])])
-    packed, _ = reference.quantize_4bit(weight, 64, quant_type)
+    packed, _ = four_bit.reference_quantize_4bit(weight, 64, quant_type)
     assert torch.equal(packed, by_bitsandbytes(weight, 64, quant_type)[0])
 
 
 @quant_types
 def test_a_block_of_zeros_gets_the_same_codes(quant_type: str) -> None:
     for zeros in (torch.zeros(64), -torch.zeros(64)):
-        packed, _ = reference.quantize_4bit(zeros, 64, quant_type)
+        packed, _ = four_bit.reference_quantize_4bit(zeros, 64, quant_type)
         assert torch.equal(packed, by_bitsandbytes(zeros, 64, quant_type)[0])
         assert (packed == (0x77 if quant_type == "nf4" else 0x00)).all()
 
@@ -91,7 +92,7 @@ def test_a_block_of_zeros_gets_the_same_codes(quant_type: str) -> None:
 def test_denormal_blocks_get_the_same_codes(quant_type: str) -> None:
     scales = torch.tensor([1e-37, 1.2e-38, 1e-38, 5e-39, 2.9e-39, 1e-40, 1e-45, 0.0])
     weight = random_weight(8, 64).clamp(-1, 1) * scales[:, None]
-    packed, absmax = reference.quantize_4bit(weight, 64, quant_type)
+    packed, absmax = four_bit.reference_quantize_4bit(weight, 64, quant_type)
     theirs, state = by_bitsandbytes(weight, 64, quant_type)
     assert torch.equal(packed, theirs)
     assert torch.equal(absmax, state.absmax)
@@ -105,7 +106,7 @@ def test_dequantized_values_are_the_same(
 ) -> None:
     weight = random_weight(37, 4096, dtype=dtype)
     packed, state = by_bitsandbytes(weight, blocksize, quant_type)
-    ours = reference.dequantize_4bit(
+    ours = four_bit.reference_dequantize_4bit(
         packed, state.absmax, None, None, weight.shape, blocksize, quant_type, dtype
     )
     assert torch.equal(ours, bnb.dequantize_4bit(packed.unsqueeze(1), state))
@@ -123,7 +124,7 @@ def test_all_16_codes_stand_for_the_same_values(dtype: torch.dtype, quant_type: 
         numel = shape[0] * shape[1]
         held = packed[: (numel + 1) // 2]
         state = bnb.QuantState(absmax, torch.Size(shape), code, 64, quant_type, dtype)
-        ours = reference.dequantize_4bit(
+        ours = four_bit.reference_dequantize_4bit(
             held, absmax[: -(-numel // 64)], None, None, shape, 64, quant_type, dtype
         )
         assert torch.equal(ours, bnb.dequantize_4bit(held.unsqueeze(1), state))
@@ -134,7 +135,7 @@ def test_all_16_codes_stand_for_the_same_values(dtype: torch.dtype, quant_type: 
 def test_dequantized_values_are_the_same_when_nested(dtype: torch.dtype, quant_type: str) -> None:
     weight = random_weight(37, 4096, dtype=dtype)
     packed, state = by_bitsandbytes(weight, 64, quant_type, nested=True)
-    ours = reference.dequantize_4bit(
+    ours = four_bit.reference_dequantize_4bit(
         packed, state.absmax, state.state2.absmax, state.offset, weight.shape, 64, quant_type, dtype
     )
     assert torch.equal(ours, bnb.dequantize_4bit(packed.unsqueeze(1), state))
@@ -142,8 +143,8 @@ def test_dequantized_values_are_the_same_when_nested(dtype: torch.dtype, quant_t
 
 def test_nested_scale_and_offset_are_the_same() -> None:
     weight = random_weight(64 * 1000, dtype=torch.bfloat16)
-    _, absmax = reference.quantize_4bit(weight, 64, "nf4")
-    _, nested_absmax, offset = reference.quantize_absmax(absmax)
+    _, absmax = four_bit.reference_quantize_4bit(weight, 64, "nf4")
+    _, nested_absmax, offset = four_bit.reference_quantize_absmax(absmax)
     _, state = by_bitsandbytes(weight, 64, "nf4", nested=True)
     assert torch.equal(offset, state.offset)
     assert torch.equal(nested_absmax, state.state2.absmax)
@@ -151,13 +152,13 @@ def test_nested_scale_and_offset_are_the_same() -> None:
 
 def test_nested_codes_are_the_nearest_where_bitsandbytes_on_cpu_errs_in_a_few() -> None:
     absmax = random_weight(65536).abs() + 2
-    codes, nested_absmax, offset = reference.quantize_absmax(absmax)
+    codes, nested_absmax, offset = four_bit.reference_quantize_absmax(absmax)
     theirs, _ = bnb.quantize_blockwise(absmax - offset, blocksize=256)
 
     inverse = 1 / nested_absmax.repeat_interleave(256)
     scaled = (absmax - offset) * inverse
     # in float64, to which fp32 rounding is nothing: no code is nearer than the one that was taken
-    table = reference.DYNAMIC_MAP.double()
+    table = tables.DYNAMIC_MAP.double()
     distance = (scaled.double()[:, None] - table).abs()  # [65536, 256]
     taken = distance.gather(1, codes.long()[:, None]).squeeze(1)
     assert (taken - distance.min(dim=1).values).max() < 1e-8
@@ -175,16 +176,16 @@ def test_the_size_of_a_chunk_does_not_matter(
     quant_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight = random_weight(64 * 300 + 7)
-    packed, absmax = reference.quantize_4bit(weight, 64, quant_type)
-    nested = reference.quantize_absmax(absmax)
+    packed, absmax = four_bit.reference_quantize_4bit(weight, 64, quant_type)
+    nested = four_bit.reference_quantize_absmax(absmax)
     args = (weight.shape, 64, quant_type, torch.float32)
-    values = reference.dequantize_4bit(packed, *nested, *args)
-    monkeypatch.setattr(reference, "_CHUNK", 4096)
-    again, absmax_again = reference.quantize_4bit(weight, 64, quant_type)
+    values = four_bit.reference_dequantize_4bit(packed, *nested, *args)
+    monkeypatch.setattr(four_bit, "_CHUNK", 4096)
+    again, absmax_again = four_bit.reference_quantize_4bit(weight, 64, quant_type)
     assert torch.equal(packed, again)
     assert torch.equal(absmax, absmax_again)
-    monkeypatch.setattr(reference, "_CHUNK", 256)
-    for part, part_again in zip(nested, reference.quantize_absmax(absmax), strict=True):
+    monkeypatch.setattr(four_bit, "_CHUNK", 256)
+    for part, part_again in zip(nested, four_bit.reference_quantize_absmax(absmax), strict=True):
         assert torch.equal(part, part_again)
     # 4 blocks a chunk: chunks begin inside a group of 256 scales
-    assert torch.equal(values, reference.dequantize_4bit(packed, *nested, *args))
+    assert torch.equal(values, four_bit.reference_dequantize_4bit(packed, *nested, *args))

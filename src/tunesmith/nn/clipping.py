@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.ops import native
-from tunesmith.ops.schema import DTYPES
+from tunesmith.ops.dtypes import DTYPES
 
 __all__ = ["clip_grad_norm_", "clipped_by_kernels"]
 

@@ -20,13 +20,13 @@ from tunesmith.errors import OpError
 from tunesmith.nn import fused_layers
 from tunesmith.nn.graph_decoder import GraphDecoder
 from tunesmith.nn.lora_linear import LoraLinear
-from tunesmith.nn.nf4_linear import NF4Linear, frozen_arguments
+from tunesmith.nn.nf4_linear import NF4Linear, as_frozen
 from tunesmith.nn.prompt import disagreement, read_prompt
-from tunesmith.ops import native_status
+from tunesmith.ops import FrozenLinear, native_status
 from tunesmith.ops.attention import attention_decode
+from tunesmith.ops.dtypes import DTYPES
 from tunesmith.ops.elementwise import gated, rotary
 from tunesmith.ops.layers import PreparedLayers, PreparedLinear, PreparedNorm
-from tunesmith.ops.schema import DTYPES
 
 __all__ = ["Decoder", "generate"]
 
@@ -335,14 +335,13 @@ def _norm(module: nn.Module, dtype: torch.dtype) -> PreparedNorm:
 
 
 def _linear(module: nn.Module, rows: int, dtype: torch.dtype) -> PreparedLinear:
-    arguments: tuple[Any, ...] | None = None
+    layer: FrozenLinear | None = None
     if isinstance(module, LoraLinear):
-        arguments = module.arguments()
+        layer = module.as_frozen()
     elif type(module) is NF4Linear or (type(module) is nn.Linear and module.weight.dtype == dtype):
-        arguments = frozen_arguments(module)
-    if arguments is None:
+        layer = as_frozen(module)
+    if layer is None:
         raise _UnknownError(f"{type(module).__name__} is no layer for this")
-    parts, shape, blocksize, quant_type, bias, *lora = arguments
-    if bias is not None:
-        bias = bias.detach().to(dtype)
-    return PreparedLinear(rows, dtype, parts, shape, blocksize, quant_type, bias, *lora)
+    if layer.bias is not None:
+        layer = layer._replace(bias=layer.bias.detach().to(dtype))
+    return PreparedLinear(rows, dtype, layer)

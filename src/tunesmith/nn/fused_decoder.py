@@ -23,18 +23,17 @@ from tunesmith.modes import in_mode
 from tunesmith.nn import fused_layers, varlen_attention
 from tunesmith.nn.eval_mode import CHECKPOINTS
 from tunesmith.nn.lora_linear import LoraLinear, hooked
-from tunesmith.nn.nf4_linear import NF4Linear, frozen_arguments
+from tunesmith.nn.nf4_linear import NF4Linear, as_frozen
 from tunesmith.nn.prompt import disagreement
-from tunesmith.ops import native_status
+from tunesmith.ops import FrozenLinear, native_status
 from tunesmith.ops.dispatch import seen_by_torch_alone
+from tunesmith.ops.dtypes import DTYPES
 from tunesmith.ops.layers import (
     DecoderLayer,
-    FrozenLayer,
     NormArguments,
     Places,
     multiplies_all,
 )
-from tunesmith.ops.schema import DTYPES
 
 __all__ = ["described", "find", "use"]
 
@@ -291,17 +290,16 @@ def _bound(config: Any) -> str | None:
 
 
 def _norms_of(layer: Any) -> list[nn.Module | None]:
+    """Return a layer's norms in the order in which they are run; those of heads may be None."""
     parts, in_attention = layer._modules, layer._modules["self_attn"]._modules
-    return [
-        *(parts[name] for name in _NORMS),
-        *(in_attention.get(name) for name in _HEAD_NORMS),
-    ]
+    before, after = (parts[name] for name in _NORMS)
+    return [before, *(in_attention.get(name) for name in _HEAD_NORMS), after]
 
 
-def _frozen(linear: nn.Module, x: Tensor) -> FrozenLayer | None:
+def _frozen(linear: nn.Module, x: Tensor) -> FrozenLinear | None:
     if isinstance(linear, LoraLinear):
         return linear.call_with(x, x)
-    return (*frozen_arguments(linear), None) if type(linear) is NF4Linear else None
+    return as_frozen(linear) if type(linear) is NF4Linear else None
 
 
 def _rotary_of(kwargs: dict[str, Any], x: Tensor, size: int) -> tuple[Tensor, Tensor] | None:

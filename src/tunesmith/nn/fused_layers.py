@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.ops import native_status
+from tunesmith.ops.dtypes import DTYPES
 from tunesmith.ops.elementwise import ACTIVATIONS, gated, rms_norm, rotary
-from tunesmith.ops.schema import DTYPES
 
 __all__ = ["Fused", "described", "find", "gated_block", "norm", "use"]
 

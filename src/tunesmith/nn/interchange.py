@@ -27,8 +27,9 @@ from torch import Tensor
 
 from tunesmith.errors import OpError
 from tunesmith.ops import KINDS, Weight4Bit
-from tunesmith.ops.reference import CODES, DYNAMIC_MAP
-from tunesmith.ops.schema import DTYPES, NESTED_BLOCKSIZE, word
+from tunesmith.ops.dtypes import DTYPES, word
+from tunesmith.ops.four_bit import NESTED_BLOCKSIZE
+from tunesmith.ops.tables import DYNAMIC_MAP, TABLES
 
 __all__ = ["SUFFIXES", "Format", "as_tensors", "format_key", "from_tensors", "read_format"]
 
@@ -250,4 +251,4 @@ def _check_table(name: str, theirs: Tensor | None, ours: Tensor) -> None:
 
 
 def _table(quant_type: str) -> Tensor:
-    return CODES[quant_type][0]
+    return TABLES[quant_type][0]

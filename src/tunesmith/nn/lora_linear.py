@@ -23,10 +23,9 @@ from torch import Tensor, nn
 from tunesmith.errors import ModelError, OpError
 from tunesmith.nn import lora_experts
 from tunesmith.nn.nf4_experts import NF4Experts
-from tunesmith.nn.nf4_linear import NF4Linear, autocast, frozen_arguments
-from tunesmith.ops import frozen_linear, quantize_4bit
-from tunesmith.ops.layers import FrozenLayer
-from tunesmith.ops.schema import DTYPES
+from tunesmith.nn.nf4_linear import NF4Linear, as_frozen, autocast
+from tunesmith.ops import FrozenLinear, frozen_linear, quantize_4bit
+from tunesmith.ops.dtypes import DTYPES
 
 __all__ = ["LoraLinear", "hooked", "register"]
 
@@ -86,7 +85,8 @@ class LoraLinear(lora.Linear):  # type: ignore[misc]
                 cast = autocast(x)
                 adapter = self._adapter(name, x, cast)
                 if adapter is not None:
-                    return frozen_linear(cast, *(*frozen_arguments(self.base_layer), *adapter))
+                    lora, dropout = adapter
+                    return frozen_linear(cast, as_frozen(self.base_layer).with_lora(lora), dropout)
         result: Tensor = super().forward(x, *args, **kwargs)
         return result
 
@@ -151,30 +151,30 @@ class LoraLinear(lora.Linear):  # type: ignore[misc]
         name = self._single_adapter()
         return None if name is None else self._adapter(name, x, cast)
 
-    def call_with(self, x: Tensor, cast: Tensor) -> FrozenLayer | None:
-        """Return what `ops.frozen_linear` takes after `cast`, or None.
+    def call_with(self, x: Tensor, cast: Tensor) -> FrozenLinear | None:
+        """Return the layer as the ops take it for x, or None.
 
         None where it is not one plain adapter without dropout. `cast` is x as autocast leaves it.
         """
         adapter = self._only_adapter(x, cast)
         if adapter is None or adapter[1]:
             return None
-        return (*frozen_arguments(self.base_layer), adapter[0])
+        return as_frozen(self.base_layer).with_lora(adapter[0])
 
-    def arguments(self) -> tuple[Any, ...] | None:
-        """Return what `ops.frozen_linear` takes after x and before dropout, or None.
+    def as_frozen(self) -> FrozenLinear | None:
+        """Return the layer as the ops take it, without dropout, or None.
 
-        None where one call of it is not all that this layer does.
+        None where one call of an op is not all that this layer does.
         """
         base = self.base_layer
         if not isinstance(base, NF4Linear) and type(base) is not nn.Linear:
             return None
         if self.merged_adapters and not self.disable_adapters:
-            return frozen_arguments(base)
+            return as_frozen(base)
         dtype = base.compute_dtype if isinstance(base, NF4Linear) else base.weight.dtype
         x = torch.empty((0, base.in_features), dtype=dtype)
         adapter = self._only_adapter(x, x)
-        return None if adapter is None else (*frozen_arguments(base), adapter[0])
+        return None if adapter is None else as_frozen(base).with_lora(adapter[0])
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the named adapters (by default the active ones) into the base weight.

@@ -24,8 +24,15 @@ from torch import Tensor, nn
 
 from tunesmith.errors import OpError
 from tunesmith.nn.nf4_linear import autocast
-from tunesmith.ops import KINDS, Weight4Bit, dequantize_4bit, frozen_linear, quantize_4bit
-from tunesmith.ops.schema import DTYPES
+from tunesmith.ops import (
+    KINDS,
+    FrozenLinear,
+    Weight4Bit,
+    dequantize_4bit,
+    frozen_linear,
+    quantize_4bit,
+)
+from tunesmith.ops.dtypes import DTYPES
 
 __all__ = ["Lora", "NF4Experts", "experts_in", "quantize_experts"]
 
@@ -114,18 +121,13 @@ class NF4Experts(nn.Module):
 
     def _product(self, name: str, expert: int, x: Tensor) -> Tensor:
         stack = self.stacks[name]
-        first, *more = self.adapters.get(name, ()) or (None,)
-        lora = None if first is None else (first[0][expert], first[1][expert], first[2])
-        cast = autocast(x)
-        out = frozen_linear(
-            cast,
-            self._parts(name, expert),
-            stack.shape,
-            stack.blocksize,
-            stack.quant_type,
-            None,
-            lora,
+        layer = FrozenLinear(
+            *self._parts(name, expert), *stack.shape, stack.blocksize, stack.quant_type
         )
+        first, *more = self.adapters.get(name, ()) or (None,)
+        if first is not None:
+            layer = layer.with_lora((first[0][expert], first[1][expert], first[2]))
+        out = frozen_linear(autocast(x), layer)
         for a, b, scaling in more:
             out = out + (F.linear(F.linear(x.to(a.dtype), a[expert]), b[expert]) * scaling).to(
                 out.dtype

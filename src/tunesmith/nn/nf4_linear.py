@@ -16,14 +16,15 @@ from tunesmith.errors import OpError
 from tunesmith.nn import interchange
 from tunesmith.ops import (
     KINDS,
+    FrozenLinear,
     Weight4Bit,
     dequantize_4bit,
     frozen_linear,
     quantize_4bit,
 )
-from tunesmith.ops.schema import DTYPES, word
+from tunesmith.ops.dtypes import DTYPES, word
 
-__all__ = ["NF4Linear", "autocast", "frozen_arguments"]
+__all__ = ["NF4Linear", "as_frozen", "autocast"]
 
 _PARTS = ("packed", "absmax", "nested_absmax", "nested_offset")
 
@@ -165,7 +166,7 @@ class NF4Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return x Wᵀ + b for x [..., in_features], in x's dtype or autocast's."""
-        return frozen_linear(autocast(input), *frozen_arguments(self))
+        return frozen_linear(autocast(input), as_frozen(self))
 
     def reset_parameters(self) -> None:
         """Refuse: there is no weight to initialize."""
@@ -255,16 +256,24 @@ class NF4Linear(nn.Linear):
             )
 
 
-def frozen_arguments(linear: nn.Linear) -> tuple[Any, ...]:
-    """Return what `ops.frozen_linear` takes after x, for a frozen layer in 4 bits or plain."""
-    shape = (linear.out_features, linear.in_features)
+def as_frozen(linear: nn.Linear) -> FrozenLinear:
+    """Return a frozen layer, in 4 bits or plain, as the ops take it."""
+    rows, columns = linear.out_features, linear.in_features
+    if not isinstance(linear, NF4Linear):
+        return FrozenLinear(linear.weight, None, None, None, rows, columns, 0, "", linear.bias)
     # past nn.Module's look-up, which takes its time
-    bias = linear._parameters["bias"] if type(linear) is NF4Linear else linear.bias
-    if isinstance(linear, NF4Linear):
-        held = linear._buffers
-        parts = (held["packed"], held["absmax"], held["nested_absmax"], held["nested_offset"])
-        return parts, shape, linear.blocksize, linear.quant_type, bias
-    return (linear.weight, None, None, None), shape, 0, "", bias
+    held: dict[str, Any] = linear._buffers
+    return FrozenLinear(
+        held["packed"],
+        held["absmax"],
+        held["nested_absmax"],
+        held["nested_offset"],
+        rows,
+        columns,
+        linear.blocksize,
+        linear.quant_type,
+        linear._parameters["bias"] if type(linear) is NF4Linear else linear.bias,
+    )
 
 
 def autocast(x: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor
 from tunesmith.errors import OpError
 from tunesmith.ops import native_status
 from tunesmith.ops.attention import attention, check_runs
-from tunesmith.ops.schema import DTYPES
+from tunesmith.ops.dtypes import DTYPES
 
 __all__ = ["NAME", "attend", "described", "runs_of", "use", "why_not"]
 

@@ -1,6 +1,7 @@
 """Attention over runs: queries side by side that see one stretch of keys, with its derivative.
 
 Its own op, for torch's backward pass on the CPU is slow, and computes what a mask then throws away.
+`attention_decode` is the same of one query a row, over what a cache holds.
 Layouts are [rows, tokens, heads, head size], as projections leave them. `check_runs` says what runs
 are; the last axis of `runs` is (row, start, stop, first key, last key, causal).
 """
@@ -9,14 +10,17 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from tunesmith.errors import OpError
-from tunesmith.ops.dispatch import below_autograd, call, differentiate
-from tunesmith.ops.schema import DTYPES, word
+from tunesmith.ops import native
+from tunesmith.ops.dispatch import below_autograd, call, differentiate, implement
+from tunesmith.ops.dtypes import DTYPES, sum_dtype, word
+from tunesmith.ops.native import CODES, MOST_HEAD_SIZE
 
 __all__ = ["attention", "attention_decode", "check_runs"]
 
@@ -96,7 +100,7 @@ def reference_decode(
     """Do the op in plain PyTorch."""
     check_decode(q, keys, values, first, length)
     rows, heads, size = q.shape
-    sums = torch.float64 if q.dtype == torch.float64 else torch.float32
+    sums = sum_dtype(q.dtype)
     grouped = q.to(sums).view(rows, keys.shape[1], -1, size)
     scores = grouped @ keys[:, :, :length].to(sums).mT * scale  # [rows, key heads, shared, keys]
     unseen = torch.arange(length, device=q.device) < first[:, None]
@@ -184,7 +188,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, runs: Tensor, *like_q: Tensor) -> lis
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, runs: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     rows, tokens, heads, _ = q.shape
-    sums = torch.float64 if q.dtype == torch.float64 else torch.float32
+    sums = sum_dtype(q.dtype)
     return torch.empty_like(q), q.new_empty((rows, heads, tokens), dtype=sums)
 
 
@@ -320,3 +324,91 @@ differentiate("attention", _Attention)
 torch.library.impl("tunesmith::attention", "default", reference)
 torch.library.impl("tunesmith::attention_backward", "default", reference_backward)
 torch.library.impl("tunesmith::attention_decode", "default", reference_decode)
+
+
+# --- by the kernels
+
+
+def _attention_cpu(
+    q: Tensor, k: Tensor, v: Tensor, runs: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    found = check(q, k, v, runs)
+    tiles = (
+        native.kernels.isa() == "amx_bf16" and q.dtype == torch.bfloat16 and q.shape[3] % 32 == 0
+    )
+    if not tiles:  # torch's is as good elsewhere
+        return by_torch(q, k, v, runs, scale)
+    q, k, v, runs = (tensor.contiguous() for tensor in (q, k, v, runs))
+    shape = [*q.shape[:3], k.shape[2], q.shape[3]]
+    whole = _covers(found, q)
+    out = torch.empty_like(q) if whole else torch.zeros_like(q)
+    lse = q.new_empty((shape[0], shape[2], shape[1]), dtype=torch.float32)
+    if not whole:
+        lse.fill_(-torch.inf)
+    native.kernels.attention(
+        shape, CODES[q.dtype], q.data_ptr(), k.data_ptr(), v.data_ptr(), scale, runs.data_ptr(),
+        len(runs), out.data_ptr(), lse.data_ptr(),
+    )  # fmt: skip
+    return out, lse
+
+
+def _covers(runs: Sequence[tuple[int, ...]], q: Tensor) -> bool:
+    """Return whether each query is in a run."""
+    return sum(run[2] - run[1] for run in runs) == q.shape[0] * q.shape[1]
+
+
+def _attention_backward_cpu(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, runs: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    found = check(q, k, v, runs, grad_out, out)
+    if q.dtype == torch.float64:
+        return reference_backward(grad_out, q, k, v, out, lse, runs, scale)
+    q, k, v, out, grad_out, lse, runs = (
+        tensor.contiguous() for tensor in (q, k, v, out, grad_out, lse, runs)
+    )
+    # a query or key of no run is not written
+    whole = _covers(found, q) and all(run[5] for run in found)
+    new = torch.empty_like if whole else torch.zeros_like
+    grad_q, grad_k, grad_v = (new(tensor) for tensor in (q, k, v))
+    native.kernels.attention_backward(
+        [*q.shape[:3], k.shape[2], q.shape[3]],
+        CODES[q.dtype],
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        out.data_ptr(),
+        grad_out.data_ptr(),
+        lse.data_ptr(),
+        scale,
+        runs.data_ptr(),
+        len(runs),
+        grad_q.data_ptr(),
+        grad_k.data_ptr(),
+        grad_v.data_ptr(),
+    )
+    return grad_q, grad_k, grad_v
+
+
+def _attention_decode_cpu(
+    q: Tensor, keys: Tensor, values: Tensor, first: Tensor, length: int, scale: float
+) -> Tensor:
+    check_decode(q, keys, values, first, length)
+    if q.dtype == torch.float64 or q.shape[2] > MOST_HEAD_SIZE or bool((first < 0).any()):
+        return reference_decode(q, keys, values, first, length, scale)
+    q, keys, values, first = (t.contiguous() for t in (q, keys, values, first))
+    rows, heads, size = q.shape
+    out = torch.empty_like(q)
+    native.kernels.attention_decode(
+        q.data_ptr(), keys.data_ptr(), values.data_ptr(), first.data_ptr(), CODES[q.dtype], rows,
+        heads, keys.shape[1], size, keys.shape[2], length, scale, out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
+if CODES:
+    implement("attention", "cpu", _attention_cpu)
+    implement("attention_backward", "cpu", _attention_backward_cpu)
+    implement("attention_decode", "cpu", _attention_decode_cpu)
+else:
+    implement("attention", "cpu", by_torch)

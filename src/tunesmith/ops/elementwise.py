@@ -2,7 +2,7 @@
 
 Each gives what the same in PyTorch gives, rounding included where that leaves a tensor in 16 bits,
 but keeps less for its backward pass: that works out anew what takes no product. Each has a schema,
-a fake, a reference in plain PyTorch and a derivative; the kernels are bound in `ops.native`.
+a fake, a reference in plain PyTorch, a derivative, and kernels.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.errors import OpError
+from tunesmith.ops import native
 from tunesmith.ops.dispatch import below_autograd, call, differentiate
-from tunesmith.ops.schema import DTYPES, word
+from tunesmith.ops.dtypes import DTYPES, sum_dtype, word, words
+from tunesmith.ops.native import CODES, empty_like, implement_on_all, stream_of
 
 __all__ = ["ACTIVATIONS", "gated", "logps_", "rms_norm", "rotary"]
 
@@ -158,7 +160,7 @@ def _check_first(op: str, x: Tensor) -> None:
     if x.dtype not in (*DTYPES, torch.float64) or x.layout != torch.strided:
         raise OpError(
             f"{op}: got a {word(x.dtype)} {word(x.layout)} tensor; allowed are dense ones in "
-            f"{', '.join(map(word, DTYPES))}; cast it"
+            f"{words(DTYPES)}; cast it"
         )
 
 
@@ -237,8 +239,7 @@ def reference_logps_(logits: Tensor, labels: Tensor, slopes: bool) -> Tensor:
 
 def _fake_rms_norm(x: Tensor, weight: Tensor, eps: float, from_one: bool) -> tuple[Tensor, Tensor]:
     check_rms_norm(x, weight)
-    sums = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.new_empty(x.shape), x.new_empty(math.prod(x.shape[:-1]), dtype=sums)
+    return x.new_empty(x.shape), x.new_empty(math.prod(x.shape[:-1]), dtype=sum_dtype(x.dtype))
 
 
 torch.library.register_fake("tunesmith::rms_norm", _fake_rms_norm)
@@ -332,3 +333,119 @@ for _op, _implementation in (
     ("rotary", reference_rotary),
 ):
     torch.library.impl(f"tunesmith::{_op}", "default", _implementation)
+
+
+# --- by the kernels
+
+
+def _logps(logits: Tensor, labels: Tensor, slopes: bool) -> Tensor:
+    check_logps(logits, labels)
+    rows, classes = logits.shape
+    if logits.dtype == torch.float64 or not logits.numel():
+        return reference_logps_(logits, labels, slopes)
+    if logits.device.type == "cpu":  # elsewhere to look at them is to wait for them
+        least, most = labels.aminmax()
+        if least < 0 or most >= classes:
+            raise OpError(
+                f"logps_: got labels from {int(least)} to {int(most)} for {classes} classes; "
+                f"allowed is 0 to {classes - 1}; leave tokens without a label out"
+            )
+    labels = labels.contiguous()
+    logps = logits.new_empty(rows, dtype=torch.float32)
+    with stream_of(logits) as stream:
+        native.kernels.logps(
+            logits.data_ptr(), labels.data_ptr(), CODES[logits.dtype], rows, classes, slopes,
+            logps.data_ptr(), stream,
+        )  # fmt: skip
+    return logps
+
+
+def native_rms_norm(x: Tensor, weight: Tensor, eps: float, from_one: bool) -> tuple[Tensor, Tensor]:
+    """Do what the op of that name does, without a derivative."""
+    check_rms_norm(x, weight)
+    if x.dtype == torch.float64 or not x.numel():
+        return reference_rms_norm(x, weight, eps, from_one)
+    x, weight = x.contiguous(), weight.contiguous()
+    columns = x.shape[-1]
+    rows = x.numel() // columns
+    y, scale = empty_like(x), x.new_empty(rows, dtype=torch.float32)
+    with stream_of(x) as stream:
+        native.kernels.rms_norm(
+            x.data_ptr(), weight.data_ptr(), CODES[x.dtype], rows, columns, eps, from_one,
+            y.data_ptr(), scale.data_ptr(), stream,
+        )  # fmt: skip
+    return y, scale
+
+
+def _rms_norm_backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, scale: Tensor, from_one: bool
+) -> Tensor:
+    check_rms_norm(x, weight, grad_y)
+    if x.dtype == torch.float64 or not x.numel():
+        return reference_rms_norm_backward(grad_y, x, weight, scale, from_one)
+    grad_y, x, weight = grad_y.contiguous(), x.contiguous(), weight.contiguous()
+    columns = x.shape[-1]
+    grad_x = empty_like(x)
+    with stream_of(x) as stream:
+        native.kernels.rms_norm_backward(
+            grad_y.data_ptr(), x.data_ptr(), weight.data_ptr(), scale.data_ptr(), CODES[x.dtype],
+            x.numel() // columns, columns, from_one, grad_x.data_ptr(), stream,
+        )  # fmt: skip
+    return grad_x
+
+
+def _gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    check_gated(gate, up, activation)
+    if gate.dtype == torch.float64:
+        return reference_gated(gate, up, activation)
+    gate, up = gate.contiguous(), up.contiguous()
+    y = empty_like(gate)
+    with stream_of(gate) as stream:
+        native.kernels.gated(
+            gate.data_ptr(), up.data_ptr(), CODES[gate.dtype], gate.numel(), CODES[activation],
+            y.data_ptr(), stream,
+        )  # fmt: skip
+    return y
+
+
+def _gated_backward(
+    grad_y: Tensor, gate: Tensor, up: Tensor, activation: str
+) -> tuple[Tensor, Tensor]:
+    check_gated(gate, up, activation, grad_y)
+    if gate.dtype == torch.float64:
+        return reference_gated_backward(grad_y, gate, up, activation)
+    grad_y, gate, up = grad_y.contiguous(), gate.contiguous(), up.contiguous()
+    grad_gate, grad_up = empty_like(gate), empty_like(up)
+    with stream_of(gate) as stream:
+        native.kernels.gated_backward(
+            grad_y.data_ptr(), gate.data_ptr(), up.data_ptr(), CODES[gate.dtype], gate.numel(),
+            CODES[activation], grad_gate.data_ptr(), grad_up.data_ptr(), stream,
+        )  # fmt: skip
+    return grad_gate, grad_up
+
+
+def _rotary(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
+    check_rotary(x, cos, sin)
+    if x.dtype == torch.float64:
+        return reference_rotary(x, cos, sin, backward)
+    rows, tokens, heads, size = x.shape
+    x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+    out = empty_like(x)
+    with stream_of(x) as stream:
+        native.kernels.rotary(
+            x.data_ptr(), cos.data_ptr(), sin.data_ptr(), CODES[x.dtype], rows * tokens,
+            len(cos) * tokens, heads, size, backward, out.data_ptr(), stream,
+        )  # fmt: skip
+    return out
+
+
+implement_on_all(
+    {
+        "gated": _gated,
+        "gated_backward": _gated_backward,
+        "logps_": _logps,
+        "rms_norm": native_rms_norm,
+        "rms_norm_backward": _rms_norm_backward,
+        "rotary": _rotary,
+    }
+)

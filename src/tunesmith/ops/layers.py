@@ -7,7 +7,6 @@ holds its tensors: `DecoderLayer` for training, `PreparedLayers` and its parts f
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Iterator, Sequence
 
@@ -16,24 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.errors import OpError
-from tunesmith.ops import attention, elementwise, native, schema
-from tunesmith.ops.native import (
-    CODES,
-    MOST_HEAD_SIZE,
-    Parts,
-    compact,
-    dense_weight,
-    empty_like,
-    in_one_call,
-    native_linear,
-    pointer,
-    pooled_empty,
-    rms_norm,
-)
+from tunesmith.ops import attention, elementwise, linear, native
+from tunesmith.ops.dtypes import DTYPES, word
+from tunesmith.ops.four_bit import dequantize_by_kernel
+from tunesmith.ops.linear import FrozenLinear
+from tunesmith.ops.native import CODES, MOST_HEAD_SIZE, empty_like, pointer, pooled_empty
 
 __all__ = [
     "DecoderLayer",
-    "FrozenLayer",
     "NormArguments",
     "Places",
     "PreparedLayers",
@@ -42,25 +31,20 @@ __all__ = [
     "multiplies_all",
 ]
 
-FrozenLayer = tuple[
-    Parts, Sequence[int], int, str, Tensor | None, tuple[Tensor, Tensor, float] | None
-]
-"""What `frozen_linear` takes after x: parts, shape, blocksize, quant_type, bias and adapter."""
 
-
-def multiplies_all(x: Tensor, layers: Sequence[FrozenLayer]) -> bool:
+def multiplies_all(x: Tensor, layers: Sequence[FrozenLinear]) -> bool:
     """Return whether each of some layers of as many tokens as x has is one call of ours.
 
     That is so on the CPU, for frozen biases, and where a library's product is no faster.
     """
-    if not CODES or x.device.type != "cpu" or x.dtype not in schema.DTYPES or not x.numel():
+    if not CODES or x.device.type != "cpu" or x.dtype not in DTYPES or not x.numel():
         return False
     tokens = x.numel() // x.shape[-1]
     return all(
-        out_features * in_features > 0
-        and in_one_call(tokens, x.dtype, parts[0], quant_type)
-        and not (bias is not None and bias.requires_grad)
-        for parts, (out_features, in_features), _, quant_type, bias, _ in layers
+        layer.out_features * layer.in_features > 0
+        and linear.in_one_call(tokens, x.dtype, layer.weight, layer.quant_type)
+        and not (layer.bias is not None and layer.bias.requires_grad)
+        for layer in layers
     )
 
 
@@ -84,22 +68,27 @@ class DecoderLayer:
         self,
         dtype: torch.dtype,
         norms: Sequence[NormArguments | None],
-        linears: Sequence[FrozenLayer],
+        linears: Sequence[FrozenLinear],
         activation: str,
         head_size: int,
         scaling: float,
     ) -> None:
         """Take x's dtype and the layer's parts.
 
-        `norms` are those before attention and before the block, of queries and of keys; the last
-        two may be None. `linears` are of query, key, value, output, gate, up and down;
+        `norms` are that before attention, those of queries and of keys, which may be None, and that
+        before the gated unit. `linears` are of query, key, value, output, gate, up and down;
         `multiplies_all` takes them. `activation` is a key of `elementwise.ACTIVATIONS`.
         """
         self.dtype, self.head_size = dtype, head_size
         self._activation, self._scaling = activation, scaling
         self._norms, self._linears = tuple(norms), tuple(linears)
         self._made_of = list(_all_of(dtype, self._norms, self._linears))
-        self.adapters = [matrix for *_, lora in linears if lora is not None for matrix in lora[:2]]
+        self.adapters = [
+            matrix
+            for each in linears
+            for matrix in (each.lora_a, each.lora_b)
+            if matrix is not None
+        ]
         """A and B of each linear layer that has an adapter."""
         self._prepare()
 
@@ -107,7 +96,7 @@ class DecoderLayer:
         self,
         dtype: torch.dtype,
         norms: Sequence[NormArguments | None],
-        linears: Sequence[FrozenLayer],
+        linears: Sequence[FrozenLinear],
     ) -> bool:
         """Whether it was made of these very tensors and numbers."""
         others = list(_all_of(dtype, norms, linears))
@@ -156,7 +145,7 @@ class DecoderLayer:
         ]
         given = iter(grads)
         pointers = [
-            0 if lora is None else pointer(next(given)) for *_, lora in self._linears for _ in "ab"
+            pointer(next(given)) if each.rank else 0 for each in self._linears for _ in "ab"
         ]
         native.kernels.decoder_layer_backward(
             layer, x.data_ptr(), kept.data_ptr(), grad.data_ptr(), pointer(grad_x), pointers
@@ -170,8 +159,8 @@ class DecoderLayer:
         cos, sin, runs = places
         if x.dtype != self.dtype or x.dim() != 3 or x.shape[2] != self._hidden:
             raise OpError(
-                f"decoder_layer: got {schema.word(x.dtype)} {list(x.shape)}; this layer takes "
-                f"{schema.word(self.dtype)} [rows, tokens, {self._hidden}]"
+                f"decoder_layer: got {word(x.dtype)} {list(x.shape)}; this layer takes "
+                f"{word(self.dtype)} [rows, tokens, {self._hidden}]"
             )
         elementwise.check_alike("decoder_layer", x, cos, sin)
         rows, tokens, _ = x.shape
@@ -195,49 +184,31 @@ class DecoderLayer:
     def _prepare(self) -> None:
         """Check all parts, and make of them what the kernels take."""
         dtype, size, linears = self.dtype, self.head_size, self._linears
-        hidden = self._hidden = linears[0][1][1]
-        width, key_width = (linears[i][1][0] for i in (0, 1))
-        inner = linears[4][1][0]
+        hidden = self._hidden = linears[0].in_features
+        width, key_width, inner = (linears[i].out_features for i in (0, 1, 4))
         heads, key_heads = width // size, key_width // size
-        outs = (width, key_width, key_width, hidden, inner, inner, hidden)
+        ins, outs = zip(*((each.in_features, each.out_features) for each in linears), strict=True)
         if (
             width % size or key_width % size or not key_heads or heads % key_heads
-            or tuple(each[1][0] for each in linears) != outs
+            or outs != (width, key_width, key_width, hidden, inner, inner, hidden)
+            or ins != (hidden, hidden, hidden, width, hidden, hidden, inner)
         ):  # fmt: skip
             raise OpError(
-                f"decoder_layer: got projections to {[each[1][0] for each in linears]} features "
+                f"decoder_layer: got projections to {list(outs)} features "
                 f"for x of {hidden} and heads of {size}; queries and keys are whole heads, values "
                 "are as keys, up is as gate, and output and down are as x"
             )
-        ins = (hidden, hidden, hidden, width, hidden, hidden, inner)
         held: list[Tensor | None] = []
         made = []
-        for features, (parts, shape, blocksize, quant_type, bias, lora) in zip(
-            ins, linears, strict=True
-        ):
-            lora_a, lora_b, scaling = lora or (None, None, 1.0)
-            cast = None if bias is None else bias.to(dtype)
-            schema.check_linear(
-                torch.empty((0, features), dtype=dtype), *parts, shape[0], blocksize, quant_type,
-                cast, lora_a, lora_b, None,
-            )  # fmt: skip
-            taken = [compact(each) for each in (*parts, cast, lora_a, lora_b)]
-            held += taken
-            weight, absmax, nested_absmax, nested_offset, cast, lora_a, lora_b = taken
-            assert weight is not None
-            made.append(
-                native_linear(
-                    (0, features, shape[0]),  # of no tokens yet
-                    dtype,
-                    (weight, absmax, nested_absmax, nested_offset),
-                    blocksize,
-                    quant_type,
-                    cast,
-                    (lora_a, lora_b, scaling, None, 1.0),
-                )
-            )
+        for each in linears:
+            if each.bias is not None:
+                each = each._replace(bias=each.bias.to(dtype))
+            linear.check(torch.empty((0, each.in_features), dtype=dtype), each)
+            each = each.compact(weight_too=True)
+            held += [*each[:4], each.bias, each.lora_a, each.lora_b]
+            made.append(linear.native_linear(each, 0, dtype))  # of no tokens yet
         norms = []
-        for norm, features in zip(self._norms, (hidden, hidden, size, size), strict=True):
+        for norm, features in zip(self._norms, (hidden, size, size, hidden), strict=True):
             if norm is None:
                 norms.append(native.kernels.Norm(0, 0.0, False))
                 continue
@@ -245,11 +216,9 @@ class DecoderLayer:
             weight = norm[0].contiguous()
             held.append(weight)
             norms.append(native.kernels.Norm(weight.data_ptr(), *norm[1:]))
-        before, after, of_query, of_key = norms
         self._layer = native.kernels.DecoderLayer(
-            CODES[dtype], [before, of_query, of_key, after], made, size, self._scaling,
-            CODES[self._activation],
-        )  # fmt: skip
+            CODES[dtype], norms, made, size, self._scaling, CODES[self._activation]
+        )
         own = set(map(id, self._made_of))
         # of a copy nobody says when the original is written
         self._copied = any(id(each) not in own for each in held)
@@ -260,18 +229,13 @@ class DecoderLayer:
 
 
 def _all_of(
-    dtype: torch.dtype, norms: Sequence[NormArguments | None], linears: Sequence[FrozenLayer]
+    dtype: torch.dtype, norms: Sequence[NormArguments | None], linears: Sequence[FrozenLinear]
 ) -> Iterator[object]:
     yield dtype
     for norm in norms:
         yield from norm or (None,)
-    for parts, shape, blocksize, quant_type, bias, lora in linears:
-        yield from parts
-        yield from shape
-        yield blocksize
-        yield quant_type
-        yield bias
-        yield from lora or (None,)
+    for each in linears:
+        yield from each
 
 
 def _compact_places(places: Places) -> Places:
@@ -282,60 +246,35 @@ def _compact_places(places: Places) -> Places:
 class PreparedLinear:
     """A frozen linear layer on the CPU for calls of one size, everything checked beforehand.
 
-    For decoding, where checking takes longer than multiplying. Arguments are those of `linear`, and
-    are held; what is written into them shows in the next call. Has no derivative.
+    For decoding, where checking takes longer than multiplying. The layer's tensors are held; what
+    is written into them shows in the next call. Has no derivative.
     """
 
-    def __init__(
-        self,
-        tokens: int,
-        dtype: torch.dtype,
-        parts: Parts,
-        shape: Sequence[int],
-        blocksize: int,
-        quant_type: str,
-        bias: Tensor | None = None,
-        lora: tuple[Tensor, Tensor, float] | None = None,
-    ) -> None:
-        out_features, in_features = shape
-        lora_a, lora_b, scaling = lora or (None, None, 1.0)
-        schema.check_linear(
-            torch.empty((tokens, in_features), dtype=dtype), *parts, out_features, blocksize,
-            quant_type, bias, lora_a, lora_b, None,
-        )  # fmt: skip
-        bias, lora_a, lora_b = (compact(t) for t in (bias, lora_a, lora_b))
-        self.out_features = out_features
-        self._s = torch.empty((tokens, 0 if lora_a is None else lora_a.shape[0]))
-        size = (tokens, in_features, out_features)
-        adapter = (lora_a, lora_b, scaling, None, 1.0)
+    def __init__(self, tokens: int, dtype: torch.dtype, layer: FrozenLinear) -> None:
+        linear.check(torch.empty((tokens, layer.in_features), dtype=dtype), layer)
+        self._held = layer = layer.compact()
+        self.out_features = layer.out_features
+        self._dtype = dtype
+        self._s = torch.empty((tokens, layer.rank))
         # as `linear` decides it: a plain weight is the library's to multiply with
-        own = in_one_call(tokens, dtype, parts[0], quant_type)
-        self._dense, self._layer = None, None
-        if own:
-            parts = (parts[0], compact(parts[1]), compact(parts[2]), parts[3])
-            self._layer = native_linear(size, dtype, parts, blocksize, quant_type, bias, adapter)
-        else:
-            self._dense = functools.partial(
-                dense_weight, *parts, shape, blocksize, quant_type, dtype
-            )
-            if lora_a is not None:
-                self._layer = native_linear(size, dtype, None, 0, "", None, adapter)
-        self._held = (parts, bias, lora_a, lora_b)
-        self._bias = bias
+        self._own = linear.in_one_call(tokens, dtype, layer.weight, layer.quant_type)
+        self._layer: native.kernels.Linear | None = None
+        if self._own or layer.rank:
+            self._layer = linear.native_linear(layer, tokens, dtype, weight=self._own)
 
     @property
     def in_one_call(self) -> native.kernels.Linear | None:
         """The layer as the kernels take it, or None where a library has a part in it."""
-        return self._layer if self._dense is None else None
+        return self._layer if self._own else None
 
     def __call__(self, x: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
         """Write x Wᵀ + b [tokens, out_features] to `out`, or add it; both without gaps."""
-        if self._dense is not None:
-            dense = self._dense()
+        if not self._own:
+            dense = linear.dense_weight(self._held, self._dtype, dequantize_by_kernel)
             # few tokens are columns to the library: it reads the weight once, at twice the pace
             y = torch.mv(dense, x[0])[None] if len(x) == 1 else (dense @ x.mT).mT
-            if self._bias is not None:
-                y += self._bias
+            if self._held.bias is not None:
+                y += self._held.bias
             if accumulate:
                 out += y
             else:
@@ -358,7 +297,7 @@ class PreparedNorm:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the norm of x [..., features]; no gradient flows."""
-        return rms_norm(x, self.weight, self.eps, self.from_one)[0]
+        return elementwise.native_rms_norm(x, self.weight, self.eps, self.from_one)[0]
 
 
 class PreparedLayers:
@@ -387,7 +326,7 @@ class PreparedLayers:
         down; `keys` and `values` the cache, [rows, key heads, capacity, head size]. Returns False,
         and adds nothing, where a part of it is not for one native call.
         """
-        layers = [linear.in_one_call for linear in linears]
+        layers = [each.in_one_call for each in linears]
         rows, _, capacity, size = keys.shape
         if None in layers or size > MOST_HEAD_SIZE or size % 2:
             return False
