@@ -6,18 +6,22 @@ import hashlib
 import json
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import attrs
+
 from tunesmith.engine.models import describe_model
-from tunesmith.engine.plan import Plan
+from tunesmith.engine.plan import Plan, PlannedStep
+from tunesmith.engine.traces import writable
 from tunesmith.engine.world import current
 from tunesmith.plugin.options import plain_options
-from tunesmith.recipe import VERBS
+from tunesmith.plugin.session import RunRecord
+from tunesmith.recipe import VERBS, Recipe
 
-__all__ = ["fingerprints", "lock_of"]
+__all__ = ["fingerprints", "lock_of", "record_of"]
 
 VERSIONED = ("tunesmith", "torch", "transformers", "peft", "accelerate", "tokenizers")
 """Packages whose version decides whether a finished stage is still what would be made today."""
@@ -59,6 +63,27 @@ def lock_of(plan: Plan, base: Path) -> dict[str, Any]:
     }
 
 
+def record_of(
+    recipe: Recipe, steps: Sequence[PlannedStep], lock: Mapping[str, Any], number: int
+) -> RunRecord:
+    """Return what a run is up to its step of a number: what comes after it has no say.
+
+    `recipe` is one that can be written, `lock` that of the whole run.
+    """
+    so_far = [step for step in steps if step.number <= number]
+    registered = [step.plugin for step in so_far if step.plugin is not None]
+    packages = {*VERSIONED, *(name for each in registered for name in each.spec.requires)}
+    keys = {"versions": packages, "plugins": {each.key for each in registered}}
+    keys["data"] = {step.name for step in so_far}
+    keys["fingerprints"] = {step.name for step in so_far if step.number < number}
+    kept = {
+        part: {name: held for name, held in lock.get(part, {}).items() if name in wanted}
+        for part, wanted in keys.items()
+    }
+    shorter = attrs.evolve(recipe, steps=recipe.steps[:number])
+    return RunRecord(shorter.to_dict(), {**lock, **kept})
+
+
 def fingerprints(plan: Plan, lock: Mapping[str, Any]) -> dict[int, str]:
     """Return a hash for each step's number, over all that its outcome depends on.
 
@@ -95,6 +120,12 @@ def fingerprints(plan: Plan, lock: Mapping[str, Any]) -> dict[int, str]:
             own["name"] = step.step.name
         if step.rewards:
             own["rewards"] = step.rewards
+        if step.flag("reads_run"):
+            made = {each.name: found[each.number] for each in plan.steps if each.number in found}
+            record = record_of(
+                writable(recipe), plan.steps, {**lock, "fingerprints": made}, step.number
+            )
+            own["run"] = attrs.asdict(record)
         found[step.number] = _digest({"before": chain, **own})
         if VERBS[step.step.verb].is_link:
             chain = found[step.number]

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
 
-from tunesmith.engine.store import SAMPLES, Stage
+from tunesmith.engine.store import MARKER, SAMPLES, Stage, read_lock
 from tunesmith.errors import PluginError
 from tunesmith.plugin.events import Event
 from tunesmith.plugin.registry import Registry
-from tunesmith.plugin.session import Session
+from tunesmith.plugin.session import RunRecord, Session
 from tunesmith.recipe import VERBS, Recipe, Step, stage_name
 
 if TYPE_CHECKING:
@@ -168,6 +168,8 @@ class Export(Work):
         target.mkdir()
         session.unload()
         session = attrs.evolve(session, samples=_samples(place.steps))
+        if exporter.reads_run:
+            session = attrs.evolve(session, record=_record(step, place))
         artefacts = dict(exporter.export(session, target))
         session.unload()
         _check_artefacts(step, artefacts, target, exporter)
@@ -188,6 +190,14 @@ class Export(Work):
             session = attrs.evolve(session, method=first.method, naming=step.name)
             return session.with_adapter(stage.adapter_name, stage.adapter, task=first.task)
         return session
+
+
+def _record(step: PlannedStep, place: Place) -> RunRecord:
+    """Return what the run's own files say of it, up to this step."""
+    from tunesmith.engine.identity import record_of
+
+    recipe = Recipe.from_yaml(place.run / MARKER)
+    return record_of(recipe, place.steps, read_lock(place.run), step.number)
 
 
 def _free_label(step: PlannedStep, session: Session) -> str:

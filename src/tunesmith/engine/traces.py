@@ -10,7 +10,7 @@ from tunesmith.engine.store import MARKER, RunStore
 from tunesmith.errors import RecipeError
 from tunesmith.recipe import Recipe, Step, plain
 
-__all__ = ["leave_recipe", "recipe_text"]
+__all__ = ["leave_recipe", "recipe_text", "writable"]
 
 
 def leave_recipe(recipe: Recipe, directory: Path) -> None:
@@ -25,7 +25,12 @@ def leave_recipe(recipe: Recipe, directory: Path) -> None:
 
 def recipe_text(recipe: Recipe) -> str:
     """Return the recipe as YAML; what lives in this process only is named as such."""
-    return attrs.evolve(recipe, steps=[_writable(step) for step in recipe.steps]).to_yaml()
+    return writable(recipe).to_yaml()
+
+
+def writable(recipe: Recipe) -> Recipe:
+    """Return a recipe that a file can hold: what lives in this process only is named as such."""
+    return attrs.evolve(recipe, steps=[_writable(step) for step in recipe.steps])
 
 
 def _writable(step: Step) -> Step:

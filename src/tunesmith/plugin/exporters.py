@@ -25,6 +25,11 @@ class Exporter(ABC, Generic[C]):
     makes_adapter: ClassVar[bool] = False
     """Whether it makes an adapter that the run goes on with: an artefact called "adapter"."""
 
+    reads_run: ClassVar[bool] = False
+    """Whether what it writes depends on the record of the run (`session.run`) or on the figures of
+    earlier stages (`session.metrics`): its stage is then made anew where one of these has changed,
+    an evaluation before it included."""
+
     def __init__(self, config: C) -> None:
         self.config = config
 

@@ -23,7 +23,19 @@ if TYPE_CHECKING:
 
     from tunesmith.plugin.methods import Method
 
-__all__ = ["Adapter", "Session"]
+__all__ = ["Adapter", "RunRecord", "Session"]
+
+
+@attrs.frozen
+class RunRecord:
+    """What a run is, up to the step at work: as recipe.yaml and lock.json have it."""
+
+    recipe: Mapping[str, Any]
+    """The recipe as `Recipe.to_dict` gives it, its steps up to this one and no further."""
+    lock: Mapping[str, Any]
+    """What it was resolved to: "model" (its "sha256" and where it is from), "versions", "plugins",
+    "device", "precision", and by the name of each stage so far "data" ("description", "format",
+    "rows", "sha256") and "fingerprints", each a hash of all that the stage depends on."""
 
 
 @attrs.frozen
@@ -97,12 +109,29 @@ class Session:
     """What the step at work needs a model for."""
     trains: bool = False
     """Whether the step at work trains."""
+    record: RunRecord | None = attrs.field(default=None, repr=False)
+    """See `run`, which says what to do where there is none."""
     _held: _Held = attrs.field(factory=_Held, repr=False)
 
     @property
     def model(self) -> Any:
         """The model for the step at work: base, with the current adapter if there is one."""
         return self.model_for(task=self.task, trains=self.trains)
+
+    @property
+    def run(self) -> RunRecord:
+        """Recipe, versions and hashes of the run up to here, for an exporter that `reads_run`.
+
+        Errors: `RunError` for a step that does not say so: its stage would be found again where
+        the record has changed.
+        """
+        if self.record is None:
+            raise RunError(
+                "session.run: this step does not say that it reads the record of the run; set "
+                "reads_run = True in the exporter's class, so that a stage is made anew where the "
+                "record is another"
+            )
+        return self.record
 
     @property
     def trains_base(self) -> bool:

@@ -18,6 +18,8 @@ class ReleaseNoteConfig:
 class ReleaseNote(Exporter[ReleaseNoteConfig]):
     """Writes NOTE.md beside nothing else: what it names is another step's."""
 
+    reads_run = True
+
     def export(self, session, directory):
         """Return the note as the artefact "note". Errors: `RunError` where there are no sums."""
         sums = session.artefact("checksums")
