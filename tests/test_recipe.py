@@ -68,14 +68,14 @@ def test_a_recipe_is_read_from_a_path_or_from_its_text(tmp_path):
 
 
 def test_json_on_one_line_is_text_and_not_a_path():
-    assert Recipe.from_json('{"model": "org/model"}') == Recipe("org/model")
+    assert Recipe.from_yaml('{"model": "org/model"}') == Recipe("org/model")
     long = json.dumps(Recipe("org/model", [Step("peft", "lora")] * 200).to_dict())
-    assert len(Recipe.from_json(long).steps) == 200
+    assert len(Recipe.from_yaml(long).steps) == 200
 
 
 def test_a_small_number_is_a_number_in_json_too():
     recipe = Recipe("m", [Step("train", "sft", {"learning_rate": 2e-05})])
-    assert Recipe.from_json(recipe.to_json()).steps[0].options["learning_rate"] == 2e-05
+    assert Recipe.from_yaml(recipe.to_json()).steps[0].options["learning_rate"] == 2e-05
 
 
 @pytest.mark.parametrize("character", ["\x85", "\u2028", "\u2029", "\r", "\ufeff", "\t", "\x00"])
@@ -86,7 +86,7 @@ def test_odd_characters_come_back_from_yaml(character):
 
 def test_json_that_escapes_what_is_not_ascii_is_read():
     recipe = Recipe("m", [Step("train", "sft", {}, "\N{SMILING FACE WITH SUNGLASSES}.json")])
-    assert Recipe.from_json(json.dumps(recipe.to_dict(), ensure_ascii=True)) == recipe
+    assert Recipe.from_yaml(json.dumps(recipe.to_dict(), ensure_ascii=True)) == recipe
 
 
 def test_defaults_are_left_out_of_the_file():
@@ -140,7 +140,7 @@ def test_every_recipe_goes_to_yaml_and_comes_back_equal(recipe):
 
 @given(RECIPES)
 def test_every_recipe_goes_to_json_and_comes_back_equal(recipe):
-    assert Recipe.from_json(recipe.to_json()) == recipe
+    assert Recipe.from_yaml(recipe.to_json()) == recipe
 
 
 def test_options_named_like_a_steps_own_keys_are_kept_apart():

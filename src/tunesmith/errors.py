@@ -23,6 +23,7 @@ __all__ = [
     "RunError",
     "TunesmithError",
     "UnknownPluginError",
+    "UnknownVerbError",
     "close_matches",
     "listed",
 ]
@@ -50,6 +51,10 @@ class PluginError(TunesmithError):
 
 class UnknownPluginError(PluginError, LookupError):
     """No plugin of that kind bears the name that was asked for."""
+
+
+class UnknownVerbError(TunesmithError, AttributeError):
+    """A Tuner has no method of the name that was asked for; the message says what there is."""
 
 
 class DataError(TunesmithError, ValueError):

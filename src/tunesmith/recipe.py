@@ -20,13 +20,15 @@ Nothing here knows which plugins exist or what their options mean; `tunesmith.en
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import attrs
 
 from tunesmith.errors import RecipeError, close_matches, listed
+from tunesmith.other_names import unknown_setting
 from tunesmith.recipe_data import Data
 from tunesmith.recipe_text import parse_recipe, recipe_text
 from tunesmith.recipe_values import (
@@ -39,6 +41,7 @@ from tunesmith.recipe_values import (
     plain_data,
     shown,
 )
+from tunesmith.recipe_variables import escaped
 from tunesmith.strict_json import is_text
 
 __all__ = [
@@ -54,6 +57,9 @@ __all__ = [
 ]
 
 RECIPE_VERSION = 1
+
+Advise: TypeAlias = Callable[[Iterable[str]], str]
+"""Keys of a step without a verb to what should be written; empty where that is not known."""
 
 
 @attrs.frozen
@@ -215,16 +221,18 @@ class Step:
         return row
 
     @classmethod
-    def from_dict(cls, row: Any, *, where: str = "step") -> Step:
-        """Read a step from a mapping; errors name `where`."""
+    def from_dict(cls, row: Any, *, where: str = "step", advise: Advise | None = None) -> Step:
+        """Read a step from a mapping; errors name `where`, and add what `advise` has to say."""
         if not isinstance(row, Mapping):
             raise RecipeError(
                 f"{where}: got {shown(row)}; expected a mapping such as 'quantize: nf4'"
             )
         verbs = [key for key in row if key in VERBS]
         if len(verbs) != 1:
-            unknown = next((str(key) for key in row if key not in VERBS), "")
-            hint = close_matches(unknown, VERBS) if not verbs else ""
+            unknown = [str(key) for key in row if key not in VERBS]
+            if not verbs and advise is not None and (advice := advise(unknown)):
+                raise RecipeError(f"{where}: {advice}")
+            hint = close_matches(unknown[0], VERBS) if unknown and not verbs else ""
             raise RecipeError(
                 f"{where}: got the keys {listed(map(str, row))}; expected exactly one of "
                 f"{', '.join(VERBS)}{hint}"
@@ -312,15 +320,17 @@ class Recipe:
         return row
 
     @classmethod
-    def from_dict(cls, row: Any, *, where: str = "recipe") -> Recipe:
-        """Read a recipe from a mapping; every problem is reported at once."""
+    def from_dict(cls, row: Any, *, where: str = "recipe", advise: Advise | None = None) -> Recipe:
+        """Read a recipe from a mapping; every problem is reported at once.
+
+        `advise` is given the keys of a step that has no verb, and returns what to write, if it
+        knows what they are: here nobody knows which plugins there are.
+        """
         if not isinstance(row, Mapping):
             raise RecipeError(f"{where}: got {type(row).__name__}; expected a mapping")
         known = {"tunesmith", *(field.name for field in attrs.fields(cls))}
         problems = [
-            f"{where}: unknown key '{str(key)[:100]}'{close_matches(str(key)[:100], known)}"
-            for key in row
-            if key not in known
+            f"{where}: {unknown_setting(str(key)[:100], known)}" for key in row if key not in known
         ]
         version = row.get("tunesmith", RECIPE_VERSION)
         if version != RECIPE_VERSION:
@@ -350,7 +360,7 @@ class Recipe:
             listing = []
         for number, item in enumerate(listing, 1):
             try:
-                steps.append(Step.from_dict(item, where=f"{where}: step {number}"))
+                steps.append(Step.from_dict(item, where=f"{where}: step {number}", advise=advise))
             except RecipeError as error:
                 problems.append(str(error))
         if problems:
@@ -362,20 +372,30 @@ class Recipe:
             raise RecipeError(f"{where}: {error}") from error
 
     def to_yaml(self) -> str:
-        """Return the recipe as YAML text."""
-        return _write_yaml(self.to_dict())
+        """Return the recipe as YAML text, each `${` of it escaped."""
+        return _write_yaml(escaped(self.to_dict()))
 
     def to_json(self) -> str:
-        """Return the recipe as JSON text."""
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+        """Return the recipe as JSON text, each `${` of it escaped."""
+        return json.dumps(escaped(self.to_dict()), indent=2, ensure_ascii=False)
 
     @classmethod
-    def from_yaml(cls, source: str | Path) -> Recipe:
-        """Read a recipe from YAML or JSON: a path, or the text itself."""
-        text, where = recipe_text(source)
-        return cls.from_dict(parse_recipe(text, where), where=where)
+    def from_yaml(
+        cls,
+        source: str | Path,
+        *,
+        variables: Mapping[str, str] | None = None,
+        advise: Advise | None = None,
+    ) -> Recipe:
+        """Read a recipe from YAML or JSON: a path, or the text itself.
 
-    from_json = from_yaml
+        `variables` are put in where it says `${NAME}`; None takes the environment's. Paths in it
+        stay as they are written: `Tuner.from_yaml` is what takes them from the recipe's own file.
+        `advise` is that of `from_dict`.
+        """
+        text, where = recipe_text(source)
+        row = parse_recipe(text, where, os.environ if variables is None else variables)
+        return cls.from_dict(row, where=where, advise=advise)
 
 
 _SETTINGS: tuple[tuple[str, Any, str], ...] = (

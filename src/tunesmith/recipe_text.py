@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import RecipeError
+from tunesmith.recipe_variables import expanded, expanded_text, has_variable
 from tunesmith.strict_json import MAX_DEPTH, JsonError, is_text, parse
 
 __all__ = ["MAX_BYTES", "MAX_VALUES", "parse_recipe", "recipe_text"]
@@ -80,16 +82,18 @@ def _decoded(raw: bytes, shown: str) -> str:
         ) from error
 
 
-def parse_recipe(text: str, where: str) -> Any:
-    """Return what a recipe's text holds, as plain values.
+def parse_recipe(text: str, where: str, variables: Mapping[str, str]) -> Any:
+    """Return what a recipe's text holds, as plain values, with `variables` put into its texts.
 
-    Errors: `RecipeError` for text that is neither YAML nor JSON, a key that stands twice, aliases
-    that multiply, nesting deeper than `MAX_DEPTH`, and values that are no plain ones.
+    An unquoted value of YAML is read after they are put in, so that it may become a number; what is
+    in quotes, in a block or in JSON is text. Errors: `RecipeError` for text that is neither YAML
+    nor JSON, a key that stands twice, aliases that multiply, nesting deeper than `MAX_DEPTH`,
+    values that are no plain ones, and variables that are not set.
     """
     if text.lstrip().startswith("{"):
         # not left to YAML, which takes JSON's 2e-05 for text and its \ud83d for a character
         try:
-            return parse(text)
+            row = parse(text)
         except JsonError as error:
             if error.position is None:
                 raise RecipeError(f"{where}: {error}") from error
@@ -98,10 +102,26 @@ def parse_recipe(text: str, where: str) -> Any:
                 raise RecipeError(
                     f"{where}, line {line}: not valid JSON: {error.problem}"
                 ) from error
-    return _parse_yaml(text, where)
+        else:
+            try:
+                row = expanded(row, variables, most=MAX_BYTES)
+                return _checked(row)
+            except RecipeError as error:
+                raise RecipeError(f"{where}: {error}") from error
+    return _parse_yaml(text, where, variables)
 
 
-def _parse_yaml(text: str, where: str) -> Any:
+def _checked(row: Any) -> Any:
+    """Return plain values if no variable has brought half of a character into them."""
+    if isinstance(row, (dict, list)):
+        for value in row.values() if isinstance(row, dict) else row:
+            _checked(value)
+    elif isinstance(row, str) and not is_text(row):
+        raise RecipeError(f"{row[:40]!r} holds half of a character")
+    return row
+
+
+def _parse_yaml(text: str, where: str, variables: Mapping[str, str]) -> Any:
     import yaml
 
     if len(text.encode("utf-8", "replace")) > MAX_BYTES:
@@ -116,6 +136,7 @@ def _parse_yaml(text: str, where: str) -> Any:
             self.open = 0
             self.sizes: dict[int, tuple[int, int]] = {}
             self.finished: set[int] = set()
+            self.put_in = 0
 
         def compose_node(self, parent: Any, index: Any) -> Any:
             event = self.peek_event()  # type: ignore[no-untyped-call]
@@ -132,7 +153,25 @@ def _parse_yaml(text: str, where: str) -> Any:
             node = super().compose_node(parent, index)
             self.open -= 1
             self.measure(node)
+            if isinstance(node, yaml.ScalarNode) and not _is_key(parent, index):
+                self.expand(node, index, unquoted=event.implicit[0])
             return node
+
+        def expand(self, node: yaml.ScalarNode, index: Any, unquoted: bool) -> None:
+            """Put variables into a text; an unquoted one is then read anew."""
+            if node.tag != _TEXT or not has_variable(node.value):
+                return
+            key = f"'{str(index.value)[:80]}': " if isinstance(index, yaml.ScalarNode) else ""
+            try:
+                node.value = expanded_text(node.value, variables)
+            except RecipeError as error:
+                raise refused(f"{key}{error}", node) from error
+            self.put_in += len(node.value)
+            if self.put_in > MAX_BYTES:
+                raise refused(f"{key}variables make more than {MAX_BYTES:,} characters", node)
+            if unquoted:
+                tag = self.resolve(yaml.ScalarNode, node.value, (True, False))  # type: ignore[no-untyped-call]
+                node.tag = tag if tag.rpartition(":")[2] in _SCALARS else _TEXT
 
         def measure(self, node: Any) -> None:
             """Keep how many values a node stands for and how deep they go, aliases unfolded."""
@@ -195,4 +234,13 @@ def _parse_yaml(text: str, where: str) -> Any:
         raise RecipeError(f"{where}: nested too deep; expected {MAX_DEPTH} at most") from error
 
 
+def _is_key(parent: Any, index: Any) -> bool:
+    """Whether a node that the composer comes to is a key: it passes the key beside each value."""
+    import yaml
+
+    return isinstance(parent, yaml.MappingNode) and index is None
+
+
+_TEXT = "tag:yaml.org,2002:str"
+_SCALARS = ("str", "int", "float", "bool", "null", "timestamp")
 _PLAIN = (dict, list, str, int, float, bool, type(None))

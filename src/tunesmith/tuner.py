@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 import attrs
 
-from tunesmith.errors import OptionError
+from tunesmith.errors import OptionError, UnknownVerbError
 from tunesmith.recipe import VERBS, Data, Recipe, Step
 from tunesmith.report.kept import reported
+from tunesmith.sugar import SUGAR
 from tunesmith.verbs import Verbs
 
 if TYPE_CHECKING:
@@ -62,6 +63,19 @@ class Tuner(Verbs):
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"a Tuner is immutable; '{name}' cannot be set")
+
+    if not TYPE_CHECKING:  # a type checker would take any name for one that there is
+
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("_"):  # what Python and notebooks ask every object for
+                raise AttributeError(f"a Tuner has no attribute '{name}'")
+            from tunesmith.plugin.naming import no_such_verb
+
+            verbs = [*VERBS, *SUGAR.values(), "explain", "run"]
+            raise UnknownVerbError(no_such_verb(name, verbs))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self).from_recipe, (self._recipe,)
 
     @property
     def recipe(self) -> Recipe:
@@ -174,7 +188,9 @@ class Tuner(Verbs):
     @classmethod
     def from_yaml(cls, source: str | Path) -> Self:
         """Return the Tuner of a recipe: the path of a YAML or JSON file, or its text."""
-        return cls.from_recipe(Recipe.from_yaml(source))
+        from tunesmith.plugin.naming import as_step
+
+        return cls.from_recipe(Recipe.from_yaml(source, advise=as_step))
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> Self:
@@ -235,7 +251,7 @@ class Tuner(Verbs):
 def _shown(step: Step) -> str:
     """Return a step as it is written in a chain."""
     arguments = []
-    sugar = Verbs.SUGAR.get((step.verb, step.plugin))
+    sugar = SUGAR.get((step.verb, step.plugin))
     if sugar is None:
         arguments.append(repr(step.plugin))
     if step.data is not None:

@@ -1,84 +1,93 @@
 """Typed verbs for the built-in plugins, by tools/write_verbs.py: do not edit by hand.
 
-Each method is `.peft`, `.train` or `.export` with the plugin named, and every option of its config
-class spelled out for the editor and the type checker. What is not given is not in the recipe.
+Each method is `.peft`, `.train` or `.export` with the plugin named, and its options spelled out for
+the editor and the type checker. What is not given is not in the recipe.
 """
 
-from __future__ import annotations
+from collections.abc import Mapping
+from typing import Annotated, Any, Self, TypedDict, Unpack
 
-import functools
-import inspect
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, ParamSpec, Self, TypeVar, cast
-
-from tunesmith.errors import OptionError, close_matches
-from tunesmith.recipe import VERBS
+from tunesmith.sugar import Chain, sugar
 
 __all__ = ["Verbs"]
 
-P = ParamSpec("P")
-R = TypeVar("R")
+
+class FastTrainerOptions(TypedDict, total=False):
+    """Options that trainers share.
+
+    epochs: Passes over the training data; ignored when max_steps is given.
+    max_steps: Optimizer steps to take, instead of epochs.
+    batch_size: Examples (or packed blocks) in one forward pass on one device.
+    gradient_accumulation: Forward passes summed into one optimizer step; 4 x 4 = 16 follows QLoRA
+        (arXiv:2305.14314, table 9).
+    learning_rate: Peak learning rate; unset takes the trainer's own for the method in use.
+    scheduler: Learning rate over time; cosine as Stanford Alpaca's and the alignment handbook's
+        recipes.
+    warmup: Share of all steps (below 1) or number of steps that warm up; unset takes 0.03, as QLoRA
+        and Alpaca, and none with the scheduler "constant", which has no warm-up.
+    max_length: Tokens of a sequence, prompt included; longer ones are cut at the end. 1024 as TRL.
+    gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third
+        more time.
+    optimizer: auto takes torch's fused AdamW; bitsandbytes' 8-bit ones round its states.
+    weight_decay: AdamW's decoupled weight decay; 0 as QLoRA and Alpaca.
+    max_grad_norm: Gradients are scaled down to this norm; 1.0 is transformers' default, QLoRA uses
+        0.3.
+    seed: Seed of shuffling and dropout; unset takes the recipe's.
+    eval_data: Held-out data to evaluate on, read in the same format as the training data.
+    eval_split: Share (below 1) or number of rows held out of the training data to evaluate on.
+    eval_steps: Evaluate every so many optimizer steps; unset evaluates once an epoch.
+    early_stopping: Stop after so many evaluations without a better eval loss, and keep the best
+        weights.
+    save_steps: Take a checkpoint every so many optimizer steps, and keep the last two; unset, one
+        is taken every ten minutes or tenth of the steps, and none is kept but the result.
+    logging_steps: Log every so many optimizer steps.
+    loggers: tensorboard, wandb or none; nothing is ever sent anywhere unless named here.
+    deduplicate: Drop rows that say exactly what an earlier row says; they are counted and listed.
+    chunked_loss: Compute the loss some tokens at a time, so that the logits of all are never held;
+        where the model cannot be taken apart for that, and if false, all are. The loss is the same.
+    varlen_attention: Attend to each sample of a batch on its own, not to a whole row under a mask:
+        on the CPU, and where the model takes its attention from transformers' registry. The numbers
+        are the same.
+    fused_layers: Run norms, gated feed-forward blocks and rotary embeddings in one pass each where
+        the model's own do the same, and on the CPU whole decoder layers. Less time and memory; the
+        numbers are the same.
+    compile: Compile the model's layers with torch.compile, which takes a minute or more at first;
+        attention and what stands between the linear layers are then torch's to fuse.
+    """
+
+    epochs: Annotated[float, 1.0]
+    max_steps: Annotated[int | None, None]
+    batch_size: Annotated[int, 4]
+    gradient_accumulation: Annotated[int, 4]
+    learning_rate: Annotated[float | None, None]
+    scheduler: Annotated[str, "cosine"]
+    warmup: Annotated[float | None, None]
+    max_length: Annotated[int, 1024]
+    gradient_checkpointing: Annotated[bool, False]
+    optimizer: Annotated[str, "auto"]
+    weight_decay: Annotated[float, 0.0]
+    max_grad_norm: Annotated[float, 1.0]
+    seed: Annotated[int | None, None]
+    eval_data: Annotated[str | tuple[str, ...] | None, None]
+    eval_split: Annotated[float, 0.0]
+    eval_steps: Annotated[int | None, None]
+    early_stopping: Annotated[int | None, None]
+    save_steps: Annotated[int | None, None]
+    logging_steps: Annotated[int, 1]
+    loggers: Annotated[tuple[str, ...], ()]
+    deduplicate: Annotated[bool, True]
+    chunked_loss: Annotated[bool, True]
+    varlen_attention: Annotated[bool, True]
+    fused_layers: Annotated[bool, True]
+    compile: Annotated[bool, False]
 
 
-def _sugar(verb: str, plugin: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Make a method append the step that its signature describes, with only what was given."""
-
-    def decorate(declared: Callable[P, R]) -> Callable[P, R]:
-        known = list(inspect.signature(declared).parameters)[1:]
-        names = VERBS[verb].named
-
-        @functools.wraps(declared)
-        def append(self: Any, *args: Any, **options: Any) -> Any:
-            if not options and args and not isinstance(args[0], str) and "data" not in known:
-                return self._with(verb, args[0], {})
-            positional = [name for name in known if name == "data"]
-            if len(args) > len(positional):
-                raise OptionError([f".{plugin}() takes its options by name, such as {known[-1]}=…"])
-            options |= dict(zip(positional, args, strict=False))
-            unknown = [
-                f"unknown option '{key}' for {plugin}{close_matches(key, known)}"
-                for key in options
-                if key not in known
-            ]
-            if unknown:
-                raise OptionError(unknown)
-            if "data" in known and "data" not in options:
-                raise OptionError([f".{plugin}() needs data: a file, a hub id or rows"])
-            data, format_name = options.pop("data", None), options.pop("format", None)
-            name = options.pop("name", None) if names else None
-            return self._with(verb, plugin, options, data, format_name, name)
-
-        return cast("Callable[P, R]", append)
-
-    return decorate
-
-
-class Verbs:
-    """The generated part of `Tuner`."""
+class Verbs(Chain):
+    """A verb for each built-in method, trainer and exporter."""
 
     __slots__ = ()
 
-    SUGAR: ClassVar[dict[tuple[str, str], str]] = {
-        ("peft", "lora"): "lora",
-        ("train", "dpo"): "dpo",
-        ("train", "sft"): "sft",
-        ("export", "merge"): "merge",
-        ("export", "mix"): "mix",
-    }
-    """(verb, plugin) to the method that stands for it."""
-
-    def _with(
-        self,
-        verb: str,
-        plugin: str | Any,
-        options: dict[str, Any],
-        data: Any = None,
-        format: str | None = None,
-        name: str | None = None,
-    ) -> Self:
-        raise NotImplementedError
-
-    @_sugar("peft", "lora")
+    @sugar("peft", "lora")
     def lora(
         self,
         *,
@@ -94,7 +103,7 @@ class Verbs:
     ) -> Self:
         """Low-rank adaptation.
 
-        name: What the adapter is called; unset, by the step that makes it.
+        name: what the adapter is called; unset, by the step that makes it.
         r: Rank of the update; 16 as PEFT's QLoRA recipes (QLoRA itself: 64, with no gain above 8).
         alpha: The update is scaled by alpha / r; unset takes 2 r, the ratio of Microsoft's LoRA and
             of "LoRA Learns Less and Forgets Less" (arXiv:2405.09673).
@@ -111,176 +120,51 @@ class Verbs:
         """
         return self  # a declaration; the decorator appends the step
 
-    @_sugar("train", "dpo")
+    @sugar("train", "dpo")
     def dpo(
         self,
         data: Any,
         *,
         format: str | None = None,
-        epochs: float = 1.0,
-        max_steps: int | None = None,
-        batch_size: int = 4,
-        gradient_accumulation: int = 4,
-        learning_rate: float | None = None,
-        scheduler: str = "cosine",
-        warmup: float | None = None,
-        max_length: int = 1024,
-        gradient_checkpointing: bool = False,
-        optimizer: str = "auto",
-        weight_decay: float = 0.0,
-        max_grad_norm: float = 1.0,
-        seed: int | None = None,
-        eval_data: str | tuple[str, ...] | None = None,
-        eval_split: float = 0.0,
-        eval_steps: int | None = None,
-        early_stopping: int | None = None,
-        save_steps: int | None = None,
-        logging_steps: int = 1,
-        loggers: tuple[str, ...] = (),
-        deduplicate: bool = True,
-        chunked_loss: bool = True,
-        varlen_attention: bool = True,
-        fused_layers: bool = True,
-        compile: bool = False,
         beta: float = 0.1,
         label_smoothing: float = 0.0,
+        **options: Unpack[FastTrainerOptions],
     ) -> Self:
         """Direct preference optimization.
 
         data: path or paths, hub id, `datasets.Dataset`, list of dicts, or a `Data`,
             which says what is mixed and what is done with the rows first.
         format: name of the data format; unset detects it from the rows.
-        epochs: Passes over the training data; ignored when max_steps is given.
-        max_steps: Optimizer steps to take, instead of epochs.
-        batch_size: Examples (or packed blocks) in one forward pass on one device.
-        gradient_accumulation: Forward passes summed into one optimizer step; 4 x 4 = 16 follows
-            QLoRA (arXiv:2305.14314, table 9).
-        learning_rate: Peak learning rate; unset takes the trainer's own for the method in use.
-        scheduler: Learning rate over time; cosine as Stanford Alpaca's and the alignment handbook's
-            recipes.
-        warmup: Share of all steps (below 1) or number of steps that warm up; unset takes 0.03, as
-            QLoRA and Alpaca, and none with the scheduler "constant", which has no warm-up.
-        max_length: Tokens of a sequence, prompt included; longer ones are cut at the end. 1024 as
-            TRL.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a
-            third more time.
-        optimizer: auto takes torch's fused AdamW; bitsandbytes' 8-bit ones round its states.
-        weight_decay: AdamW's decoupled weight decay; 0 as QLoRA and Alpaca.
-        max_grad_norm: Gradients are scaled down to this norm; 1.0 is transformers' default, QLoRA
-            uses 0.3.
-        seed: Seed of shuffling and dropout; unset takes the recipe's.
-        eval_data: Held-out data to evaluate on, read in the same format as the training data.
-        eval_split: Share (below 1) or number of rows held out of the training data to evaluate on.
-        eval_steps: Evaluate every so many optimizer steps; unset evaluates once an epoch.
-        early_stopping: Stop after so many evaluations without a better eval loss, and keep the best
-            weights.
-        save_steps: Take a checkpoint every so many optimizer steps, and keep the last two; unset,
-            one is taken every ten minutes or tenth of the steps, and none is kept but the result.
-        logging_steps: Log every so many optimizer steps.
-        loggers: tensorboard, wandb or none; nothing is ever sent anywhere unless named here.
-        deduplicate: Drop rows that say exactly what an earlier row says; they are counted and
-            listed.
-        chunked_loss: Compute the loss some tokens at a time, so that the logits of all are never
-            held; where the model cannot be taken apart for that, and if false, all are. The loss is
-            the same.
-        varlen_attention: Attend to each sample of a batch on its own, not to a whole row under a
-            mask: on the CPU, and where the model takes its attention from transformers' registry.
-            The numbers are the same.
-        fused_layers: Run norms, gated feed-forward blocks and rotary embeddings in one pass each
-            where the model's own do the same, and on the CPU whole decoder layers. Less time and
-            memory; the numbers are the same.
-        compile: Compile the model's layers with torch.compile, which takes a minute or more at
-            first; attention and what stands between the linear layers are then torch's to fuse.
         beta: Strength of the pull towards the reference; 0.1 as the paper.
         label_smoothing: Probability that a label is the wrong way round (conservative DPO).
+        options: those that trainers share; see `FastTrainerOptions`.
         """
         return self  # a declaration; the decorator appends the step
 
-    @_sugar("train", "sft")
+    @sugar("train", "sft", epochs=3.0, max_grad_norm=0.3)
     def sft(
         self,
         data: Any,
         *,
         format: str | None = None,
-        max_steps: int | None = None,
-        batch_size: int = 4,
-        gradient_accumulation: int = 4,
-        learning_rate: float | None = None,
-        scheduler: str = "cosine",
-        warmup: float | None = None,
-        max_length: int = 1024,
-        gradient_checkpointing: bool = False,
-        optimizer: str = "auto",
-        weight_decay: float = 0.0,
-        seed: int | None = None,
-        eval_data: str | tuple[str, ...] | None = None,
-        eval_split: float = 0.0,
-        eval_steps: int | None = None,
-        early_stopping: int | None = None,
-        save_steps: int | None = None,
-        logging_steps: int = 1,
-        loggers: tuple[str, ...] = (),
-        deduplicate: bool = True,
-        chunked_loss: bool = True,
-        varlen_attention: bool = True,
-        fused_layers: bool = True,
-        compile: bool = False,
-        epochs: float = 3.0,
-        max_grad_norm: float = 0.3,
         packing: bool = False,
         completion_only_loss: bool = True,
+        **options: Unpack[FastTrainerOptions],
     ) -> Self:
         """Supervised fine-tuning.
 
         data: path or paths, hub id, `datasets.Dataset`, list of dicts, or a `Data`,
             which says what is mixed and what is done with the rows first.
         format: name of the data format; unset detects it from the rows.
-        max_steps: Optimizer steps to take, instead of epochs.
-        batch_size: Examples (or packed blocks) in one forward pass on one device.
-        gradient_accumulation: Forward passes summed into one optimizer step; 4 x 4 = 16 follows
-            QLoRA (arXiv:2305.14314, table 9).
-        learning_rate: Peak learning rate; unset takes the trainer's own for the method in use.
-        scheduler: Learning rate over time; cosine as Stanford Alpaca's and the alignment handbook's
-            recipes.
-        warmup: Share of all steps (below 1) or number of steps that warm up; unset takes 0.03, as
-            QLoRA and Alpaca, and none with the scheduler "constant", which has no warm-up.
-        max_length: Tokens of a sequence, prompt included; longer ones are cut at the end. 1024 as
-            TRL.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a
-            third more time.
-        optimizer: auto takes torch's fused AdamW; bitsandbytes' 8-bit ones round its states.
-        weight_decay: AdamW's decoupled weight decay; 0 as QLoRA and Alpaca.
-        seed: Seed of shuffling and dropout; unset takes the recipe's.
-        eval_data: Held-out data to evaluate on, read in the same format as the training data.
-        eval_split: Share (below 1) or number of rows held out of the training data to evaluate on.
-        eval_steps: Evaluate every so many optimizer steps; unset evaluates once an epoch.
-        early_stopping: Stop after so many evaluations without a better eval loss, and keep the best
-            weights.
-        save_steps: Take a checkpoint every so many optimizer steps, and keep the last two; unset,
-            one is taken every ten minutes or tenth of the steps, and none is kept but the result.
-        logging_steps: Log every so many optimizer steps.
-        loggers: tensorboard, wandb or none; nothing is ever sent anywhere unless named here.
-        deduplicate: Drop rows that say exactly what an earlier row says; they are counted and
-            listed.
-        chunked_loss: Compute the loss some tokens at a time, so that the logits of all are never
-            held; where the model cannot be taken apart for that, and if false, all are. The loss is
-            the same.
-        varlen_attention: Attend to each sample of a batch on its own, not to a whole row under a
-            mask: on the CPU, and where the model takes its attention from transformers' registry.
-            The numbers are the same.
-        fused_layers: Run norms, gated feed-forward blocks and rotary embeddings in one pass each
-            where the model's own do the same, and on the CPU whole decoder layers. Less time and
-            memory; the numbers are the same.
-        compile: Compile the model's layers with torch.compile, which takes a minute or more at
-            first; attention and what stands between the linear layers are then torch's to fuse.
-        epochs: Passes over the training data; 3 as Stanford Alpaca and TRL. max_steps overrides it.
-        max_grad_norm: Gradients are scaled down to this norm; 0.3 as QLoRA.
         packing: Fill sequences of max_length with several examples, which do not see each other.
         completion_only_loss: Learn the assistant's turns only; false learns every token.
+        epochs: Passes over the training data; 3 as Stanford Alpaca and TRL. max_steps overrides it.
+        max_grad_norm: Gradients are scaled down to this norm; 0.3 as QLoRA.
+        options: those that trainers share; see `FastTrainerOptions`.
         """
         return self  # a declaration; the decorator appends the step
 
-    @_sugar("export", "merge")
+    @sugar("export", "merge")
     def merge(
         self,
         *,
@@ -299,7 +183,7 @@ class Verbs:
         """
         return self  # a declaration; the decorator appends the step
 
-    @_sugar("export", "mix")
+    @sugar("export", "mix")
     def mix(
         self,
         *,
@@ -309,7 +193,7 @@ class Verbs:
     ) -> Self:
         """Several adapters added up to one.
 
-        name: What the adapter is called; unset, by the step that makes it.
+        name: what the adapter is called; unset, by the step that makes it.
         adapters: Names of the adapters, and what the update of each is multiplied by before they
             are added.
         rank: Cut the sum to this rank by singular value decomposition; unset keeps all of it, at

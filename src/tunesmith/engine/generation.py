@@ -24,7 +24,8 @@ def load_for_generation(run: Path, stages: Sequence[Stage]) -> tuple[Any, Any]:
     """Return (model, tokenizer) as they stand after the last stage of a run: base and adapter."""
     import torch
 
-    recipe = Recipe.from_yaml(run / "recipe.yaml")
+    # a run may be somebody else's, whose recipe gets no variable of this machine
+    recipe = Recipe.from_yaml(run / "recipe.yaml", variables={})
     lock = read_lock(run)
     device = lock["device"] if torch.cuda.is_available() or lock["device"] == "cpu" else "cpu"
     if not any(stage.model or stage.adapter for stage in stages):

@@ -20,7 +20,8 @@ from typing import Any, TypeVar, cast
 import attrs
 import cattrs
 
-from tunesmith.errors import OptionError, PluginError, RecipeError, TunesmithError, close_matches
+from tunesmith.errors import OptionError, PluginError, RecipeError, TunesmithError
+from tunesmith.other_names import unknown_option
 from tunesmith.recipe import plain
 
 __all__ = [
@@ -100,12 +101,7 @@ def structure(config: type[C], options: Mapping[str, Any], *, name: str) -> C:
             f"{config.__module__}.{config.__qualname__}, the options of {name}, has a type that "
             f"cannot be resolved: {error}; import it at run time, not under TYPE_CHECKING"
         ) from error
-    problems = [
-        f"unknown option '{key}' for {name}"
-        + (close_matches(key, fields) or f"; its options are: {', '.join(fields) or 'none'}")
-        for key in options
-        if key not in fields
-    ]
+    problems = [unknown_option(key, name, fields) for key in options if key not in fields]
     values: dict[str, Any] = {}
     for key, value in options.items():
         field = fields.get(key)

@@ -82,7 +82,7 @@ def read_run(directory: Path) -> ReadRun:
     if recipe_text is not None:
         try:
             # the newline makes it text, never the name of a file
-            recipe = Recipe.from_yaml(recipe_text + "\n")
+            recipe = Recipe.from_yaml(recipe_text + "\n", variables={})
         except (ValueError, TypeError, RecursionError) as error:
             notes.append(f"recipe.yaml cannot be read as a recipe: {error}")
     lock = _read_mapping(directory / "lock.json", "lock.json", notes)
