@@ -26,9 +26,11 @@ def test_a_verb_shows_every_option_with_its_default_and_its_help(verb, plugin):
     method = getattr(Tuner, SUGAR[verb, plugin])
     parameters = inspect.signature(method).parameters
     own = {"self", "data", "format", "name"}
-    assert {name: p.default for name, p in parameters.items() if name not in own} == {
-        field.name: field.default for field in attrs.fields(config)
-    }
+    assert {
+        name: attrs.NOTHING if p.default is p.empty else p.default
+        for name, p in parameters.items()
+        if name not in own
+    } == {field.name: field.default for field in attrs.fields(config)}
     assert all(p.kind is p.KEYWORD_ONLY for name, p in parameters.items() if name not in own)
     told = " ".join(inspect.getdoc(method).split())
     for name, said in field_docs(config).items():

@@ -29,7 +29,7 @@ STEP_KEYS = {
     "data: Any": """data: path or paths, hub id, `datasets.Dataset`, list of dicts, or a `Data`,
     which says what is mixed and what is done with the rows first.""",
     "format: str | None = None": "format: name of the data format; unset detects it from the rows.",
-    "name: str | None = None": "name: what the adapter is called; unset, by the step that makes it.",
+    "name: str | None = None": "name: what the adapter is called; unset, the step that makes it.",
 }
 """Parameters that are no options of a plugin, and what is said of them."""
 

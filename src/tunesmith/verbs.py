@@ -103,7 +103,7 @@ class Verbs(Chain):
     ) -> Self:
         """Low-rank adaptation.
 
-        name: what the adapter is called; unset, by the step that makes it.
+        name: what the adapter is called; unset, the step that makes it.
         r: Rank of the update; 16 as PEFT's QLoRA recipes (QLoRA itself: 64, with no gain above 8).
         alpha: The update is scaled by alpha / r; unset takes 2 r, the ratio of Microsoft's LoRA and
             of "LoRA Learns Less and Forgets Less" (arXiv:2405.09673).
@@ -193,7 +193,7 @@ class Verbs(Chain):
     ) -> Self:
         """Several adapters added up to one.
 
-        name: what the adapter is called; unset, by the step that makes it.
+        name: what the adapter is called; unset, the step that makes it.
         adapters: Names of the adapters, and what the update of each is multiplied by before they
             are added.
         rank: Cut the sum to this rank by singular value decomposition; unset keeps all of it, at

@@ -18,6 +18,7 @@ assert_type(start.sft("a.json", packing=True, epochs=2, learning_rate=1e-4, eval
 assert_type(start.dpo(Data("a.json").split(0.1), beta=0.2, warmup=10, loggers=("wandb",)), Tuner)
 assert_type(start.sft([{"prompt": "a"}], format="alpaca", max_grad_norm=1.0, seed=None), Tuner)
 assert_type(start.use("zh").evaluate("loss", "b.json").merge(dtype="bf16"), Tuner)
+assert_type(start.mix(adapters={"zh": 0.5, "en": 0.5}, name="both"), Tuner)
 
 # an option that there is not, own or shared
 start.lora(rank=8)  # type: ignore[call-arg]
