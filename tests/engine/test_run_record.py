@@ -111,7 +111,9 @@ def test_it_is_made_anew_where_an_evaluation_before_it_is_another_and_not_for_on
     whole = base.evaluate("loss", alpaca_file).export("card")
     second = card(run(whole.recipe, tmp_path / "run", plugins))
     name = "03-evaluate-loss"
-    assert second["metrics"][name]["tokens"] != first["metrics"][name]["tokens"]
+    told = [each["lock"]["fingerprints"][name] for each in (first, second)]
+    assert told[0] != told[1]
+    assert second["recipe"]["steps"][2] == {"evaluate": "loss", "data": str(alpaca_file)}
 
 
 def test_one_that_does_not_say_so_is_told(plugins, tiny_model, alpaca_file, tmp_path):
