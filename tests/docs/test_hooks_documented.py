@@ -180,6 +180,7 @@ def test_the_guides_metric_of_answers_measures(tmp_path):
 @PEFT_READS_A_RENAMED_PROPERTY
 def test_the_guides_fast_trainer_trains(tmp_path):
     from tunesmith.data.examples import Sourced
+    from tunesmith.plugin.conditions import Conditions
     from tunesmith.plugin.trainers import TrainingData
 
     (block,) = [each for each in BLOCKS if "class Quick(" in each]
@@ -192,8 +193,8 @@ def test_the_guides_fast_trainer_trains(tmp_path):
     built = trainer.build(session, TrainingData(rows, [], lambda *_: None), tmp_path / "work")
     assert type(built).__name__ == "FastTrainer"
     built.train()
-    told = trainer.explain(session.model, device="cpu", precision="fp32", trains_base=True)
-    assert told[0].startswith("loss:")
+    told = trainer.explain(Conditions(trains_base=True, model=session.model))
+    assert told[0].text.startswith("loss:")
 
 
 def test_the_hooks_of_the_guide_take_what_the_specifications_give():

@@ -12,6 +12,7 @@ from transformers import GPT2Config, LlamaConfig, MixtralConfig
 from transformers.models.auto import AutoModelForCausalLM
 
 from tunesmith.ops import native_status
+from tunesmith.plugin.conditions import Conditions
 from tunesmith.plugin.fast import FastTrainer, FastTrainerConfig, fast, prepare
 from tunesmith.plugin.trainers import Trainer, TrainerConfig
 
@@ -41,10 +42,22 @@ class Quick(FastTrainer[Any]):
 
 
 def foretold_by(
-    config: TrainerConfig, model: Any, device: str = "cpu", *, adapter: bool = True
+    config: TrainerConfig,
+    model: Any,
+    device: str = "cpu",
+    *,
+    adapter: bool = True,
+    processes: int = 1,
 ) -> tuple[str, ...]:
     kind = Quick if isinstance(config, FastTrainerConfig) else Plain
-    return kind(config).explain(model, device=device, precision="bf16", trains_base=not adapter)
+    conditions = Conditions(
+        device=device,
+        precision="bf16",
+        trains_base=not adapter,
+        processes=processes,
+        model=model,
+    )
+    return tuple(map(str, kind(config).explain(conditions)))
 
 
 def model_of(config: Any, **options: Any) -> Any:
@@ -102,9 +115,6 @@ def test_each_reason_is_named() -> None:
     assert "(auto: 8 bytes of states for each weight; adamw_8bit would round" in lines(
         adapter=False
     )
-    paged = attrs.evolve(on, optimizer="paged_adamw_8bit")
-    assert "on the CPU nothing is paged" in lines(paged)
-    assert "nothing is paged" not in lines(paged, device="cuda")
     assert "mixed precision" in lines(adapter=False)
     assert "chunked_loss is off" in lines(attrs.evolve(on, chunked_loss=False))
     assert "bitsandbytes" in lines(attrs.evolve(on, optimizer="adamw_8bit"))
@@ -114,6 +124,35 @@ def test_of_a_trainer_without_the_pieces_nothing_is_claimed() -> None:
     model = model_of(LLAMA, attn_implementation="sdpa")
     [line] = foretold_by(TrainerConfig(), model)
     assert line.startswith("optimizer:")
+
+
+def test_with_several_processes_no_loss_from_hidden_states_is_claimed() -> None:
+    with torch.device("meta"):
+        model = model_of(LLAMA)
+    loss, *_ = foretold_by(FastTrainerConfig(), model, processes=2)
+    assert loss == (
+        "loss: from the logits of all tokens at once (with several processes the model is wrapped "
+        "as a whole)"
+    )
+
+
+def test_what_is_off_says_what_switches_it_on_and_only_that() -> None:
+    with torch.device("meta"):
+        model = model_of(LLAMA, attn_implementation="eager")
+
+    def slow(**options: Any) -> dict[str, str]:
+        config = FastTrainerConfig(**options)
+        pieces = Quick(config).explain(Conditions(precision="bf16", model=model))
+        return {each.text.split(":")[0]: each.remedy for each in pieces if not each.fast}
+
+    # an attention that is not torch's is no matter of our options
+    assert slow() == {"attention": "", "decoder layers": ""}
+    assert slow(chunked_loss=False)["loss"] == "chunked_loss=True"
+    off = slow(varlen_attention=False, fused_layers=False)
+    assert off["attention"] == "varlen_attention=True"
+    assert off["norms, gated blocks, rotary embedding"] == "fused_layers=True"
+    assert off["decoder layers"] == "fused_layers=True"
+    assert slow(compile=True) == {}
 
 
 def test_a_loss_with_further_terms_is_foretold() -> None:

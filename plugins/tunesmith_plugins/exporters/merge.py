@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from tunesmith.errors import ModelError
+from tunesmith.plugin.conditions import Conditions
 from tunesmith.plugin.exporters import Exporter
 from tunesmith.plugin.options import more_than, one_of
 
@@ -90,6 +91,12 @@ class Merge(Exporter[MergeConfig]):
                 session.unload()
             self._compare(session, directory, proof, rows, expected)
         return {"model": directory}
+
+    def effective(self, conditions: Conditions) -> Mapping[str, Any]:
+        """Return the options as they will act: the dtype that is written."""
+        found = super().effective(conditions)
+        dtype = conditions.precision if self.config.dtype == "auto" else self.config.dtype
+        return {**found, "dtype": dtype}
 
     def _compare(
         self, session: Session, directory: Path, proof: Proof, rows: Any, expected: Any

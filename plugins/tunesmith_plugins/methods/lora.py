@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from tunesmith.plugin.conditions import Conditions
 from tunesmith.plugin.methods import PeftMethod
 from tunesmith.plugin.options import at_least, between, one_of
 
@@ -51,6 +53,23 @@ class Lora(PeftMethod[LoraConfig]):
 
     mixable = True
 
+    def effective(self, conditions: Conditions) -> Mapping[str, Any]:
+        """Return the options as they will act: alpha, and targets as the names of what is adapted.
+
+        Until the model is known, targets are as they were given.
+        """
+        from tunesmith.nn.targets import last_names
+
+        found = dict(super().effective(conditions)) | {"alpha": self.alpha}
+        if conditions.model is not None:
+            found["targets"] = last_names(self.targets(conditions.model))
+        return found
+
+    @property
+    def alpha(self) -> float:
+        """The update is scaled by alpha / r: the option, or 2 r."""
+        return 2 * self.config.r if self.config.alpha is None else self.config.alpha
+
     def targets(self, model: PreTrainedModel) -> Targets:
         """Return what of a model is adapted. Errors: `ModelError` for names it does not have."""
         from tunesmith.nn.targets import find_targets
@@ -77,7 +96,7 @@ class Lora(PeftMethod[LoraConfig]):
         targets = self.targets(model)
         return peft.LoraConfig(
             r=config.r,
-            lora_alpha=2 * config.r if config.alpha is None else config.alpha,
+            lora_alpha=self.alpha,
             lora_dropout=config.dropout,
             target_modules=list(targets.modules),
             target_parameters=list(targets.parameters) or None,

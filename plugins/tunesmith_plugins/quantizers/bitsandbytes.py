@@ -10,6 +10,7 @@ import attrs
 
 from tunesmith.errors import ModelError, OptionError
 from tunesmith.nn.tasks import CAUSAL_LM, Task
+from tunesmith.plugin.conditions import Conditions
 from tunesmith.plugin.options import one_of
 from tunesmith.plugin.quantizers import Quantizer, stored_method
 
@@ -87,6 +88,13 @@ class BitsAndBytes(Quantizer[BitsAndBytesConfig]):
         )
         return _frozen(model)
 
+    def effective(self, conditions: Conditions) -> Mapping[str, Any]:
+        """Return the options as they will act; in 8 bits quant_type and nested mean nothing."""
+        found = super().effective(conditions)
+        if self.config.bits == 8:
+            return found
+        return {**found, "quant_type": self.quant_type, "nested": self.nested}
+
     def split(self, model: Any) -> Split:
         """Say which weights the library holds in few bits: those of plain linear layers."""
         from tunesmith.nn.quantizable import split
@@ -113,6 +121,7 @@ class BitsAndBytes(Quantizer[BitsAndBytesConfig]):
                     f"not quantized again: pass {option}={got!r}, or start from the unquantized "
                     "checkpoint"
                 )
+        self.quant_type = kept.get("quant_type", self.quant_type)
         self.nested = kept.get("nested", self.nested)
         return f"{method}: taken as it is, not quantized again"
 

@@ -11,6 +11,7 @@ import attrs
 
 from tunesmith.errors import ModelError
 from tunesmith.nn.tasks import CAUSAL_LM, Task
+from tunesmith.plugin.conditions import Conditions
 from tunesmith.plugin.options import one_of
 from tunesmith.plugin.quantizers import Quantizer, stored_method
 
@@ -90,6 +91,15 @@ class NF4(Quantizer[NF4Config]):
                 quantization_config=config,
                 **options,
             )
+
+    def effective(self, conditions: Conditions) -> Mapping[str, Any]:
+        """Return the options as they will act, or as the model is stored, and the table's name."""
+        return {
+            **super().effective(conditions),
+            "blocksize": self.blocksize,
+            "nested": self.nested,
+            "quant_type": self.quant_type,
+        }
 
     def split(self, model: Any) -> Split:
         """Say which weights go into 4 bits, and why the others do not."""

@@ -30,12 +30,12 @@ class LoadedData:
 
     description: str
     format: str
-    examples: Sequence[Sourced]
+    examples: Sequence[Sourced] = attrs.field(repr=False)
     fingerprint: str
     """sha256 of all that decides the rows: content, formats, transforms."""
-    held_out: Sequence[Sourced] = ()
+    held_out: Sequence[Sourced] = attrs.field(default=(), repr=False)
     """What a transform has held out, for a trainer to evaluate on."""
-    dropped: tuple[Dropped, ...] = ()
+    dropped: tuple[Dropped, ...] = attrs.field(default=(), repr=False)
     """Rows that were left out by transforms, and why."""
     rows: int = 0
     """How many rows were read."""

@@ -15,8 +15,8 @@ from typing import Any
 import attrs
 
 from tunesmith.data.examples import Conversation, Preference, Sourced
-from tunesmith.engine.device import Device
-from tunesmith.plugin.fast import fuses_layers
+from tunesmith.plugin.conditions import Conditions, Piece
+from tunesmith.plugin.fast import fuses_layers, why_all_logits
 from tunesmith.plugin.methods import Method
 from tunesmith.plugin.optimizers import optimizer_called
 from tunesmith.plugin.quantizers import Quantizer
@@ -37,7 +37,7 @@ SLACK = 1.25
 class Shapes:
     """The sizes of a model that memory and time depend on."""
 
-    model: Any
+    model: Any = attrs.field(repr=False)
     """The skeleton on the meta device."""
     linears: tuple[tuple[int, int], ...]
     """[out_features, in_features] of every linear layer but the head."""
@@ -68,7 +68,9 @@ class Estimate:
     seconds: float
     trainable: int
     """Trained parameters."""
-    speed: tuple[str, ...] = ()
+    rows: int
+    """Rows that an update is over, of all processes."""
+    speed: tuple[Piece, ...] = ()
     """What runs faster than the stock way, and what does not and why."""
 
     @property
@@ -105,12 +107,16 @@ def estimate_step(
     quantizer: Quantizer[Any] | None,
     method: Method[Any] | None,
     shapes: Shapes,
-    device: Device,
+    conditions: Conditions,
+    device: str,
 ) -> Estimate:
-    """Predict one training step's memory in bytes and time in seconds."""
+    """Predict one training step's memory in bytes and time in seconds, for each process.
+
+    `device` is a torch device string.
+    """
     config = trainer.config
-    itemsize = ITEMSIZE[device.precision]
-    full = method is None or method.trains_base
+    itemsize = ITEMSIZE[conditions.precision]
+    full = conditions.trains_base
     if quantizer is not None:
         found = quantizer.split(shapes.model)
         held = list(shapes.linears if found is None else found.targets.values())
@@ -142,7 +148,7 @@ def estimate_step(
     # layer keeps its input and s = x At, and no copies of its input; fused norms and gated blocks
     # keep what comes in and nothing in between
     linear_inputs = sum(into for _, into in shapes.linears) / max(1, shapes.layers)
-    between = 0.8 if fuses_layers(config, device.name, adapter=not full) else 4.5
+    between = 0.8 if fuses_layers(config, device, adapter=not full) else 4.5
     a_layer = batch_tokens * itemsize * (1.6 * linear_inputs + between * shapes.hidden)
     kept = shapes.layers * batch_tokens * itemsize * shapes.hidden
     # a layer that is recomputed holds its activations and their gradients, and the allocator much
@@ -151,7 +157,7 @@ def estimate_step(
     activations = recomputed if config.gradient_checkpointing else shapes.layers * a_layer
     # logits in the compute dtype; in fp32 shifted, their log-softmax, and two gradients
     logits = batch_tokens * shapes.vocabulary * (itemsize + 16)
-    if getattr(config, "chunked_loss", False):
+    if why_all_logits(config, conditions) is None:
         from tunesmith.nn.head_logps import CHUNK_BYTES  # imports torch
 
         # those of a chunk, and what flows back into the hidden states
@@ -160,14 +166,14 @@ def estimate_step(
     epochs_tokens = sum(min(length, config.max_length) for length in lengths) * _sequences(
         examples[0]
     )
-    per_step = config.batch_size * config.gradient_accumulation
+    per_step = config.batch_size * config.gradient_accumulation * conditions.processes
     steps_an_epoch = max(1, -(-len(lengths) // per_step))
     steps = config.max_steps or max(1, round(config.epochs * steps_an_epoch))
     tokens = round(epochs_tokens * steps / steps_an_epoch)
     # forward 2, gradient of the input 2, gradient of the weights 2 where they are trained
     passes = 2 + 2 + (2 if method is None else 0) + (2 if config.gradient_checkpointing else 0)
-    rate = _matmul_rate(device.name, device.precision) * EFFICIENCY
-    seconds = tokens * shapes.parameters * passes / rate
+    rate = _matmul_rate(device, conditions.precision) * EFFICIENCY
+    seconds = tokens / conditions.processes * shapes.parameters * passes / rate
     return Estimate(
         weights_bytes=int(weights + workspace),
         adapter_bytes=int(adapter),
@@ -176,9 +182,8 @@ def estimate_step(
         steps=steps,
         seconds=seconds,
         trainable=trainable,
-        speed=trainer.explain(
-            shapes.model, device=device.name, precision=device.precision, trains_base=full
-        ),
+        rows=per_step,
+        speed=trainer.explain(conditions),
     )
 
 

@@ -17,6 +17,7 @@ from tunesmith.engine.alone import alone
 from tunesmith.engine.checks import ModelFindings, Use, examine
 from tunesmith.engine.dataset import LoadedData
 from tunesmith.engine.device import Device, find_device
+from tunesmith.engine.effects import conditions_of, with_effects
 from tunesmith.engine.estimate import ITEMSIZE, Estimate, Shapes, estimate_step, model_shapes
 from tunesmith.engine.models import ModelSource, find_model, gguf_findings, metadata_directory
 from tunesmith.engine.order import methods_at, order_problems
@@ -51,7 +52,7 @@ class PlannedStep:
     """A step with what it was resolved to; parts that have a problem are None."""
 
     number: int
-    step: Step
+    step: Step = attrs.field(repr=lambda step: step.label)  # its data may be rows
     plugin: Registered | None = None
     config: Any = None
     data: LoadedData | None = None
@@ -65,6 +66,8 @@ class PlannedStep:
     """A quantize step: what of the model is held quantized, and what is not and why."""
     adapts: str = ""
     """A peft step: what of the model is adapted, and what is not and why."""
+    effective: Mapping[str, Any] = attrs.field(factory=dict)
+    """Its options as they will act, and what follows from them; empty where there is a problem."""
 
     @property
     def name(self) -> str:
@@ -115,6 +118,9 @@ class Plan:
         from tunesmith.engine.explain import plan_text
 
         return plan_text(self)
+
+    # the rows of all data lie in it, which nobody wants to see in a notebook's cell
+    __repr__ = __str__
 
 
 def make_plan(
@@ -177,7 +183,16 @@ def make_plan(
                 steps = _with_held(steps, shapes, device, quantizer, problems)
                 steps = _with_adapted(steps, shapes, problems)
             if shapes is not None and device is not None and estimates and not problems:
-                steps = _with_estimates(steps, shapes, device, quantizer, notes)
+                steps = _with_estimates(steps, shapes, device, quantizer, recipe.seed, notes)
+    if device is not None:
+        # the first quantizer has been told how the model is stored
+        first = _first(steps, "quantizers")
+        steps = with_effects(
+            steps,
+            conditions_of(device, recipe.seed, None if shapes is None else shapes.model),
+            lambda step: quantizer if step is first else _built(step),
+            notes,
+        )
     plan = Plan(recipe, model, device, steps, tuple(problems), tuple(notes), shapes)
     for distribution, answer in registry.each_hook("tunesmith_check_plan", plan=plan):
         if isinstance(answer, Exception):
@@ -440,6 +455,7 @@ def _with_estimates(
     shapes: Shapes,
     device: Device,
     quantizer: Quantizer[Any] | None,
+    seed: int,
     notes: list[str],
 ) -> tuple[PlannedStep, ...]:
     done: list[PlannedStep] = []
@@ -461,7 +477,13 @@ def _with_estimates(
                     at_work,
                     None if method is None else _built(method),
                     shapes,
-                    device,
+                    conditions_of(
+                        device,
+                        seed,
+                        shapes.model,
+                        trains_base=method is None or bool(method.flag("trains_base")),
+                    ),
+                    device.name,
                 )
             except Exception as error:
                 notes.append(f"{step.name}: not predicted: {type(error).__name__}: {error}")

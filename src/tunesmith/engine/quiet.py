@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging as logging_levels
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,11 +10,16 @@ from contextlib import contextmanager
 __all__ = ["quiet_libraries"]
 
 
+# it tells at each import that a kernel is not there which nothing here asks for
+_foreign = logging_levels.getLogger("bitsandbytes.backends.cpu.ops")
+
+
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Switch off transformers' loading bars, and warnings that no user can act on."""
     from transformers.utils import logging
 
+    _foreign.setLevel(logging_levels.ERROR)
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -13,6 +13,7 @@ import attrs
 
 from tunesmith.engine.alone import alone
 from tunesmith.engine.durable import told
+from tunesmith.engine.effects import setup_before
 from tunesmith.engine.identity import fingerprints, lock_of
 from tunesmith.engine.models import local_directory
 from tunesmith.engine.plan import Plan, PlannedStep, check_base, make_plan
@@ -36,7 +37,6 @@ from tunesmith.plugin.events import (
     StageStarted,
     Warned,
 )
-from tunesmith.plugin.options import plain_options
 from tunesmith.plugin.registry import Registry
 from tunesmith.plugin.session import Session
 from tunesmith.recipe import Recipe
@@ -221,7 +221,8 @@ class _Runner:
             verb=step.step.verb,
             plugin=step.plugin.key if step.plugin else step.step.plugin,
             fingerprint=fingerprint,
-            options=plain_options(step.config),
+            options=step.effective,
+            setup=setup_before(self.plan.steps, step),
             metrics=made.metrics,
             artefacts={
                 name: path.relative_to(directory).as_posix()

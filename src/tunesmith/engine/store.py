@@ -105,6 +105,9 @@ class Stage:
     plugin: str
     fingerprint: str
     options: Mapping[str, Any] = attrs.field(factory=dict)
+    """As they acted: what was left out is as it was decided to be."""
+    setup: Mapping[str, Mapping[str, Any]] = attrs.field(factory=dict)
+    """What was said of the model before: plugin and options of such steps, by their name."""
     metrics: Mapping[str, float] = attrs.field(factory=dict)
     seconds: float = 0.0
     finished: str = ""
@@ -467,6 +470,7 @@ def _stage(directory: Path, row: dict[str, Any]) -> Stage:
         "plugin": str,
         "fingerprint": str,
         "options": dict,
+        "setup": dict,
         "metrics": dict,
         "seconds": (int, float),
         "finished": str,

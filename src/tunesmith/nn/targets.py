@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from tunesmith.errors import ModelError, close_matches
 from tunesmith.nn.quantizable import is_linear
 
-__all__ = ["ALL_LINEAR", "Targets", "find_targets"]
+__all__ = ["ALL_LINEAR", "Targets", "find_targets", "last_names"]
 
 ALL_LINEAR = "all-linear"
 """Every linear layer that can be adapted without harm, stacked experts included."""
@@ -59,6 +59,11 @@ class Targets:
         for why, names in reasons.items():
             text += f"; not {_endings(names)}: {why}"
         return text
+
+
+def last_names(targets: Targets) -> list[str]:
+    """Return the last part of each name, once and in order, such as ["down_proj", "gate_proj"]."""
+    return sorted({name.rpartition(".")[2] for name in (*targets.modules, *targets.parameters)})
 
 
 def find_targets(

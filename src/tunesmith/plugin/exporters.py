@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
+from tunesmith.plugin.conditions import Resolved
+
 if TYPE_CHECKING:
     from tunesmith.plugin.session import Session
 
@@ -15,7 +17,7 @@ __all__ = ["Exporter"]
 C = TypeVar("C")
 
 
-class Exporter(ABC, Generic[C]):
+class Exporter(Resolved, ABC, Generic[C]):
     """Writes the session's model, or something about it, for others."""
 
     makes_model: ClassVar[bool] = False

@@ -8,11 +8,13 @@ loss is one of log-probabilities, `loss_of_model` says whether they can be had w
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
 
+from tunesmith.plugin.conditions import Conditions, Piece
 from tunesmith.plugin.optimizers import described_optimizer
 from tunesmith.plugin.trainers import Trainer, TrainerConfig
 
@@ -29,6 +31,7 @@ __all__ = [
     "fuses_layers",
     "loss_of_model",
     "prepare",
+    "why_all_logits",
 ]
 
 
@@ -72,26 +75,36 @@ class FastTrainer(Trainer[C]):
     Its `build` calls `prepare`, and takes its loss as `loss_of_model` says.
     """
 
-    def explain(
-        self, model: Any, *, device: str, precision: str, trains_base: bool
-    ) -> tuple[str, ...]:
-        """Return a line for each piece: loss, attention, layers, decoder layers, optimizer.
+    def explain(self, conditions: Conditions) -> tuple[Piece, ...]:
+        """Return each piece: loss, attention, layers, decoder layers, optimizer, compiler.
 
         What can only be found out by trying is said to be so.
         """
-        config, adapter = self.config, not trains_base
-        lines = (
-            _loss(config, model, precision, adapter),
-            _attention(config, model, device),
-            _layers(config, model, device, adapter),
-            _decoder_layers(config, model, device, adapter),
-            described_optimizer(config.optimizer, device, trains_base=trains_base),
+        config = self.config
+        pieces = (
+            _loss(config, conditions),
+            _attention(config, conditions),
+            _layers(config, conditions),
+            _decoder_layers(config, conditions),
+            described_optimizer(config.optimizer, conditions),
         )
         if not config.compile:
-            return lines
+            return pieces
         from tunesmith.nn import compiled
 
-        return (*lines, compiled.described(compiled.repeated(model)))
+        return (*pieces, Piece(compiled.described(compiled.repeated(conditions.model))))
+
+    def effective(self, conditions: Conditions) -> Mapping[str, Any]:
+        """Return the options as they will act: those for pieces that are known to be left out."""
+        config = self.config
+        off = {
+            piece: False
+            for piece in ("varlen_attention", "fused_layers")
+            if config.why_not(piece) is not None
+        }
+        if why_all_logits(config, conditions) is not None:
+            off["chunked_loss"] = False
+        return {**super().effective(conditions), **off}
 
 
 def fast(cls: Any = None) -> Any:
@@ -162,7 +175,7 @@ def loss_of_model(
         log.info("loss: from the logits of all tokens at once (%s)", found)
         headless = None
     else:
-        log.info("loss: from hidden states, without holding the logits")
+        log.info("loss: %s", _HIDDEN)
         headless = found
     if own.text and own.text != found:
         log.info("loss: %s", own.text)
@@ -196,14 +209,45 @@ def fuses_layers(config: TrainerConfig, device: str, *, adapter: bool) -> bool:
     return config.why_not("fused_layers") is None and adapter and gains
 
 
-def _loss(config: FastTrainerConfig, model: Any, precision: str, adapter: bool) -> str:
+def why_all_logits(config: TrainerConfig, conditions: Conditions) -> str | None:
+    """Return why the loss will be taken from the logits of all tokens at once, if that is known.
+
+    Whether a head can be taken off is found out by trying, and here taken to be so.
+    """
+    if not isinstance(config, FastTrainerConfig):
+        return "the trainer has no other way"
     if not config.chunked_loss:
-        return "loss: from the logits of all tokens at once (chunked_loss is off)"
-    if not adapter and precision != "fp32":
-        return "loss: from the logits of all tokens at once (mixed precision wraps the whole model)"
-    if _routers_add_to_the_loss(model):
-        return "loss: from the logits of all tokens at once (its own loss has further terms)"
-    return "loss: from hidden states, without holding the logits, if the head can be taken off"
+        return "chunked_loss is off"
+    if conditions.trains_base and conditions.precision != "fp32":
+        return "mixed precision wraps the whole model"
+    if conditions.processes > 1:
+        return "with several processes the model is wrapped as a whole"
+    if conditions.model is not None and _routers_add_to_the_loss(conditions.model):
+        return "its own loss has further terms"
+    return None
+
+
+def _loss(config: FastTrainerConfig, conditions: Conditions) -> Piece:
+    why = why_all_logits(config, conditions)
+    if why is not None:
+        text = f"loss: from the logits of all tokens at once ({why})"
+        return Piece(text, fast=False, remedy=_remedy(config, "chunked_loss"))
+    return Piece(f"loss: {_HIDDEN}, if the head can be taken off")
+
+
+_HIDDEN = "from hidden states, without holding the logits"
+
+
+def _remedy(config: FastTrainerConfig, piece: str) -> str:
+    """Return what switches a piece on, where it is its own option that switches it off."""
+    return "" if getattr(config, piece) else f"{piece}=True"
+
+
+def _piece(config: FastTrainerConfig, option: str, text: str, why: str | None) -> Piece:
+    """Return a piece that is left to the model's own code for a reason, or is not."""
+    # what torch.compile does instead is no slower way
+    slow = why is not None and not config.compile
+    return Piece(text, fast=not slow, remedy=_remedy(config, option) if slow else "")
 
 
 def _routers_add_to_the_loss(model: Any) -> bool:
@@ -213,36 +257,41 @@ def _routers_add_to_the_loss(model: Any) -> bool:
     return bool(getattr(config, "output_router_logits", False)) and bool(share)
 
 
-def _attention(config: FastTrainerConfig, model: Any, device: str) -> str:
+def _attention(config: FastTrainerConfig, conditions: Conditions) -> Piece:
     from tunesmith.nn import varlen_attention
 
-    return varlen_attention.described(_stock_attention(config, model, device))
+    why = _stock_attention(config, conditions)
+    return _piece(config, "varlen_attention", varlen_attention.described(why), why)
 
 
-def _stock_attention(config: FastTrainerConfig, model: Any, device: str) -> str | None:
+def _stock_attention(config: FastTrainerConfig, conditions: Conditions) -> str | None:
     from tunesmith.nn import varlen_attention
 
-    return config.why_not("varlen_attention") or varlen_attention.why_not(model, device)
+    return config.why_not("varlen_attention") or varlen_attention.why_not(
+        conditions.model, conditions.device
+    )
 
 
-def _layers(config: FastTrainerConfig, model: Any, device: str, adapter: bool) -> str:
+def _layers(config: FastTrainerConfig, conditions: Conditions) -> Piece:
     from tunesmith.nn import fused_layers
 
-    why = config.why_not("fused_layers")
-    found = why or fused_layers.find(model, device, trained=not adapter)
-    return fused_layers.described(found)
+    found = config.why_not("fused_layers") or fused_layers.find(
+        conditions.model, conditions.device, trained=conditions.trains_base
+    )
+    why = found if isinstance(found, str) else None
+    return _piece(config, "fused_layers", fused_layers.described(found), why)
 
 
-def _decoder_layers(config: FastTrainerConfig, model: Any, device: str, adapter: bool) -> str:
+def _decoder_layers(config: FastTrainerConfig, conditions: Conditions) -> Piece:
     from tunesmith.nn import fused_decoder
 
-    why = config.why_not("fused_layers") or _stock_attention(config, model, device)
-    if why is None and not adapter:
+    why = config.why_not("fused_layers") or _stock_attention(config, conditions)
+    if why is None and conditions.trains_base:
         why = "their norms are trained"
-    found = why or fused_decoder.find(model, device)
+    found = why or fused_decoder.find(conditions.model, conditions.device)
     if isinstance(found, str):
-        return fused_decoder.described(found)
-    return (
+        return _piece(config, "fused_layers", fused_decoder.described(found), found)
+    return Piece(
         f"decoder layers: up to {found} in one pass each, those with 4-bit projections and "
         "adapters without dropout that prove to be what they look like"
     )

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
+from tunesmith.plugin.conditions import Resolved
+
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
@@ -19,7 +21,7 @@ __all__ = ["Method", "PeftMethod"]
 C = TypeVar("C")
 
 
-class Method(ABC, Generic[C]):
+class Method(Resolved, ABC, Generic[C]):
     """Makes a base model one of which only little is trained, and keeps that.
 
     It never asks how the base is quantized: a base layer is an `nn.Linear` to it. What it is like

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 import attrs
 
 from tunesmith.nn.tasks import CAUSAL_LM, Task
+from tunesmith.plugin.conditions import Resolved
 from tunesmith.plugin.options import at_least
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class Measured:
     """A few answers with it, if it is one of answers; they are kept in the run directory."""
 
 
-class Metric(ABC, Generic[C]):
+class Metric(Resolved, ABC, Generic[C]):
     """Measures the session's model as it stands; its Spec says which example shape it takes."""
 
     task: ClassVar[Task] = CAUSAL_LM

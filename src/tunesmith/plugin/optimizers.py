@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import attrs
 
-__all__ = ["AUTO", "OPTIMIZERS", "Optimizer", "optimizer_called"]
+from tunesmith.plugin.conditions import Conditions, Piece
+
+__all__ = [
+    "AUTO",
+    "OPTIMIZERS",
+    "Optimizer",
+    "described_optimizer",
+    "optimizer_called",
+    "optimizer_name",
+]
 
 AUTO = "auto"
 
@@ -37,22 +46,25 @@ OPTIMIZERS = {
 }
 
 
+def optimizer_name(option: str) -> str:
+    """Return the key of `OPTIMIZERS` that an option `optimizer` stands for."""
+    return "adamw" if option == AUTO else option
+
+
 def optimizer_called(name: str) -> Optimizer:
     """Return the optimizer that an option `optimizer` stands for."""
-    return OPTIMIZERS["adamw" if name == AUTO else name]
+    return OPTIMIZERS[optimizer_name(name)]
 
 
-def described_optimizer(name: str, device: str, *, trains_base: bool) -> str:
-    """Return in a line which optimizer a step takes, and why; `device` is a torch device's type."""
+def described_optimizer(name: str, conditions: Conditions) -> Piece:
+    """Return which optimizer a step takes, and why."""
     taken = optimizer_called(name)
     notes = []
-    if name == AUTO and not trains_base:
+    if name == AUTO and not conditions.trains_base:
         notes.append("auto: what is trained is small beside the model, and so are its states")
     elif name == AUTO:
         notes.append(
             f"auto: {taken.state_bytes:.0f} bytes of states for each weight; adamw_8bit would "
             f"round them to {OPTIMIZERS['adamw_8bit'].state_bytes:.0f}"
         )
-    if taken.argument.startswith("paged") and device == "cpu":
-        notes.append("on the CPU nothing is paged")
-    return f"optimizer: {taken.text}" + (f" ({'; '.join(notes)})" if notes else "")
+    return Piece(f"optimizer: {taken.text}" + (f" ({'; '.join(notes)})" if notes else ""))

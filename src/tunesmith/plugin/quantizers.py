@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from tunesmith.errors import ModelError
 from tunesmith.nn.tasks import CAUSAL_LM, Task
+from tunesmith.plugin.conditions import Resolved
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +21,7 @@ __all__ = ["Quantizer", "stored_method"]
 C = TypeVar("C")
 
 
-class Quantizer(Generic[C]):
+class Quantizer(Resolved, Generic[C]):
     """Decides how the base model's weights are loaded.
 
     The class itself loads them unquantized, which is what a recipe without a quantize step does;

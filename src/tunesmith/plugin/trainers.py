@@ -16,11 +16,13 @@ import attrs
 from tunesmith.data.examples import Sourced
 from tunesmith.errors import DataError, OptionError
 from tunesmith.nn.tasks import CAUSAL_LM, Task
+from tunesmith.plugin.conditions import Conditions, Piece, Resolved
 from tunesmith.plugin.optimizers import (
     AUTO,
     OPTIMIZERS,
     described_optimizer,
     optimizer_called,
+    optimizer_name,
 )
 from tunesmith.plugin.options import at_least, more_than, one_of
 
@@ -206,7 +208,7 @@ class Training(Protocol):
         """Train to the end, from a checkpoint if one is given."""
 
 
-class Trainer(ABC, Generic[C]):
+class Trainer(Resolved, ABC, Generic[C]):
     """Builds the training of one step.
 
     Its Spec says which example shape it takes (`example="conversation"`), so that data of another
@@ -237,16 +239,29 @@ class Trainer(ABC, Generic[C]):
         and lists, so that a training which goes on logs what an undisturbed one does.
         """
 
-    def explain(
-        self, model: Any, *, device: str, precision: str, trains_base: bool
-    ) -> tuple[str, ...]:
-        """Return a line for each thing that decides how fast the training is; asked by a plan.
+    def explain(self, conditions: Conditions) -> tuple[Piece, ...]:
+        """Return each thing that decides how fast the training is; asked by a plan.
 
-        `model` is on the meta device, `device` a torch device's type and `precision` "fp32", "bf16"
-        or "fp16". Unless overridden it is the optimizer alone: no piece is claimed that a trainer
-        does not say it has.
+        `conditions.model` is there. Unless overridden it is the optimizer alone: no piece is
+        claimed that a trainer does not say it has.
         """
-        return (described_optimizer(self.config.optimizer, device, trains_base=trains_base),)
+        return (described_optimizer(self.config.optimizer, conditions),)
+
+    def effective(self, conditions: Conditions) -> Mapping[str, Any]:
+        """Return the options as they will act, and `effective_batch_size`: rows an update is over.
+
+        That is batch_size x gradient_accumulation x processes.
+        """
+        config: TrainerConfig = self.config
+        rows = config.batch_size * config.gradient_accumulation * conditions.processes
+        return {
+            **super().effective(conditions),
+            "learning_rate": self.learning_rate(peft=not conditions.trains_base),
+            "warmup": warmup_of(config),
+            "optimizer": optimizer_name(config.optimizer),
+            "seed": conditions.seed if config.seed is None else config.seed,
+            "effective_batch_size": rows,
+        }
 
     def learning_rate(self, *, peft: bool) -> float:
         """Return the peak learning rate: the option, or this trainer's default.
@@ -296,7 +311,7 @@ def training_arguments(
         "learning_rate": trainer.learning_rate(peft=not full),
         "lr_scheduler_type": config.scheduler,
         "lr_scheduler_kwargs": SCHEDULER_OPTIONS.get(config.scheduler, {}),
-        "warmup_steps": _warmup(config),
+        "warmup_steps": warmup_of(config),
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
         "optim": optimizer_called(config.optimizer).argument,
@@ -335,7 +350,8 @@ def training_arguments(
     return made(**{**settings, **overrides})
 
 
-def _warmup(config: TrainerConfig) -> float:
+def warmup_of(config: TrainerConfig) -> float:
+    """Return the share of the steps that warm up, or their number from 1 on."""
     if config.warmup is None:
         return 0.0 if config.scheduler == "constant" else WARMUP
     return config.warmup

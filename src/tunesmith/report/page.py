@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tunesmith.engine.figures import duration, main_metrics, number
+from tunesmith.engine.figures import duration, figure, main_metrics, number
 from tunesmith.engine.store import SAMPLES
 from tunesmith.recipe import Recipe
 from tunesmith.report.charts import charts
@@ -59,7 +59,7 @@ def _stage_table(run: ReadRun) -> str:
         record = stage.record or {}
         what = " ".join(str(record[key]) for key in ("verb", "plugin") if record.get(key))
         metrics = "".join(
-            f"<li>{text_of(name).replace('/', '/<wbr>')} <b>{text_of(number(value))}</b></li>"
+            f"<li>{text_of(name).replace('/', '/<wbr>')} <b>{text_of(figure(name, value))}</b></li>"
             for name, value in main_metrics(stage.metrics).items()
         )
         link = f'<a href="#{identifier_of(stage.name)}">{text_of(stage.name)}</a>'
@@ -152,17 +152,32 @@ def _dropped(stage: ReadStage) -> str:
 def _stage_details(stage: ReadStage) -> str:
     if stage.record is None:
         return ""
-    rows = [
+    ran = [*_options("", stage.record.get("options"))]
+    for step, said in mapping(stage.record.get("setup")).items():
+        ran += _options(f"{step}: ", mapping(said).get("options"))
+    measured = [
+        (text_of(name), text_of(figure(name, value))) for name, value in stage.metrics.items()
+    ]
+    rest = [
         (text_of(key), text_of(value))
         for key, value in stage.record.items()
-        if key not in ("metrics", "options", "name")
+        if key not in ("metrics", "options", "setup", "name")
     ]
-    for key in ("options", "metrics"):
-        for name, value in mapping(stage.record.get(key)).items():
-            shown = number(value) if key == "metrics" else json.dumps(value, ensure_ascii=False)
-            rows.append((text_of(f"{key}: {name}"), text_of(shown)))
-    listing = table(f"All that {stage.name} has kept", ("Name", "Value"), rows)
+    tables = (
+        ("Options as they acted", ("Option", "Value"), ran),
+        ("All metrics", ("Metric", "Value"), measured),
+        (f"What else {stage.name} has kept", ("Name", "Value"), rest),
+    )
+    listing = "".join(table(*each) for each in tables if each[2])
     return f"<details><summary>Options and all metrics</summary>{listing}</details>"
+
+
+def _options(before: str, options: Any) -> Iterator[tuple[str, str]]:
+    """Yield each option with its value; one that nothing was decided for is left out."""
+    for name, value in mapping(options).items():
+        if value is not None:
+            shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            yield text_of(f"{before}{name}"), text_of(shown)
 
 
 def _recipe(run: ReadRun) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 import math
 import os
 import subprocess
@@ -31,11 +32,12 @@ from tunesmith.data.examples import EXAMPLE_TYPES, Prompt, Sourced
 from tunesmith.errors import OptionError, RowError
 from tunesmith.nn.tasks import CAUSAL_LM, Task
 from tunesmith.plugin import API_VERSION, Spec
+from tunesmith.plugin.conditions import Conditions
 from tunesmith.plugin.exporters import Exporter
 from tunesmith.plugin.formats import Format
 from tunesmith.plugin.methods import Method, PeftMethod
 from tunesmith.plugin.metrics import Measured, Metric
-from tunesmith.plugin.options import field_docs, given_options, structure
+from tunesmith.plugin.options import field_docs, given_options, plain_options, structure
 from tunesmith.plugin.quantizers import Quantizer
 from tunesmith.plugin.registry import Registry
 from tunesmith.plugin.rewards import Reward
@@ -312,7 +314,26 @@ class RewardConformance(PluginConformance):
         assert self._scored(instance, prompts[::-1], completions[::-1]) == together[::-1]
 
 
-class QuantizerConformance(PluginConformance):
+class _StepConformance(PluginConformance):
+    """What holds for a plugin that a step of a recipe is done by."""
+
+    def test_it_says_of_each_option_how_it_will_act(self, instance: Any, config: Any) -> None:
+        """`effective` names every option, in plain values; what was given stands as it was."""
+        effective = instance.effective(Conditions(seed=7))
+        missing = [field.name for field in attrs.fields(type(config))]
+        missing = [name for name in missing if name not in effective]
+        assert not missing, f"effective leaves out {', '.join(missing)}"
+        json.dumps(dict(effective))  # a stage's record holds it
+        given = plain_options(config)
+        changed = [
+            name
+            for name in given_options(config)
+            if given[name] not in ("auto", None) and effective[name] != given[name]
+        ]
+        assert not changed, f"effective says otherwise than what was given: {', '.join(changed)}"
+
+
+class QuantizerConformance(_StepConformance):
     """What holds for a quantizer."""
 
     kind = "quantizers"
@@ -425,7 +446,7 @@ class QuantizerConformance(PluginConformance):
         )
 
 
-class MethodConformance(PluginConformance):
+class MethodConformance(_StepConformance):
     """What holds for a PEFT method, on a plain base and on one in NF4."""
 
     kind = "methods"
@@ -569,7 +590,7 @@ class MethodConformance(PluginConformance):
         assert distance <= self.tolerance, f"logits differ by {distance:.2e}"
 
 
-class TrainerConformance(PluginConformance):
+class TrainerConformance(_StepConformance):
     """What holds for a trainer."""
 
     kind = "trainers"
@@ -584,9 +605,7 @@ class TrainerConformance(PluginConformance):
     @pytest.fixture
     def built(self, spec: Spec, examples: list[Any], tmp_path: Path) -> Any:
         """Return the trainer's `transformers.Trainer`, over a tiny model with a LoRA adapter."""
-        two_steps = {"max_steps": 2, "batch_size": 2, "gradient_accumulation": 1}
-        options = {"learning_rate": 1e-2, "warmup": 0, **two_steps, **self.options}
-        config: Any = structure(spec.config, options, name=spec.name)
+        config: Any = structure(spec.config, self._asked(), name=spec.name)
         session = tiny_session(tmp_path / "base", method=_LoRA(None))
         session = session.at_work(task=spec.load().task, trains=True)
         rows = [Sourced(example, f"row {n}") for n, example in enumerate(examples, 1)]
@@ -595,6 +614,10 @@ class TrainerConformance(PluginConformance):
         built = spec.load()(config).build(session, data, tmp_path / "work")
         assert len(dropped) < len(rows), f"every row was dropped: {dropped}"
         return built
+
+    def _asked(self) -> Mapping[str, Any]:
+        two_steps = {"max_steps": 2, "batch_size": 2, "gradient_accumulation": 1}
+        return {"learning_rate": 1e-2, "warmup": 0, **two_steps, **self.options}
 
     def test_its_spec_says_which_examples_it_takes(self, spec: Spec) -> None:
         """So that data of another shape is refused before a weight is read."""
@@ -608,6 +631,19 @@ class TrainerConformance(PluginConformance):
         assert isinstance(built, transformers.Trainer)
         assert built.args.max_steps == 2
         assert built.args.per_device_train_batch_size == 2
+
+    def test_what_it_says_of_its_options_is_what_it_trains_with(
+        self, spec: Spec, built: Any
+    ) -> None:
+        """`effective` is what a plan, a report and the record of a stage tell."""
+        config: Any = structure(spec.config, self._asked(), name=spec.name)
+        told = spec.load()(config).effective(Conditions(seed=0))
+        args = built.args
+        assert told["learning_rate"] == args.learning_rate
+        assert told["seed"] == args.seed
+        assert told["warmup"] == args.warmup_steps
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        assert told["effective_batch_size"] == batch
 
     def test_two_steps_learn_and_touch_only_what_is_trainable(self, built: Any) -> None:
         """The loss of a batch changes; the base model does not."""
@@ -632,7 +668,7 @@ class TrainerConformance(PluginConformance):
         assert moved <= set(_trainable(model)), "a frozen parameter has moved"
 
 
-class MetricConformance(PluginConformance):
+class MetricConformance(_StepConformance):
     """What holds for a metric."""
 
     kind = "metrics"
@@ -668,7 +704,7 @@ class MetricConformance(PluginConformance):
         assert not _moved(before, model), "measure changed the model"
 
 
-class ExporterConformance(PluginConformance):
+class ExporterConformance(_StepConformance):
     """What holds for an exporter, on a plain base and on one in NF4, with and without adapter."""
 
     kind = "exporters"
