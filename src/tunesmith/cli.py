@@ -142,6 +142,8 @@ def _chat(options: argparse.Namespace) -> int:
     from tunesmith.engine.result import RunResult
 
     result = RunResult.open(options.run)
+    if result.standing.ahead:
+        print(f"tunesmith: {options.run}: {result.standing}", file=sys.stderr)
     messages = [{"role": "system", "content": options.system}] if options.system else []
     interactive = sys.stdin.isatty()
     if interactive:

@@ -182,7 +182,7 @@ def test_a_run_without_a_merge_generates_with_its_adapter(tiny_model, alpaca_fil
 
 
 def test_opening_what_is_no_run_says_so(tmp_path):
-    with pytest.raises(RunError, match="holds no finished stage"):
+    with pytest.raises(RunError, match="holds no run: it is empty"):
         RunResult.open(tmp_path)
 
 

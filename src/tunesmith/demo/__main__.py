@@ -146,13 +146,13 @@ def _base_answers(model: str, out: Path, questions: list[str]) -> list[str]:
     """Return the untouched model's answers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from tunesmith.engine.generation import generate
+    from tunesmith.engine.generation import answers
     from tunesmith.engine.models import find_model, local_directory
 
     base = local_directory(find_model(model))
     untouched = AutoModelForCausalLM.from_pretrained(base, local_files_only=True).eval()
     tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
-    return [generate(untouched, tokenizer, question, max_new_tokens=48) for question in questions]
+    return answers(untouched, tokenizer, questions, max_new_tokens=48)
 
 
 def _print_answers(questions: list[str], before: list[str], after: list[str]) -> None:

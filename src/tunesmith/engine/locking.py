@@ -14,7 +14,7 @@ from typing import Self
 from tunesmith.engine.durable import told
 from tunesmith.errors import RunError
 
-__all__ = ["LOCK", "DirectoryLock"]
+__all__ = ["LOCK", "DirectoryLock", "holder_of"]
 
 LOCK = "run.lock"
 WIDTH = 256
@@ -88,6 +88,26 @@ class DirectoryLock:
                 f"{holder or 'another process that has just begun'}; wait for it, or choose "
                 "another directory"
             )
+
+
+def holder_of(directory: Path) -> str | None:
+    """Return which process holds a directory's lock, or None; nothing is written."""
+    try:
+        import fcntl
+
+        flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+        descriptor = os.open(directory / LOCK, flags)
+    except (ImportError, OSError):
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except BlockingIOError:
+        return _holder(os.pread(descriptor, WIDTH, 0)) or "another process that has just begun"
+    except OSError:  # a file system without locks
+        return None
+    finally:
+        os.close(descriptor)
 
 
 def _record() -> bytes:

@@ -66,6 +66,7 @@ __all__ = [
     "Stage",
     "check_stage",
     "finished_stages",
+    "partial_of",
     "problem_with",
     "read_lock",
     "read_stages",
@@ -372,7 +373,12 @@ class RunStore:
         return self.path / "stages" / _checked(name)
 
     def _partial(self, name: str) -> Path:
-        return self.path / "stages" / f".{_checked(name)}.partial"
+        return partial_of(self.path, _checked(name))
+
+
+def partial_of(path: Path, name: str) -> Path:
+    """Return where in a run directory a stage is while it is not finished."""
+    return path / "stages" / f".{name}.partial"
 
 
 def read_stages(path: Path) -> list[Stage]:
