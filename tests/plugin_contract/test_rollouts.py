@@ -15,7 +15,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture(scope="module")
 def session(tmp_path_factory):
-    return tiny_session(tmp_path_factory.mktemp("base") / "model")
+    place = tmp_path_factory.mktemp("base") / "model"
+    return tiny_session(place, pad_token="<|endoftext|>")
 
 
 def test_a_text_and_its_message_are_one_prompt_and_as_the_tokenizer_renders_it(session):

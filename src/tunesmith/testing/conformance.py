@@ -45,7 +45,14 @@ from tunesmith.plugin.session import Session
 from tunesmith.plugin.trainers import Trainer, TrainerConfig, TrainingData
 from tunesmith.plugin.transforms import Transform, check_rows
 from tunesmith.recipe import VERBS, Recipe, Step
-from tunesmith.testing.tiny import tiny_examples, tiny_llama, tiny_session
+from tunesmith.testing.tiny import (
+    END,
+    OWN_PAD,
+    tiny_examples,
+    tiny_llama,
+    tiny_session,
+    tiny_tokenizer,
+)
 
 __all__ = [
     "ExporterConformance",
@@ -58,6 +65,17 @@ __all__ = [
     "TrainerConformance",
     "TransformConformance",
 ]
+
+PADS: Mapping[str, str | None] = {
+    "no token": None,
+    "a token of its own": OWN_PAD,
+    "its end token": END,
+}
+"""What a tokenizer may pad with; a plugin gives the same with each."""
+PADDING = (
+    "pad with tunesmith.data.pack.padding_id(tokenizer), by PaddingCollator or PreferenceCollator, "
+    "and tell padding by its place and never by its id"
+)
 
 _LISTING = """
 import importlib, sys
@@ -596,6 +614,11 @@ class TrainerConformance(_StepConformance):
     kind = "trainers"
     interface = Trainer
 
+    evaluates: ClassVar[bool] = True
+    """Whether it evaluates held-out rows; one that cannot says why in its documentation."""
+    learns_to_stop: ClassVar[bool] = True
+    """Whether the end token of an answer is among the labels of its batches, if they have some."""
+
     @pytest.fixture
     def examples(self, spec: Spec) -> list[Any]:
         """Return examples of the trainer's shape; override it where these will not do."""
@@ -603,17 +626,43 @@ class TrainerConformance(_StepConformance):
         return list(tiny_examples(spec.example))
 
     @pytest.fixture
-    def built(self, spec: Spec, examples: list[Any], tmp_path: Path) -> Any:
-        """Return the trainer's `transformers.Trainer`, over a tiny model with a LoRA adapter."""
-        config: Any = structure(spec.config, self._asked(), name=spec.name)
-        session = tiny_session(tmp_path / "base", method=_LoRA(None))
-        session = session.at_work(task=spec.load().task, trains=True)
-        rows = [Sourced(example, f"row {n}") for n, example in enumerate(examples, 1)]
-        dropped: list[str] = []
-        data = TrainingData(rows, [], lambda where, reason: dropped.append(f"{where}: {reason}"))
-        built = spec.load()(config).build(session, data, tmp_path / "work")
-        assert len(dropped) < len(rows), f"every row was dropped: {dropped}"
-        return built
+    def build(self, spec: Spec, examples: list[Any], tmp_path: Path) -> Any:
+        """Return a function that builds the trainer's `transformers.Trainer` anew.
+
+        It is over a tiny model with a LoRA adapter. Its tokenizer pads by a token of PADS; there is
+        none unless one is named. `evaluation` holds the examples out as well.
+        """
+
+        def build(pad: str = "no token", *, evaluation: bool = False) -> Any:
+            from transformers import set_seed
+
+            config: Any = structure(spec.config, self._asked(), name=spec.name)
+            place = tmp_path / f"padded by {pad}"
+            session = tiny_session(place / "base", method=_LoRA(None), pad_token=PADS[pad])
+            session = session.at_work(task=spec.load().task, trains=True)
+            tokens = dict(session.tokenizer.special_tokens_map)
+            rows = [Sourced(example, f"row {n}") for n, example in enumerate(examples, 1)]
+            dropped: list[str] = []
+            data = TrainingData(
+                rows,
+                rows if evaluation else [],
+                lambda where, reason: dropped.append(f"{where}: {reason}"),
+            )
+            set_seed(0)
+            built = spec.load()(config).build(session, data, place / "work")
+            assert len(dropped) < len(rows), f"every row was dropped: {dropped}"
+            assert dict(session.tokenizer.special_tokens_map) == tokens, (
+                "build changed the session's tokenizer, which later steps have and an export "
+                "keeps; give a library that does so copy.deepcopy(session.tokenizer)"
+            )
+            return built
+
+        return build
+
+    @pytest.fixture
+    def built(self, build: Any) -> Any:
+        """Return the trainer's `transformers.Trainer`, with a tokenizer that has no pad token."""
+        return build()
 
     def _asked(self) -> Mapping[str, Any]:
         two_steps = {"max_steps": 2, "batch_size": 2, "gradient_accumulation": 1}
@@ -647,25 +696,86 @@ class TrainerConformance(_StepConformance):
 
     def test_two_steps_learn_and_touch_only_what_is_trainable(self, built: Any) -> None:
         """The loss of a batch changes; the base model does not."""
+        model = built.model
+        before = _snapshot(model)
+        first, last = self._losses(built)
+        assert built.state.global_step == 2
+        assert math.isfinite(first), f"the first loss is {first}"
+        assert last != first, "two steps leave the loss as it was"
+        moved = _moved(before, model)
+        assert moved, "two steps move no parameter"
+        assert moved <= set(_trainable(model)), "a frozen parameter has moved"
+
+    def test_what_the_tokenizer_pads_with_changes_nothing(self, build: Any) -> None:
+        """Padding is known by its place and never by its id; a tokenizer may have none for it."""
+        losses = {}
+        for pad in PADS:
+            try:
+                losses[pad] = self._losses(build(pad))
+            except Exception as error:
+                error.add_note(f"with a tokenizer that pads by {pad}; {PADDING}")
+                raise
+        wanted = losses["a token of its own"]
+        for pad, found in losses.items():
+            for ours, theirs, when in zip(found, wanted, ("first", "last"), strict=True):
+                # the same rows in the same shape: padding is all that is another
+                assert abs(ours - theirs) <= 1e-5 * max(1.0, abs(theirs)), (
+                    f"the {when} loss is {ours:.5f} with a tokenizer that pads by {pad}, and "
+                    f"{theirs:.5f} with one that pads by a token of its own; {PADDING}"
+                )
+
+    def test_the_token_that_ends_an_answer_is_learned(self, built: Any) -> None:
+        """A model that never learns it talks on for ever."""
+        from transformers import set_seed
+
+        if not self.learns_to_stop:
+            pytest.skip("it says that it does not teach where to end")
+        set_seed(0)
+        batch = next(iter(built.get_train_dataloader()))
+        labels = batch.get("labels")
+        if labels is None or labels.dim() != 2:
+            pytest.skip("its batches have no labels by token")
+        end = tiny_tokenizer().eos_token_id
+        silent = [at for at, row in enumerate((labels == end).any(dim=1).tolist(), 1) if not row]
+        assert not silent, (
+            f"in a batch of {len(labels)} rows, {len(silent)} have no label for the end token; "
+            f"{PADDING}"
+        )
+
+    def test_held_out_rows_are_evaluated(self, spec: Spec, build: Any) -> None:
+        """`eval_split` and `eval_data` are options of every trainer: none may pass them over."""
+        if not self.evaluates:
+            pytest.skip("it says that it does not evaluate")
+        built = build(evaluation=True)
+        assert built.args.eval_strategy != "no", "held-out rows would never be looked at"
+        figures = built.evaluate()
+        name = f"eval_{spec.load().objective or 'loss'}"
+        assert name in figures, (
+            f"an evaluation gives {', '.join(sorted(figures))} and no {name}; pass eval_dataset, "
+            'and label_names=["labels"] to training_arguments where a batch has other labels'
+        )
+        assert math.isfinite(figures[name])
+
+    def _losses(self, built: Any) -> tuple[float, float]:
+        """Return the loss of a batch before and after the training."""
         import torch
+        from transformers import set_seed
 
         model = built.model
+        set_seed(0)
         batch = built._prepare_inputs(next(iter(built.get_train_dataloader())))
 
         def loss() -> float:
             model.eval()
+            set_seed(1)
             with torch.no_grad():
-                return float(built.compute_loss(model, batch))
+                return float(built.compute_loss(model, dict(batch)))
 
-        before, first = _snapshot(model), loss()
+        first = loss()
         model.train()
+        set_seed(0)
         built.train()
-        assert built.state.global_step == 2
-        assert math.isfinite(first), f"the first loss is {first}"
-        assert loss() != first, "two steps leave the loss as it was"
-        moved = _moved(before, model)
-        assert moved, "two steps move no parameter"
-        assert moved <= set(_trainable(model)), "a frozen parameter has moved"
+        return first, loss()
 
 
 class MetricConformance(_StepConformance):
@@ -686,15 +796,19 @@ class MetricConformance(_StepConformance):
         """Values by name; no parameter, mode or gradient is changed."""
         import torch
 
-        session = tiny_session(tmp_path / "base")
+        session = tiny_session(tmp_path / "base").at_work(task=instance.task)
         model = session.model
         model.eval()
         before = _snapshot(model)
+        tokens = dict(session.tokenizer.special_tokens_map)
         with torch.no_grad():
             measured = instance.measure(session, examples)
         assert isinstance(measured, Measured)
         values = measured.values
         assert values, "measure returned nothing"
+        assert dict(session.tokenizer.special_tokens_map) == tokens, (
+            "measure changed the session's tokenizer, which later steps have"
+        )
         for name, value in values.items():
             assert isinstance(name, str)
             assert isinstance(value, (int, float)), f"{name} is a {type(value).__name__}"
@@ -702,6 +816,29 @@ class MetricConformance(_StepConformance):
         assert session.model is model
         assert not model.training, "measure left the model in training mode"
         assert not _moved(before, model), "measure changed the model"
+
+    def test_what_the_tokenizer_pads_with_changes_nothing(
+        self, instance: Any, examples: list[Any], tmp_path: Path
+    ) -> None:
+        """Padding is known by its place and never by its id; a tokenizer may have none for it."""
+        import torch
+        from transformers import set_seed
+
+        found = {}
+        for pad, token in PADS.items():
+            session = tiny_session(tmp_path / pad, pad_token=token).at_work(task=instance.task)
+            session.model.eval()
+            set_seed(0)
+            with torch.no_grad():
+                found[pad] = dict(instance.measure(session, examples).values)
+        wanted = found["a token of its own"]
+        for pad, values in found.items():
+            off = [
+                f"{name} is {values.get(name)} and not {value}"
+                for name, value in wanted.items()
+                if not math.isclose(values.get(name, math.nan), value, rel_tol=1e-5, abs_tol=1e-7)
+            ]
+            assert not off, f"with a tokenizer that pads by {pad} {'; '.join(off)}; {PADDING}"
 
 
 class ExporterConformance(_StepConformance):
@@ -727,6 +864,10 @@ class ExporterConformance(_StepConformance):
             pytest.skip("it reads adapters, and there is none")
         method = _LoRA(None) if request.param == "adapter" else None
         session = tiny_session(tmp_path / "base", quantizer=quantizer, method=method)
+        figures = _Watched({"loss": 1.0})
+        session = session.with_stage("01-sft", artefacts={}, metrics=figures)
+        if not instance.reads_run:
+            session = attrs.evolve(session, record=None)
         if method is not None:
             _shake(session.model)
             method.save(session.model, tmp_path / "adapter")
@@ -748,6 +889,11 @@ class ExporterConformance(_StepConformance):
         for name, place in artefacts.items():
             assert place.exists(), f"{name}: {place} is not there"
             assert place.is_relative_to(directory), f"{name}: {place} is elsewhere"
+        figures = session.metrics["01-sft"]
+        assert instance.reads_run or not getattr(figures, "read", False), (
+            "export reads session.metrics; set reads_run = True, so that its stage is made anew "
+            "where a figure is another"
+        )
         distance = float((_logits(session.model) - expected).abs().max())
         assert distance <= self.tolerance, f"export moved the session's logits by {distance:.2e}"
         if instance.makes_adapter:
@@ -767,6 +913,26 @@ class ExporterConformance(_StepConformance):
         base = session.quantizer.load(session.base, dtype=session.dtype, device=session.device)
         loaded = session.method.load(base, adapter, trainable=False)
         assert bool(_logits(loaded).isfinite().all())
+
+
+class _Watched(Mapping[str, float]):
+    """Figures that know whether they were read."""
+
+    def __init__(self, figures: Mapping[str, float]) -> None:
+        self.figures = figures
+        self.read = False
+
+    def __getitem__(self, name: str) -> float:
+        self.read = True
+        return self.figures[name]
+
+    def __iter__(self) -> Iterator[str]:
+        self.read = True
+        return iter(self.figures)
+
+    def __len__(self) -> int:
+        self.read = True
+        return len(self.figures)
 
 
 class _LoRA(PeftMethod[None]):

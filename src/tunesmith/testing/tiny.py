@@ -20,7 +20,7 @@ from tunesmith.data.examples import (
     Prompt,
     Text,
 )
-from tunesmith.plugin.session import Session
+from tunesmith.plugin.session import RunRecord, Session
 
 if TYPE_CHECKING:
     import torch
@@ -58,8 +58,17 @@ _MERGES = (
 )
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerBase:
-    """Return a fast tokenizer of 271 tokens with a ChatML template, eos "<|im_end|>" and a pad."""
+OWN_PAD = "<|endoftext|>"
+"""A pad token that stands in no text, as that of Qwen's tokenizers."""
+END = "<|im_end|>"
+"""The tiny tokenizer's end token, by which many models pad, too."""
+
+
+def tiny_tokenizer(*, pad_token: str | None = OWN_PAD) -> PreTrainedTokenizerBase:
+    """Return a fast tokenizer of 271 tokens with a ChatML template, its eos token "<|im_end|>".
+
+    `pad_token` is None for one that has none, as those of Llama and Mistral.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -72,8 +81,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerBase:
     build: Any = PreTrainedTokenizerFast  # whose constructor has types in some releases only
     fast: PreTrainedTokenizerBase = build(
         tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
+        eos_token=END,
+        **({} if pad_token is None else {"pad_token": pad_token}),
         chat_template=CHATML,
         model_max_length=2048,
         clean_up_tokenization_spaces=False,
@@ -82,17 +91,23 @@ def tiny_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def tiny_llama(
-    directory: str | os.PathLike[str], tied: bool = True, *, seed: int = 0, **config: Any
+    directory: str | os.PathLike[str],
+    tied: bool = True,
+    *,
+    seed: int = 0,
+    pad_token: str | None = OWN_PAD,
+    **config: Any,
 ) -> Path:
     """Save a random LlamaForCausalLM (2 layers, hidden size 32, fp32) with its tokenizer.
 
-    `tied` shares the embedding with the head; `config` overrides fields of `LlamaConfig`. The same
-    arguments give the same weights. Returns the directory, which is made if it is not there.
+    `tied` shares the embedding with the head; `pad_token` is the tokenizer's; `config` overrides
+    fields of `LlamaConfig`. The same seed gives the same weights. Returns the directory, which is
+    made if it is not there.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = tiny_tokenizer()
+    tokenizer = tiny_tokenizer(pad_token=pad_token)
     settings: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": 32,
@@ -106,11 +121,15 @@ def tiny_llama(
         "tie_word_embeddings": tied,
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
+        # whose row transformers makes 0: the same one whatever the tokenizer pads with
+        "pad_token_id": tokenizer.convert_tokens_to_ids(OWN_PAD),
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(LlamaConfig(**{**settings, **config}))
+    if "pad_token_id" not in config:
+        model.config.pad_token_id = tokenizer.pad_token_id
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
     place = Path(directory)
     model.save_pretrained(place)
     tokenizer.save_pretrained(place)
@@ -126,18 +145,20 @@ def tiny_session(
     device: str = "cpu",
     seed: int = 0,
     trains: bool = False,
+    pad_token: str | None = None,
     **config: Any,
 ) -> Session:
     """Return a session over the model in `directory`, which becomes a tiny Llama if it is empty.
 
-    `dtype` is fp32 unless given; `trains` is for a trainer; `config` goes to `tiny_llama`.
+    `dtype` is fp32 unless given; `trains` is for a trainer. The tokenizer has no pad token unless
+    one is given, for a plugin has to do without; `config` goes to `tiny_llama`.
     """
     import torch
     from transformers import AutoTokenizer
 
     place = Path(directory)
     if not (place / "config.json").exists():
-        tiny_llama(place, seed=seed, **config)
+        tiny_llama(place, seed=seed, pad_token=pad_token, **config)
     session = Session(
         base=place,
         tokenizer=AutoTokenizer.from_pretrained(place, local_files_only=True),
@@ -145,6 +166,18 @@ def tiny_session(
         dtype=dtype or torch.float32,
         seed=seed,
         trains=trains,
+        record=RunRecord(
+            {"tunesmith": 1, "model": str(place), "seed": seed, "steps": []},
+            {
+                "versions": {},
+                "plugins": {},
+                "device": device,
+                "precision": "fp32",
+                "model": {"name": str(place), "sha256": "0" * 64, "code": None},
+                "data": {},
+                "fingerprints": {},
+            },
+        ),
     )
     if quantizer is not None:
         session = session.with_quantizer(quantizer)
@@ -152,12 +185,16 @@ def tiny_session(
 
 
 def tiny_examples(shape: str) -> list[Example]:
-    """Return four examples of a shape, a key of `EXAMPLE_TYPES`, each of a few dozen tokens."""
+    """Return four examples of a shape, a key of `EXAMPLE_TYPES`, each of a few dozen tokens.
+
+    They are of several lengths, and each holds the tiny tokenizer's token 0, the "!": a plugin that
+    takes 0 for padding does not get away with it.
+    """
     facts = [
-        ("Where is the moon?", "In the sky.", "Under the sea."),
-        ("What sings?", "The thrush.", "The stone."),
-        ("Who ate the bread?", "The miller.", "Nobody at all."),
-        ("When does the ferry go?", "At nine.", "It has sunk."),
+        ("Where is the moon?", "In the sky!", "Under the sea."),
+        ("What sings?", "The thrush!", "The stone."),
+        ("Who ate the bread?", "The miller!", "Nobody at all."),
+        ("When does the ferry go?", "At nine!", "It has sunk."),
     ]
     made: list[Example] = []
     for number, (question, right, wrong) in enumerate(facts):

@@ -27,12 +27,17 @@ class RewardHead(Trainer[RewardHeadConfig]):
         from tunesmith.data.render import Renderer
 
         renderer = Renderer(session.tokenizer, self.config.max_length)
-        rows = []
-        for row, (chosen, rejected) in rendered(data.train, renderer.preference):
-            if chosen.truncated or rejected.truncated:
-                data.drop(row.where, "the answer's end is beyond max_length")
-            else:
-                rows.append({"chosen": chosen, "rejected": rejected})
+
+        def pairs(rows):
+            kept = []
+            for row, (chosen, rejected) in rendered(rows, renderer.preference):
+                if chosen.truncated or rejected.truncated:
+                    data.drop(row.where, "the answer's end is beyond max_length")
+                else:
+                    kept.append({"chosen": chosen, "rejected": rejected})
+            return kept
+
+        train, held_out = pairs(data.train), pairs(data.evaluation)
         model = session.model
         model.config.pad_token_id = padding_id(session.tokenizer)
 
@@ -46,8 +51,9 @@ class RewardHead(Trainer[RewardHeadConfig]):
         collate = PreferenceCollator(padding_id(session.tokenizer))
         return RewardTrainer(
             model=model,
-            args=training_arguments(self, session, data, directory),
-            train_dataset=rows,
+            args=training_arguments(self, session, data, directory, label_names=["labels"]),
+            train_dataset=train,
+            eval_dataset=held_out or None,
             data_collator=lambda pairs: {
                 name: value for name, value in collate(pairs).items() if "logps" not in name
             },
