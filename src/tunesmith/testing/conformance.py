@@ -29,7 +29,7 @@ import pytest
 
 from tunesmith.data.clean import DropLog
 from tunesmith.data.examples import EXAMPLE_TYPES, Prompt, Sourced
-from tunesmith.errors import OptionError, RowError
+from tunesmith.errors import OptionError, RowError, TunesmithError
 from tunesmith.nn.tasks import CAUSAL_LM, Task
 from tunesmith.plugin import API_VERSION, Spec
 from tunesmith.plugin.conditions import Conditions
@@ -849,6 +849,8 @@ class ExporterConformance(_StepConformance):
 
     tolerance: ClassVar[float] = 1e-4
     """Largest difference of logits that count as equal."""
+    needs_adapter: ClassVar[bool] = False
+    """Whether it refuses a session that has trained nothing, by an error of tunesmith's."""
 
     @pytest.fixture(params=["plain", "nf4"])
     def quantizer(self, request: pytest.FixtureRequest) -> Any:
@@ -883,6 +885,10 @@ class ExporterConformance(_StepConformance):
         expected = _logits(session.model)
         directory = tmp_path / "export"
         directory.mkdir()
+        if self.needs_adapter and not session.adapters:
+            with pytest.raises(TunesmithError):
+                instance.export(session, directory)
+            return
         artefacts = instance.export(session, directory)
         assert any(directory.iterdir()), "nothing was written"
         assert artefacts, "export names nothing of what it has written"
