@@ -107,7 +107,7 @@ def logged(out: Path, stage: str) -> list[dict[str, float]]:
     return [{k: v for k, v in json.loads(x).items() if not k.endswith(clocks)} for x in lines]
 
 
-def assert_same(one: Path, several: Path, stage: str) -> None:
+def assert_same(one: Path, several: Path, stage: str, atol: float = 2e-5) -> None:
     """Hold that both have trained the same, as closely as sums in another order are."""
     expected, found = logged(one, stage), logged(several, stage)
     assert [row.keys() for row in found] == [row.keys() for row in expected]
@@ -117,7 +117,7 @@ def assert_same(one: Path, several: Path, stage: str) -> None:
     others = load_file(several / "stages" / stage / "adapter" / "adapter_model.safetensors")
     assert weights.keys() == others.keys()
     for name, weight in weights.items():
-        assert torch.allclose(weight, others[name], atol=2e-5), name
+        assert torch.allclose(weight, others[name], atol=atol), name
 
 
 def base(model: Path, *, quantized: bool = True) -> Tuner:
@@ -194,6 +194,33 @@ def test_pairs_that_max_steps_comes_to_are_those_of_all_processes(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "special",
+    [
+        {"packing": True, "max_length": 64, "epochs": 3},
+        {"eval_steps": 1, "early_stopping": 1, "learning_rate": 0.05, "epochs": 6},
+        {"gradient_checkpointing": True, "epochs": 1, "scheduler": "constant"},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_what_an_option_does_it_does_in_all_processes(
+    tiny_model: Path, rows: Path, tmp_path: Path, special: dict[str, Any]
+) -> None:
+    options: dict[str, Any] = {"gradient_accumulation": 1, "eval_split": 4, "learning_rate": 1e-3}
+    options |= special
+    status, _, told = torchrun(
+        base(tiny_model).sft(str(rows), batch_size=2, **options), tmp_path / "two"
+    )
+    assert status == 0, told
+    base(tiny_model).sft(str(rows), batch_size=4, **options).run(tmp_path / "one", progress=False)
+    # an update of Adam's is as large as the learning rate, however small the gradient
+    assert_same(tmp_path / "one", tmp_path / "two", "03-sft", 0.02 * options["learning_rate"])
+    if "early_stopping" in special:
+        steps = [row["step"] for row in logged(tmp_path / "two", "03-sft")]
+        assert max(steps) < 6 * -(-17 // 4), "it has not stopped early"
+
+
+@pytest.mark.slow
 def test_finished_stages_are_reused_by_all(tiny_model: Path, rows: Path, tmp_path: Path) -> None:
     tuner = base(tiny_model).sft(str(rows), max_steps=2, batch_size=2)
     assert torchrun(tuner, tmp_path / "a")[0] == 0
@@ -214,7 +241,7 @@ if rank == {rank}:
     def step(*a, **k):
         calls.append(1)
         if len(calls) == 5:
-            os.kill({target}, signal.SIGTERM)
+            os.kill({target}, signal.{signal})
             time.sleep(1)
         return stock(*a, **k)
     transformers.Trainer.training_step = step
@@ -222,10 +249,20 @@ if rank == {rank}:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["os.getppid()", "os.getpid()"])
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("target", "signal", "rank"),
+    [
+        ("os.getppid()", "SIGTERM", 0),
+        ("os.getppid()", "SIGTERM", 1),
+        ("os.getpid()", "SIGTERM", 0),
+        ("os.getpid()", "SIGTERM", 1),
+        ("os.getpid()", "SIGINT", 0),
+        ("os.getpid()", "SIGINT", 1),
+        ("os.getppid()", "SIGINT", 0),
+    ],
+)
 def test_a_signal_stops_all_after_the_same_step_and_the_run_goes_on_as_if_undisturbed(
-    tiny_model: Path, rows: Path, tmp_path: Path, rank: int, target: str
+    tiny_model: Path, rows: Path, tmp_path: Path, rank: int, target: str, signal: str
 ) -> None:
     recipe = (
         Tuner(str(tiny_model), seed=3, device="cpu", precision="fp32")
@@ -235,12 +272,13 @@ def test_a_signal_stops_all_after_the_same_step_and_the_run_goes_on_as_if_undist
     )
     assert torchrun(recipe, tmp_path / "calm")[0] == 0
     status, _, told = torchrun(
-        recipe, tmp_path / "stopped", fault=STOPS.format(rank=rank, target=target)
+        recipe, tmp_path / "stopped", fault=STOPS.format(rank=rank, target=target, signal=signal)
     )
     assert status != 0
     said = [text for text in messages(told) if not text.startswith("stopping after")]
     assert len(said) == 1, told
-    assert "stopped by SIGTERM; run the same again, which goes on from step 3 of 03-sft" in said[0]
+    expected = "run the same again, which goes on from step 3 of 03-sft"
+    assert re.search(rf"stopped by (SIGTERM|Ctrl-C \(SIGINT\)); {expected}", said[0])
     assert (tmp_path / "stopped" / "report.html").is_file()
     status, _, told = torchrun(recipe, tmp_path / "stopped")
     assert status == 0, told

@@ -255,3 +255,16 @@ def test_a_base_of_bitsandbytes_learns_after_an_evaluation(tmp_path):
     assert all(grads.values())
     with torch.no_grad():
         assert torch.equal(model.eval()(input_ids=ids).logits, before)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_tokens_are_counted_without_padding_however_rows_are_batched(
+    place: Path, tmp_path: Path, packing: bool
+) -> None:
+    """A packed block has no mask, and its last tokens are padding up to the longest block."""
+    seen = set()
+    for batch in (1, 4):
+        options = {"epochs": 1, "max_steps": None, "packing": packing, "max_length": 96}
+        sft(place, tmp_path / str(batch), batch_size=batch, **options)
+        seen.add(logged(tmp_path / str(batch))[-1]["num_input_tokens_seen"])
+    assert len(seen) == 1

@@ -291,7 +291,9 @@ def _save(trainer: Any, keeper: Keeper) -> None:
         }
     )
     if not keeper.world.main:
-        keeper.checkpoints.know(state.global_step, over=over, best_step=best)
+        written = keeper.checkpoints.know(state.global_step, over=over, best_step=best)
+        if best == state.global_step:  # each has to know, for all wait for it at the end
+            state.best_model_checkpoint = str(written.path)
         return
     states: dict[str, Any] = {**own, "others": others} if others else own
     if not over:

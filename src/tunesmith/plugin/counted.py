@@ -24,6 +24,9 @@ COUNT = "count"
 
 ROWS = "rows"
 """Key of a batch under which the numbers of its rows stand; no model is given them."""
+TOKENS = "tokens"
+"""Key of a batch under which the number of its tokens stands, without padding; as `ROWS`. A packed
+block has no mask that would tell, and a padding token may be one of the text's."""
 
 
 @attrs.frozen(eq=False)
@@ -52,12 +55,13 @@ class RowNames:
         self._numbers = {id(row): number for number, row in enumerate(self._kept)}
 
     def __call__(self, items: Sequence[Any]) -> dict[str, Any]:
-        """Return the batch, with int64 [rows] under `ROWS`."""
+        """Return the batch, with int64 [rows] under `ROWS` and int64 [1] under `TOKENS`."""
         import torch
 
         batch = self.collator(items)
         rows = [row for item in items for row in (item if isinstance(item, list) else [item])]
         batch[ROWS] = torch.tensor([self._numbers[id(row)] for row in rows], dtype=torch.int64)
+        batch[TOKENS] = torch.tensor([sum(map(_tokens_of, rows))], dtype=torch.int64)
         return batch
 
     def named(self, batch: Mapping[str, Any]) -> list[str]:
@@ -149,7 +153,7 @@ def counted(cls: Any = None) -> Any:
             return loss.detach(), None, None
 
         def _measured_on(self, model: Any, inputs: dict[str, Any], *, training: bool) -> Sums:
-            beside = (ROWS, UNCOUNTED)
+            beside = (ROWS, TOKENS, UNCOUNTED)
             given = {name: value for name, value in inputs.items() if name not in beside}
             measured = self.measure(model, given, training=training)
             if UNCOUNTED not in inputs:
@@ -159,9 +163,13 @@ def counted(cls: Any = None) -> Any:
             return Sums(nothing, torch.zeros_like(measured.count))
 
         def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-            if UNCOUNTED in inputs:  # no rows of it; the other processes wait for its number
-                inputs = {key: held[:0] for key, held in inputs.items() if held.dim()}
-            super()._track_num_input_tokens(inputs)
+            if TOKENS not in inputs or self.args.include_num_input_tokens_seen == "no":
+                super()._track_num_input_tokens(inputs)
+                return
+            count = inputs[TOKENS].to(self.args.device)
+            if UNCOUNTED in inputs:  # the other processes wait for its number
+                count = count * 0
+            self.state.num_input_tokens_seen += int(self.accelerator.gather(count).sum())
 
         def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
             self._measured["eval"].clear()
@@ -178,6 +186,15 @@ def counted(cls: Any = None) -> Any:
             super().log(logs, *args, **kwargs)
 
     return CountedTrainer
+
+
+def _tokens_of(row: Any) -> int:
+    """Return how many tokens a row has: of all its sequences, if it is a pair or a group."""
+    if isinstance(row, Mapping) and "input_ids" not in row:
+        return sum(map(_tokens_of, row.values()))
+    if isinstance(row, Mapping):
+        return len(row["input_ids"])
+    return len(getattr(row, "input_ids", ()))
 
 
 def _add(gathered: Gathered, measured: Sums) -> None:
