@@ -23,7 +23,7 @@ Nothing here is read, and nothing here knows which formats and transforms exist.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -181,6 +181,11 @@ class Data:
         """All its transforms, those of its sources first."""
         nested = [each.data for each in self.sources if isinstance(each.data, Data)]
         return (*(t for data in nested for t in data.every_transform), *self.transforms)
+
+    def with_sources(self, change: Callable[[Any], Any]) -> Data:
+        """Return it with what each source is read from changed, which may be a `Data` itself."""
+        sources = [attrs.evolve(each, data=change(each.data)) for each in self.sources]
+        return self._made(sources, self.transforms)
 
     def transform(self, plugin: str, **options: Any) -> Data:
         """Have the rows go through any installed transform, by name."""

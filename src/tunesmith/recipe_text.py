@@ -16,7 +16,7 @@ from tunesmith.errors import RecipeError
 from tunesmith.recipe_variables import expanded, expanded_text, has_variable
 from tunesmith.strict_json import MAX_DEPTH, JsonError, is_text, parse
 
-__all__ = ["MAX_BYTES", "MAX_VALUES", "parse_recipe", "recipe_text"]
+__all__ = ["MAX_BYTES", "MAX_VALUES", "is_recipe_text", "parse_recipe", "recipe_text"]
 
 MAX_BYTES = 8_000_000
 """Of a recipe's file; rows by the million belong into a data file."""
@@ -31,7 +31,8 @@ def recipe_text(source: str | os.PathLike[str]) -> tuple[str, str]:
 
     Errors: `RecipeError` for what is no regular file, too large, or not text in UTF-8.
     """
-    if isinstance(source, str) and ("\n" in source or source.lstrip().startswith("{")):
+    if is_recipe_text(source):
+        assert isinstance(source, str)
         if len(source) > MAX_BYTES:
             raise RecipeError(_too_large("recipe", len(source)))
         return source, "recipe"
@@ -61,6 +62,11 @@ def recipe_text(source: str | os.PathLike[str]) -> tuple[str, str]:
     except (OSError, ValueError) as error:
         problem = getattr(error, "strerror", None) or error
         raise RecipeError(f"{shown}: cannot be read: {problem}; check the path") from error
+
+
+def is_recipe_text(source: str | os.PathLike[str]) -> bool:
+    """Return whether this is a recipe itself and not the path of one."""
+    return isinstance(source, str) and ("\n" in source or source.lstrip().startswith("{"))
 
 
 def _too_large(shown: str, size: int) -> str:

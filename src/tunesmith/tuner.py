@@ -179,18 +179,28 @@ class Tuner(Verbs):
         return result
 
     def to_yaml(self, path: str | Path | None = None) -> str:
-        """Return the recipe as YAML, and write it to `path` if one is given."""
-        text = self._recipe.to_yaml()
-        if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
+        """Return the recipe as YAML, and write it to `path` if one is given.
+
+        Relative paths are those from the directory of `path`, or else from the working directory.
+        """
+        if path is None:
+            return self._recipe.to_yaml()
+        from tunesmith.plugin.recipe_files import with_paths_from
+
+        text = with_paths_from(self._recipe, Path(path).parent).to_yaml()
+        Path(path).write_text(text, encoding="utf-8")
         return text
 
     @classmethod
     def from_yaml(cls, source: str | Path) -> Self:
-        """Return the Tuner of a recipe: the path of a YAML or JSON file, or its text."""
-        from tunesmith.plugin.naming import as_step
+        """Return the Tuner of a recipe: the path of a YAML or JSON file, or its text.
 
-        return cls.from_recipe(Recipe.from_yaml(source, advise=as_step))
+        Paths in a file are those from its own directory, and `${NAME}` is put in from the
+        environment; see docs/recipes.md.
+        """
+        from tunesmith.plugin.recipe_files import read_recipe
+
+        return cls.from_recipe(read_recipe(source))
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> Self:

@@ -20,6 +20,7 @@ from tunesmith.errors import ModelError, TunesmithError, close_matches
 from tunesmith.nn import pretrained
 from tunesmith.nn.gguf_header import check_gguf
 from tunesmith.nn.reading import model_errors
+from tunesmith.plugin.recipe_files import is_model_path
 from tunesmith.recipe import Recipe
 
 __all__ = [
@@ -78,8 +79,7 @@ def find_model(name: str) -> ModelSource:
             f"model {name}: a {path.suffix or 'plain'} file; expected a hub id, a Hugging Face "
             "directory or a .gguf file"
         )
-    looks_local = name.startswith((".", "/", "~")) or path.suffix == ".gguf" or name.count("/") > 1
-    if not looks_local and name.count("/") <= 1 and name.strip():
+    if not is_model_path(name) and name.count("/") <= 1 and name.strip():
         return ModelSource(name, "hub", None)
     hint = ""
     if path.parent.is_dir():

@@ -8,6 +8,7 @@ import attrs
 
 from tunesmith.engine.store import MARKER, RunStore
 from tunesmith.errors import RecipeError
+from tunesmith.plugin.recipe_files import with_absolute_paths
 from tunesmith.recipe import Recipe, Step, plain
 
 __all__ = ["leave_recipe", "recipe_text", "writable"]
@@ -24,8 +25,11 @@ def leave_recipe(recipe: Recipe, directory: Path) -> None:
 
 
 def recipe_text(recipe: Recipe) -> str:
-    """Return the recipe as YAML; what lives in this process only is named as such."""
-    return writable(recipe).to_yaml()
+    """Return the recipe as YAML, which means the same wherever the run directory lies.
+
+    What lives in this process only is named as such.
+    """
+    return with_absolute_paths(writable(recipe)).to_yaml()
 
 
 def writable(recipe: Recipe) -> Recipe:

@@ -25,6 +25,7 @@ from tunesmith.other_names import unknown_option
 from tunesmith.recipe import plain
 
 __all__ = [
+    "PATHS",
     "NoOptions",
     "at_least",
     "between",
@@ -37,6 +38,10 @@ __all__ = [
 ]
 
 C = TypeVar("C")
+PATHS = "tunesmith.paths"
+"""Key of a field's metadata that says that the option holds a path, or several: "data" for what may
+be a hub's id as well, "file" for what may not. In a recipe file it is one from the file's own
+directory: `attrs.field(default=None, metadata={PATHS: "file"})`."""
 _FACTORY: Any = attrs.Factory  # typed as a function, and is a class
 Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
 

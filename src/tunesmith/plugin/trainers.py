@@ -24,7 +24,7 @@ from tunesmith.plugin.optimizers import (
     optimizer_called,
     optimizer_name,
 )
-from tunesmith.plugin.options import at_least, more_than, one_of
+from tunesmith.plugin.options import PATHS, at_least, more_than, one_of
 
 if TYPE_CHECKING:
     from tunesmith.plugin.session import Session
@@ -99,7 +99,7 @@ class TrainerConfig:
     """Gradients are scaled down to this norm; 1.0 is transformers' default, QLoRA uses 0.3."""
     seed: int | None = None
     """Seed of shuffling and dropout; unset takes the recipe's."""
-    eval_data: str | tuple[str, ...] | None = None
+    eval_data: str | tuple[str, ...] | None = attrs.field(default=None, metadata={PATHS: "data"})
     """Held-out data to evaluate on, read in the same format as the training data."""
     eval_split: float = attrs.field(default=0.0, validator=at_least(0))
     """Share (below 1) or number of rows held out of the training data to evaluate on."""

@@ -25,6 +25,7 @@ __all__ = [
     "File",
     "Stream",
     "files_of",
+    "is_hub_id",
     "is_path",
     "is_paths",
     "not_utf8",
@@ -71,7 +72,7 @@ def files_of(data: Any) -> list[File] | None:
     Errors: `DataError` for what is missing, of another kind, or no regular file.
     """
     items = [data] if is_path(data) else data
-    if isinstance(data, str) and _status(Path(data)) is None and _is_hub_id(data):
+    if isinstance(data, str) and _status(Path(data)) is None and is_hub_id(data):
         home, _, _ = data.rpartition(":")
         if not (home and _is_saved_dict(Path(home))):
             return None
@@ -187,7 +188,8 @@ def _allowed() -> str:
     return ", ".join(SUFFIXES) + ", each also with .gz"
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
+    """Return whether data that is no file can be a hub's: "owner/name", or "owner/name:split"."""
     repository = name.partition(":")[0]
     owner, slash, rest = repository.partition("/")
     if not (slash and owner and rest) or "/" in rest or owner[0] in ".~" or suffix_of(repository):
