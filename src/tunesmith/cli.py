@@ -1,4 +1,4 @@
-"""The command line: run, explain, chat, plugins, doctor. Loads no torch before it has to."""
+"""The command line: run, explain, chat, plugins, schema, doctor; no torch before it has to be."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tunesmith import __version__
 from tunesmith.engine.signals import Interrupted, Terminated, stoppable
 from tunesmith.errors import TunesmithError
+
+if TYPE_CHECKING:
+    from tunesmith.plugin.registry import Registered
 
 __all__ = ["main"]
 
@@ -18,7 +23,8 @@ __all__ = ["main"]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status.
 
-    0 done, 1 a problem, 2 wrong usage, 130 stopped by Ctrl-C (SIGINT), 143 by SIGTERM.
+    0 done, 1 a problem, 2 wrong usage, 130 stopped by Ctrl-C (SIGINT), 143 by SIGTERM. With
+    `--json` standard output is one JSON document, an error's as well.
     """
     parser = _parser()
     options = parser.parse_args(arguments)
@@ -28,18 +34,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status: int = options.command(options)
     except TunesmithError as error:
-        if _told_elsewhere():
-            return 1
-        print(f"tunesmith: {error}", file=sys.stderr)
-        for note in getattr(error, "__notes__", ()):
-            print(f"  {note}", file=sys.stderr)
+        if not _told_elsewhere():
+            notes = [f"  {note}" for note in getattr(error, "__notes__", ())]
+            _tell(error, "\n".join([str(error), *notes]), options)
         return 1
     except (Interrupted, Terminated) as stop:
         if not _told_elsewhere():
-            print(f"tunesmith: {stop}", file=sys.stderr)
+            _tell(stop, str(stop), options)
         return stop.status
-    except KeyboardInterrupt:
-        print("tunesmith: stopped", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        _tell(stop, "stopped", options)
         return Interrupted.status
     except BrokenPipeError:
         # whoever read the output has read enough; Python would complain once more at its end
@@ -53,9 +57,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # also what Rust panics with, which is no Exception
         from tunesmith.unforeseen import unforeseen
 
-        print(f"tunesmith: {unforeseen(error, _run_directory(options))}", file=sys.stderr)
+        _tell(error, unforeseen(error, _run_directory(options)), options)
         return 1
     return status
+
+
+def _tell(error: BaseException, text: str, options: argparse.Namespace) -> None:
+    """Say what has ended a command, with --json also as its document."""
+    print(f"tunesmith: {text}", file=sys.stderr)
+    if getattr(options, "json", False):
+        from tunesmith.json_output import document, error_values
+
+        print(document(error_values(error, text)))
 
 
 def _told_elsewhere() -> bool:
@@ -82,14 +95,32 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(command=None)
     verbs = parser.add_subparsers(title="commands", metavar="")
 
-    run = verbs.add_parser("run", help="run a recipe, reusing stages that are done")
-    run.add_argument("recipe", type=Path, help="recipe file, YAML or JSON")
+    recipe = argparse.ArgumentParser(add_help=False)
+    recipe.add_argument("recipe", type=Path, help="recipe file, YAML or JSON")
+    recipe.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="changes",
+        metavar="TARGET=VALUE",
+        help="change the recipe: seed=1, or an option of a step by name or number: "
+        "sft.learning_rate=1e-4, 3.epochs=2; may be given several times",
+    )
+    as_json = argparse.ArgumentParser(add_help=False)
+    as_json.add_argument("--json", action="store_true", help="print one JSON document")
+
+    run = verbs.add_parser(
+        "run", parents=[recipe, as_json], help="run a recipe, reusing stages that are done"
+    )
     run.add_argument("--out", type=Path, required=True, help="run directory, such as runs/a")
     run.add_argument("--quiet", action="store_true", help="show no progress")
     run.set_defaults(command=_run)
 
-    explain = verbs.add_parser("explain", help="say what a recipe will do, take, and what is wrong")
-    explain.add_argument("recipe", type=Path, help="recipe file, YAML or JSON")
+    explain = verbs.add_parser(
+        "explain",
+        parents=[recipe, as_json],
+        help="say what a recipe will do, take, and what is wrong",
+    )
     explain.set_defaults(command=_explain)
 
     chat = verbs.add_parser("chat", help="talk to the model of a finished run")
@@ -99,10 +130,17 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
     chat.set_defaults(command=_chat)
 
-    plugins = verbs.add_parser("plugins", help="list plugins, and those that failed to load")
+    plugins = verbs.add_parser(
+        "plugins", parents=[as_json], help="list plugins, and those that failed to load"
+    )
     plugins.add_argument("--options", metavar="NAME", help="show one plugin's options")
     plugins.add_argument("--traceback", action="store_true", help="show why broken ones failed")
     plugins.set_defaults(command=_plugins)
+
+    schema = verbs.add_parser(
+        "schema", help="print the JSON schema of recipes, for editors; of all installed plugins"
+    )
+    schema.set_defaults(command=_schema)
 
     doctor = verbs.add_parser(
         "doctor", help="check this machine: versions, kernels, what is missing"
@@ -117,11 +155,18 @@ def _run(options: argparse.Namespace) -> int:
     if current().several:
         # of each process, that its search for unused parameters has found none
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    with stoppable(), current().together():
+    with _output(options), stoppable(), current().together():
+        from tunesmith.plugin.recipe_files import read_recipe
         from tunesmith.tuner import Tuner
 
-        result = Tuner.from_yaml(options.recipe).run(options.out, progress=not options.quiet)
+        tuner = Tuner.from_recipe(read_recipe(options.recipe, changes=options.changes))
+        result = tuner.run(options.out, progress=not options.quiet)
     if not current().main:
+        return 0
+    if options.json:
+        from tunesmith.json_output import document, run_values
+
+        print(document(run_values(result)))
         return 0
     print(f"run      {result.path}")
     for label, directory in result.adapters.items():
@@ -133,9 +178,29 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _explain(options: argparse.Namespace) -> int:
+    from tunesmith.plugin.recipe_files import read_recipe
     from tunesmith.tuner import Tuner
 
-    return 1 if Tuner.from_yaml(options.recipe).explain().problems else 0
+    recipe = read_recipe(options.recipe, changes=options.changes)
+    if not options.json:
+        return 1 if Tuner.from_recipe(recipe).explain().problems else 0
+    from tunesmith.engine.plan import make_plan
+    from tunesmith.json_output import document, plan_values
+    from tunesmith.plugin.registry import registry
+
+    with _output(options):
+        plan = make_plan(recipe, registry())
+    print(document(plan_values(plan)))
+    return 1 if plan.problems else 0
+
+
+def _output(options: argparse.Namespace) -> AbstractContextManager[None]:
+    """Keep standard output for the document, if there is to be one."""
+    if not options.json:
+        return nullcontext()
+    from tunesmith.json_output import nothing_else
+
+    return nothing_else()
 
 
 def _chat(options: argparse.Namespace) -> int:
@@ -168,6 +233,8 @@ def _plugins(options: argparse.Namespace) -> int:
     from tunesmith.plugin.spec import API_VERSION, KINDS
 
     found = registry()
+    if options.json:
+        return _plugins_as_json(options.options)
     if options.options:
         return _plugin_options(options.options)
     for kind in KINDS:
@@ -185,11 +252,18 @@ def _plugins(options: argparse.Namespace) -> int:
     return 0
 
 
-def _plugin_options(name: str) -> int:
-    import attrs
+def _plugins_as_json(name: str | None) -> int:
+    from tunesmith.json_output import document, plugin_values
+    from tunesmith.plugin.registry import registry
 
+    values = plugin_values(registry(), None if name is None else _called(name))
+    print(document(values))
+    return 0
+
+
+def _called(name: str) -> list[Registered]:
+    """Return the plugins of a name, of whatever kind; `UnknownPluginError` if there is none."""
     from tunesmith.errors import UnknownPluginError, close_matches, listed
-    from tunesmith.plugin.options import field_docs
     from tunesmith.plugin.registry import registry
 
     found = [item for item in registry() if name in (item.spec.name, item.key)]
@@ -198,12 +272,29 @@ def _plugin_options(name: str) -> int:
         raise UnknownPluginError(
             f"unknown plugin '{name}'{close_matches(name, known)}; installed: {listed(known)}"
         )
-    for item in found:
+    return found
+
+
+def _plugin_options(name: str) -> int:
+    import attrs
+
+    from tunesmith.plugin.options import field_docs
+
+    for item in _called(name):
         print(f"{item.key}  {item.kind.removesuffix('s')}  {item.spec.summary}")
         docs = field_docs(item.spec.config)
         for field in attrs.fields(item.spec.config):
             default = "required" if field.default is attrs.NOTHING else repr(field.default)
             print(f"  {field.name} = {default}\n      {' '.join(docs[field.name].split())}")
+    return 0
+
+
+def _schema(options: argparse.Namespace) -> int:
+    from tunesmith.json_output import document
+    from tunesmith.plugin.registry import registry
+    from tunesmith.plugin.schema import recipe_schema
+
+    print(document(recipe_schema(registry())))
     return 0
 
 

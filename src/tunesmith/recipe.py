@@ -45,6 +45,8 @@ from tunesmith.recipe_variables import escaped
 from tunesmith.strict_json import is_text
 
 __all__ = [
+    "DATA_KEYS",
+    "MAX_SEED",
     "RECIPE_VERSION",
     "VERBS",
     "Data",
@@ -129,7 +131,8 @@ VERBS: dict[str, Verb] = {
 """Every verb by its name, in the order of a usual recipe. "The same base" in their rules is what
 was loaded at first, or by the last export that made a model to go on from."""
 
-_DATA_KEYS = ("data", "format")
+DATA_KEYS = ("data", "format")
+"""Keys of a step that say what data it is given, whatever its verb."""
 
 
 MAX_SEED = 2**32 - 1
@@ -211,7 +214,7 @@ class Step:
             row["data"] = data.to_dict() if isinstance(data, Data) else plain_data(data)
         if self.format is not None:
             row["format"] = self.format
-        own = (*VERBS, *_DATA_KEYS, *(("name",) if self.takes_name else ()), "with")
+        own = (*VERBS, *DATA_KEYS, *(("name",) if self.takes_name else ()), "with")
         clash = [key for key in self.options if key in own]
         given = {key: plain(value) for key, value in self.options.items()}
         if clash:
@@ -241,7 +244,7 @@ class Step:
         name = row[verb]
         check_keys(row, where)
         named = ("name",) if VERBS[verb].named else ()
-        own = (verb, *_DATA_KEYS, *named, "with")
+        own = (verb, *DATA_KEYS, *named, "with")
         options = {k: v for k, v in row.items() if k not in own}
         form = row.get("format")
         extra = row.get("with", {})

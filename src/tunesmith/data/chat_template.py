@@ -11,7 +11,7 @@ from tunesmith.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["CHATML", "begins_with_bos", "needs_template", "set_chat_template"]
+__all__ = ["CHATML", "begins_with_bos", "needs_template", "set_chat_template", "template_source"]
 
 CHATML = """\
 {%- set first = messages[0] if messages else {'role': ''} -%}
@@ -59,12 +59,20 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) 
         source = CHATML if _is_token(tokenizer, _END) else _chatml_ending_with_eos(tokenizer)
         if begins_with_bos(tokenizer):
             source = "{{- bos_token -}}\n" + source
-    elif "{%" in template or "{{" in template:
-        source = template
     else:
-        source = _template_file(template)
+        source = template_source(template) or ""
     tokenizer.chat_template = source
     templates.probe(tokenizer)
+
+
+def template_source(template: str | None) -> str | None:
+    """Return what decides a chat template: the text of the file, where it is the path of one.
+
+    Errors: `DataError` for a file that cannot be read.
+    """
+    if template is None or template == "chatml" or "{%" in template or "{{" in template:
+        return template
+    return _template_file(template)
 
 
 def _template_file(template: str) -> str:

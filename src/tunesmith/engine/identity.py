@@ -13,6 +13,7 @@ from typing import Any
 
 import attrs
 
+from tunesmith.data.chat_template import template_source
 from tunesmith.engine.models import describe_model
 from tunesmith.engine.plan import Plan, PlannedStep
 from tunesmith.engine.traces import writable
@@ -26,8 +27,9 @@ __all__ = ["fingerprints", "lock_of", "record_of"]
 VERSIONED = ("tunesmith", "torch", "transformers", "peft", "accelerate", "tokenizers")
 """Packages whose version decides whether a finished stage is still what would be made today."""
 
-NEUTRAL_OPTIONS = frozenset({"loggers", "logging_steps", "save_steps"})
-"""Options that say how a stage is watched and not what it makes."""
+NEUTRAL_OPTIONS = frozenset({"loggers", "logging_steps", "save_steps", "eval_data"})
+"""Options that say how a stage is watched and not what it makes, or by which path data is read
+whose content is hashed."""
 
 
 def lock_of(plan: Plan, base: Path) -> dict[str, Any]:
@@ -96,7 +98,7 @@ def fingerprints(plan: Plan, lock: Mapping[str, Any]) -> dict[int, str]:
             "model": lock["model"]["sha256"],
             "code": lock["model"]["code"],
             "seed": recipe.seed,
-            "template": recipe.chat_template,
+            "template": template_source(recipe.chat_template),
         }
         | {key: lock[key] for key in ("processes",) if key in lock}
     )

@@ -25,15 +25,16 @@ def leave_recipe(recipe: Recipe, directory: Path) -> None:
 
 
 def recipe_text(recipe: Recipe) -> str:
-    """Return the recipe as YAML, which means the same wherever the run directory lies.
-
-    What lives in this process only is named as such.
-    """
-    return with_absolute_paths(writable(recipe)).to_yaml()
+    """Return the recipe as YAML; see `writable`."""
+    return writable(recipe).to_yaml()
 
 
 def writable(recipe: Recipe) -> Recipe:
-    """Return a recipe that a file can hold: what lives in this process only is named as such."""
+    """Return a recipe that a file can hold and that means the same wherever the file lies.
+
+    Paths are whole ones, and what lives in this process only is named as such.
+    """
+    recipe = with_absolute_paths(recipe)
     return attrs.evolve(recipe, steps=[_writable(step) for step in recipe.steps])
 
 

@@ -43,7 +43,6 @@ PATHS = "tunesmith.paths"
 be a hub's id as well, "file" for what may not. In a recipe file it is one from the file's own
 directory: `attrs.field(default=None, metadata={PATHS: "file"})`."""
 _FACTORY: Any = attrs.Factory  # typed as a function, and is a class
-Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
 
 
 @attrs.frozen
@@ -51,45 +50,70 @@ class NoOptions:
     """Config of a plugin that has no options."""
 
 
-def at_least(minimum: float) -> Validator:
-    """Return a validator for numbers >= minimum; None passes."""
-    return _check(lambda value: value >= minimum, f"at least {minimum:g}")
+@attrs.frozen
+class Bound:
+    """A validator for finite numbers within bounds; None passes."""
 
+    holds: Callable[[Any], bool] = attrs.field(repr=False)
+    allowed: str
+    schema: Mapping[str, Any]
+    """The same as keywords of JSON Schema."""
 
-def more_than(minimum: float) -> Validator:
-    """Return a validator for numbers > minimum; None passes."""
-    return _check(lambda value: value > minimum, f"more than {minimum:g}")
-
-
-def between(low: float, high: float) -> Validator:
-    """Return a validator for low <= number <= high; None passes."""
-    return _check(lambda value: low <= value <= high, f"{low:g} to {high:g}")
-
-
-def one_of(*allowed: Any) -> Validator:
-    """Return a validator for a closed set of values; a near miss is answered with its match."""
-
-    def validate(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-        if value not in allowed:
-            near = difflib.get_close_matches(str(value), [str(item) for item in allowed], n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            choices = ", ".join(str(item) for item in allowed)
-            raise ValueError(f"got {value!r}; expected one of {choices}{hint}")
-
-    return validate
-
-
-def _check(holds: Callable[[Any], bool], allowed: str) -> Validator:
-    def validate(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    def __call__(self, instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+        """Raise `ValueError` for a number out of bounds."""
         if value is None:
             return
         # `not holds` rather than its inverse: NaN compares false and must not pass
         if not isinstance(value, int) and not math.isfinite(value):
-            raise ValueError(f"got {value!r}; expected a number that is finite, {allowed}")
-        if not holds(value):
-            raise ValueError(f"got {value!r}; expected {allowed}")
+            raise ValueError(f"got {value!r}; expected a number that is finite, {self.allowed}")
+        if not self.holds(value):
+            raise ValueError(f"got {value!r}; expected {self.allowed}")
 
-    return validate
+
+@attrs.frozen
+class Choice:
+    """A validator for a closed set of values; a near miss is answered with its match."""
+
+    allowed: tuple[Any, ...]
+
+    @property
+    def schema(self) -> Mapping[str, Any]:
+        """The same as keywords of JSON Schema."""
+        return {"enum": list(self.allowed)}
+
+    def __call__(self, instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+        """Raise `ValueError` for another value."""
+        if value not in self.allowed:
+            near = difflib.get_close_matches(str(value), [str(item) for item in self.allowed], n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            choices = ", ".join(str(item) for item in self.allowed)
+            raise ValueError(f"got {value!r}; expected one of {choices}{hint}")
+
+
+def at_least(minimum: float) -> Bound:
+    """Return a validator for numbers >= minimum; None passes."""
+    return Bound(lambda value: value >= minimum, f"at least {minimum:g}", {"minimum": minimum})
+
+
+def more_than(minimum: float) -> Bound:
+    """Return a validator for numbers > minimum; None passes."""
+    return Bound(
+        lambda value: value > minimum, f"more than {minimum:g}", {"exclusiveMinimum": minimum}
+    )
+
+
+def between(low: float, high: float) -> Bound:
+    """Return a validator for low <= number <= high; None passes."""
+    return Bound(
+        lambda value: low <= value <= high,
+        f"{low:g} to {high:g}",
+        {"minimum": low, "maximum": high},
+    )
+
+
+def one_of(*allowed: Any) -> Choice:
+    """Return a validator for a closed set of values; a near miss is answered with its match."""
+    return Choice(allowed)
 
 
 def structure(config: type[C], options: Mapping[str, Any], *, name: str) -> C:
