@@ -6,7 +6,7 @@ import pytest
 
 from tunesmith import Tuner
 from tunesmith.errors import OptionError, RecipeError
-from tunesmith.other_names import OTHER_NAMES, PLACES
+from tunesmith.other_names import PLACES, other_names
 from tunesmith.plugin.options import field_docs
 from tunesmith.plugin.registry import registry
 from tunesmith.recipe import Recipe
@@ -23,7 +23,7 @@ CONFIGS = {
 
 def test_what_a_name_is_answered_with_is_there():
     settings = Recipe("m").__slots__
-    for name, found in OTHER_NAMES.items():
+    for name, found in other_names().items():
         assert bool(found.option) == bool(found.place), name
         if found.place in CONFIGS:
             config = registry().find(*CONFIGS[found.place]).spec.config
@@ -38,12 +38,12 @@ def test_what_a_name_is_answered_with_is_there():
 def test_no_name_hides_an_option_of_the_step_it_is_said_of():
     # an option that comes to be here leaves the table
     every = {name for item in registry() for name in field_docs(item.spec.config)}
-    assert {name for name, found in OTHER_NAMES.items() if name in every and not found.option} == (
-        set()
-    )
+    assert {
+        name for name, found in other_names().items() if name in every and not found.option
+    } == (set())
     assert {
         name
-        for name, found in OTHER_NAMES.items()
+        for name, found in other_names().items()
         if name != found.option
         and found.place in CONFIGS
         and name in field_docs(registry().find(*CONFIGS[found.place]).spec.config)

@@ -142,7 +142,8 @@ def _step_values(step: PlannedStep) -> dict[str, Any]:
         "name": step.name,
         "verb": step.step.verb,
         "plugin": step.plugin.key if step.plugin is not None else step.step.plugin,
-        "options": plain_options(step.config) if step.config is not None else None,
+        # as they act, where the plan has come so far as to know
+        "options": dict(step.effective) or plain_options(step.config) if step.config else None,
         "data": _data_values(step.data) if step.data is not None else None,
         "eval_data": _data_values(step.eval_data) if step.eval_data is not None else None,
         "estimate": _estimate_values(step),

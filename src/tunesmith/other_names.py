@@ -6,13 +6,14 @@ letters, but what it is called here or, where there is no such thing, what to do
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import cache
 
 import attrs
 
 from tunesmith.errors import close_matches
 
-__all__ = ["OTHER_NAMES", "PLACES", "OtherName", "unknown_option", "unknown_setting"]
+__all__ = ["PLACES", "OtherName", "other_names", "unknown_option", "unknown_setting"]
 
 PLACES = {
     "run": "a setting of the whole run: Tuner(model, {0}=…), or '{0}:' at the top of a recipe",
@@ -40,7 +41,9 @@ class OtherName:
     """How the two differ, or what to do where there is none: the second half of a sentence."""
 
 
-def _table() -> dict[str, OtherName]:
+@cache
+def other_names() -> Mapping[str, OtherName]:
+    """Return what is said of each name, which may be one of ours that belongs to another step."""
     table: dict[str, OtherName] = {}
     for place, rows in _CALLED.items():
         for option, names in rows.items():
@@ -56,7 +59,7 @@ def unknown_option(name: str, plugin: str, known: Iterable[str]) -> str:
     """Return what is said of an option that a plugin does not have, of those that it has."""
     options = list(known)
     said = f"unknown option '{name}' for {plugin}"
-    found = OTHER_NAMES.get(name)
+    found = other_names().get(name)
     if found is None:
         near = close_matches(name, options)
         return said + (near or f"; its options are: {', '.join(options) or 'none'}")
@@ -69,7 +72,7 @@ def unknown_setting(name: str, known: Iterable[str]) -> str:
     """Return what is said of a key at the top of a recipe that is none, of those that are."""
     settings = list(known)
     said = f"unknown key '{name}'"
-    found = OTHER_NAMES.get(name)
+    found = other_names().get(name)
     if found is None:
         return said + close_matches(name, settings)
     if found.option in settings:
@@ -335,6 +338,3 @@ _INSTEAD = (
     ),
 )
 """What is to be done instead, and the names of which it is said."""
-
-OTHER_NAMES = _table()
-"""What is said of each name, which may be one of ours that belongs to another step."""

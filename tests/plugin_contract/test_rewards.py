@@ -155,10 +155,10 @@ def test_a_function_of_this_process_is_kept_out_of_a_recipe():
 def test_a_recipe_is_kept_in_a_run_whatever_functions_it_is_given():
     from tunesmith.engine.traces import recipe_text
 
-    recipe = Recipe("m", (Step("train", "ppo", {"rewards": lambda completions: []}, "a.json"),))
+    recipe = Recipe("m", (Step("train", "ppo", {"rewards": lambda completions: []}, "/a.json"),))
     kept = Recipe.from_yaml(recipe_text(recipe)).steps[0]
     assert "lives in this process only" in kept.options["rewards"]
-    assert kept.data == "a.json"
+    assert kept.data == "/a.json"
 
 
 @pytest.fixture
