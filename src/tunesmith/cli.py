@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from tunesmith import __version__
 from tunesmith.engine.signals import Interrupted, Terminated, stoppable
 from tunesmith.errors import TunesmithError
+from tunesmith.scaffold import add_command
 
 if TYPE_CHECKING:
     from tunesmith.plugin.registry import Registered
@@ -136,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     plugins.add_argument("--options", metavar="NAME", help="show one plugin's options")
     plugins.add_argument("--traceback", action="store_true", help="show why broken ones failed")
     plugins.set_defaults(command=_plugins)
+    add_command(plugins)
 
     schema = verbs.add_parser(
         "schema", help="print the JSON schema of recipes, for editors; of all installed plugins"

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tunesmith.scaffold import write_package
+
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "plugins" / "examples" / "tunesmith-example"
 
@@ -131,7 +133,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
     place = tmp_path_factory.mktemp("third-party")
     made = Environment(place / "venv")
     strangers = [write_project(place / name, name, text) for name, text in STRANGERS.items()]
-    made.install(EXAMPLE, *strangers)
+    made.install(EXAMPLE, write_package("method", "zora", place), *strangers)
     return made
 
 
@@ -158,6 +160,10 @@ def test_the_example_is_installed_and_listed_beside_the_built_ins(listing):
     assert ["formats", "tunesmith-example:dolly", "0.1.0"] in listing["keys"]
     assert ["methods", "tunesmith-example:lora_fa", "0.1.0"] in listing["keys"]
     assert ("methods", "tunesmith:lora") in {(kind, key) for kind, key, _ in listing["keys"]}
+
+
+def test_a_package_that_tunesmith_has_written_is_installed_and_listed(listing):
+    assert ["methods", "tunesmith-zora:zora", "0.1.0"] in listing["keys"]
 
 
 def test_listing_strangers_imports_nothing_heavy(listing):

@@ -377,7 +377,7 @@ class QuantizerConformance(_StepConformance):
         """Return the model as the quantizer loads it."""
         import torch
 
-        return instance.load(base, dtype=torch.float32, device=torch.device("cpu"))
+        return instance.load(base, dtype=torch.float32, device=torch.device("cpu"), task=CAUSAL_LM)
 
     def test_every_linear_layer_reads_back_as_dense_fp32(
         self, instance: Any, original: Any, loaded: Any
