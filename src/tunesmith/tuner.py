@@ -16,6 +16,8 @@ from tunesmith.verbs import Verbs
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from transformers import TrainerCallback
+
     from tunesmith.engine.plan import Plan
     from tunesmith.engine.result import RunResult
     from tunesmith.engine.runner import Listener
@@ -144,11 +146,13 @@ class Tuner(Verbs):
         *,
         progress: bool = True,
         listeners: Sequence[Listener] = (),
+        callbacks: Sequence[TrainerCallback] = (),
     ) -> RunResult:
         """Do the work in a run directory and return the result.
 
         Stages that an earlier run finished there are reused if recipe, data and versions are
-        unchanged. `progress=False` prints nothing; `listeners` are called with (run, event).
+        unchanged. `progress=False` prints nothing; `listeners` are called with (run, event), and
+        `callbacks` are given to the trainer of every training that is not reused.
         Errors: `PlanError` with every problem, before any weight is read; `RunError`. Ctrl-C ends
         as `KeyboardInterrupt` and SIGTERM as `SystemExit`, with a report and, from a training, a
         checkpoint: the message says from where the same call goes on.
@@ -175,7 +179,7 @@ class Tuner(Verbs):
                 from tunesmith.report.console import ConsoleReporter
 
                 listening.append(stack.enter_context(ConsoleReporter()))
-            result = run(self._recipe, Path(directory), registry(), listening)
+            result = run(self._recipe, Path(directory), registry(), listening, callbacks)
         return result
 
     def to_yaml(self, path: str | Path | None = None) -> str:

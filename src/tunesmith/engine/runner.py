@@ -27,6 +27,7 @@ from tunesmith.engine.store import RunStore, Stage, finished_stages
 from tunesmith.engine.traces import recipe_text
 from tunesmith.engine.world import World
 from tunesmith.engine.world import current as current_world
+from tunesmith.errors import OptionError
 from tunesmith.nn.pretrained import trusting
 from tunesmith.plugin.events import (
     Event,
@@ -43,13 +44,23 @@ from tunesmith.recipe import Recipe
 
 __all__ = ["Listener", "run"]
 
+EVENT = "on_train_begin"
+"""What every `transformers.TrainerCallback` has."""
+
 Listener = Callable[[Any, Event], None]
 
 
 def run(
-    recipe: Recipe, directory: Path, registry: Registry, listeners: Sequence[Listener] = ()
+    recipe: Recipe,
+    directory: Path,
+    registry: Registry,
+    listeners: Sequence[Listener] = (),
+    callbacks: Sequence[Any] = (),
 ) -> RunResult:
     """Do what a recipe says in a run directory, reusing stages that are already done.
+
+    `callbacks` are `transformers.TrainerCallback`s, told of each training that is not reused;
+    anything else among them is an `OptionError`.
 
     Errors: `PlanError` with every problem, before anything is written; `RunError` for a directory
     that is in use, or beside another run of this process; what a plugin raises, with the stage
@@ -57,6 +68,7 @@ def run(
 
     Of several processes the main one alone writes into the directory and tells the listeners.
     """
+    _check_callbacks(callbacks)
     world = current_world()
     with alone(f"the run in {directory}"), world.together():
         plan = make_plan(
@@ -69,7 +81,7 @@ def run(
             quiet_libraries(),
             trusting(recipe.trust_remote_code),
         ):
-            return _Runner(plan, registry, directory, store, listeners, world).run()
+            return _Runner(plan, registry, directory, store, listeners, callbacks, world).run()
 
 
 @attrs.define
@@ -81,6 +93,7 @@ class _Runner:
     owned: RunStore | None
     """None in a process that does not own the directory."""
     listeners: Sequence[Listener]
+    callbacks: Sequence[Any]
     world: World
 
     @property
@@ -193,7 +206,9 @@ class _Runner:
         directory = Path(self.world.share(lambda: str(self.store.begin(step.name, fingerprint))))
         current().outlook = partial(outlook_of, step.name, directory / "checkpoints")
         aside = self.owned.put_aside if self.owned is not None else _not_owned
-        place = Place(directory, self.path, self.registry, self.emit, aside, self.plan.steps)
+        place = Place(
+            directory, self.path, self.registry, self.emit, aside, self.plan.steps, self.callbacks
+        )
         made = Made()
         try:
             with told(directory, within=directory):
@@ -230,6 +245,19 @@ class _Runner:
             },
             adapter_name=made.adapter_name,
             seconds=round(time.perf_counter() - began, 3),
+        )
+
+
+def _check_callbacks(callbacks: Sequence[Any]) -> None:
+    """Raise for what no trainer can tell anything, before any work is done."""
+    wrong = [each for each in callbacks if isinstance(each, type) or not hasattr(each, EVENT)]
+    if wrong:
+        raise OptionError(
+            [
+                f"callbacks: got {each!r}; expected an object of a class of "
+                "transformers.TrainerCallback; a function (run, event) goes to listeners"
+                for each in wrong
+            ]
         )
 
 

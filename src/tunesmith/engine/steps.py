@@ -43,6 +43,8 @@ class Place:
     """Moves what is broken out of the way; returns where to."""
     steps: Sequence[PlannedStep]
     """All steps of the run."""
+    callbacks: Sequence[Any] = ()
+    """Each a `transformers.TrainerCallback`, told of every training of this process."""
 
 
 @attrs.frozen

@@ -132,6 +132,8 @@ class StageTraining:
         # transformers' own printer writes each log to stdout, with its numbers turned into text
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(progress)
+        for callback in self.place.callbacks:
+            trainer.add_callback(callback)
         if self.step.config.early_stopping is not None:
             trainer.add_callback(EarlyStoppingCallback(self.step.config.early_stopping))
         return progress
