@@ -37,6 +37,7 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python tools/write_verbs.py --check
+	$(BIN)/python tools/write_plugin_pages.py --check
 
 test: lint
 	TUNESMITH_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -m "not slow and not gpu"

@@ -69,4 +69,11 @@ class NewName(Exporter[NewNameConfig]):
 @hookimpl
 def tunesmith_exporters():
     """Register the exporter."""
-    return [Spec("newname", NewNameConfig, f"{__name__}:NewName", summary="adapter and model card")]
+    return [
+        Spec(
+            "newname",
+            NewNameConfig,
+            f"{__name__}:NewName",
+            summary="adapter and model card",
+        )
+    ]

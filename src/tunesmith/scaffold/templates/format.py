@@ -53,5 +53,10 @@ def _text(row, field):
 def tunesmith_formats():
     """Register the format."""
     return [
-        Spec("newname", NewNameConfig, f"{__name__}:NewName", summary="question, context, answers")
+        Spec(
+            "newname",
+            NewNameConfig,
+            f"{__name__}:NewName",
+            summary="question, context, answers",
+        )
     ]

@@ -62,4 +62,11 @@ def _freeze_a(model):
 @hookimpl
 def tunesmith_methods():
     """Register the method."""
-    return [Spec("newname", NewNameConfig, f"{__name__}:NewName", summary="LoRA with A frozen")]
+    return [
+        Spec(
+            "newname",
+            NewNameConfig,
+            f"{__name__}:NewName",
+            summary="LoRA with A frozen",
+        )
+    ]

@@ -67,4 +67,11 @@ def _layer(linear):
 @hookimpl
 def tunesmith_quantizers():
     """Register the quantizer."""
-    return [Spec("newname", NewNameConfig, f"{__name__}:NewName", summary="8 bits, by rows")]
+    return [
+        Spec(
+            "newname",
+            NewNameConfig,
+            f"{__name__}:NewName",
+            summary="8 bits, by rows",
+        )
+    ]

@@ -50,4 +50,11 @@ def _f1(said, right):
 @hookimpl
 def tunesmith_rewards():
     """Register the reward."""
-    return [Spec("newname", NewNameConfig, f"{__name__}:NewName", summary="F1 over words")]
+    return [
+        Spec(
+            "newname",
+            NewNameConfig,
+            f"{__name__}:NewName",
+            summary="F1 over words",
+        )
+    ]

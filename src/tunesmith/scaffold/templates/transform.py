@@ -36,5 +36,10 @@ class NewName(Transform[NewNameConfig]):
 def tunesmith_transforms():
     """Register the transform."""
     return [
-        Spec("newname", NewNameConfig, f"{__name__}:NewName", summary="short conversations alone")
+        Spec(
+            "newname",
+            NewNameConfig,
+            f"{__name__}:NewName",
+            summary="short conversations alone",
+        )
     ]
