@@ -208,11 +208,6 @@ def test_padding_goes_by_length_and_never_by_id():
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 
-def test_padding_can_be_rounded_up():
-    batch = PaddingCollator(0, pad_to_multiple_of=8)([sample(9, 0)])
-    assert {tuple(tensor.shape) for tensor in batch.values()} == {(1, 16)}
-
-
 def test_a_batch_of_pairs_holds_all_chosen_then_all_rejected():
     rows = [
         {

@@ -76,14 +76,13 @@ class PaddingCollator:
     is told by length, never by id: the padding token may well be one that is trained.
     """
 
-    def __init__(self, pad_token_id: int, pad_to_multiple_of: int | None = None) -> None:
+    def __init__(self, pad_token_id: int) -> None:
         self.pad_token_id = pad_token_id
-        self.pad_to_multiple_of = pad_to_multiple_of
 
     def __call__(self, rows: Sequence[TokenRow]) -> dict[str, Tensor]:
         """Return the batch."""
         tokens = [_ids_and_labels(row) for row in rows]
-        length = _round_up(max(len(ids) for ids, _ in tokens), self.pad_to_multiple_of)
+        length = max(len(ids) for ids, _ in tokens)
         return {
             "input_ids": _padded([ids for ids, _ in tokens], length, self.pad_token_id),
             "attention_mask": _padded([[1] * len(ids) for ids, _ in tokens], length, 0),
@@ -219,7 +218,3 @@ def _ids_and_labels(row: TokenRow) -> tuple[Sequence[int], list[int]]:
 def _padded(rows: Sequence[Sequence[int]], length: int, value: int) -> Tensor:
     padded = [[*row, *[value] * (length - len(row))] for row in rows]
     return torch.tensor(padded, dtype=torch.int64)  # [rows, length]
-
-
-def _round_up(length: int, multiple: int | None) -> int:
-    return length if multiple is None else -(-length // multiple) * multiple

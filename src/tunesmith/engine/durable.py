@@ -27,7 +27,6 @@ __all__ = [
     "publish",
     "remove",
     "require_room",
-    "size_of",
     "sync_directory",
     "sync_tree",
     "told",
@@ -170,15 +169,6 @@ def free_name(directory: Path, name: str) -> Path:
         number += 1
         path = directory / f"{name}-{number}"
     return path
-
-
-def size_of(directory: Path) -> int:
-    """Return the bytes of all files below a directory."""
-    return sum(
-        file.lstat().st_size
-        for file in directory.rglob("*")
-        if file.is_file() and not file.is_symlink()
-    )
 
 
 def require_room(directory: Path, need: int, what: str, kept: str = "") -> None:

@@ -351,7 +351,8 @@ def _imported(name: str) -> Any:
     except Exception as error:  # whatever the module does at its top
         raise PluginError(
             f"the reward '{name}': {module_name} cannot be imported: {type(error).__name__}: "
-            f"{error}; expected the name of an installed reward, or 'package.module:function'"
+            f"{error}; expected the name of an installed reward, or 'package.module:function' of a "
+            "module that is installed or whose directory is on PYTHONPATH"
         ) from error
     for part in attribute.split("."):
         found = getattr(found, part, None)
