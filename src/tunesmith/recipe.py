@@ -30,6 +30,7 @@ import attrs
 from tunesmith.errors import RecipeError, close_matches, listed
 from tunesmith.other_names import unknown_setting
 from tunesmith.recipe_data import Data
+from tunesmith.recipe_model import ModelObject
 from tunesmith.recipe_text import parse_recipe, recipe_text
 from tunesmith.recipe_values import (
     check_finite,
@@ -281,8 +282,8 @@ def _tuple_of_steps(steps: Iterable[Step]) -> tuple[Step, ...]:
 class Recipe:
     """A model, the steps to take with it, and the settings of the whole run."""
 
-    model: str
-    """Hub id, local Hugging Face directory, or a .gguf file."""
+    model: str | ModelObject
+    """Hub id, local Hugging Face directory, or a .gguf file; or a model in memory."""
     steps: tuple[Step, ...] = attrs.field(default=(), converter=_tuple_of_steps)
     seed: int = 0
     """Seeds everything random: initialisation, shuffling, dropout, splits."""
@@ -299,6 +300,8 @@ class Recipe:
         whole = isinstance(self.seed, int) and not isinstance(self.seed, bool)
         if not (whole and 0 <= self.seed <= MAX_SEED):
             raise RecipeError(f"'seed' is {shown(self.seed)}; expected 0 to {MAX_SEED}")
+        if not isinstance(self.model, (str, ModelObject)):
+            raise RecipeError(f"'model' is {shown(self.model)}; expected the name of a model")
         for name in ("model", "device", "precision", "chat_template"):
             value = getattr(self, name)
             if isinstance(value, str) and not is_text(value):
@@ -312,6 +315,12 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as plain values, ready for YAML or JSON; defaults are left out."""
+        if isinstance(self.model, ModelObject):
+            raise RecipeError(
+                f"'model' is a {self.model}, which no file can hold; save it and its tokenizer by "
+                "save_pretrained() and give the directory, or run it: the recipe.yaml of the run "
+                "names the directory that it was kept in"
+            )
         row: dict[str, Any] = {"tunesmith": RECIPE_VERSION, "model": self.model}
         for field in attrs.fields(Recipe):
             if field.name in ("model", "steps"):

@@ -9,6 +9,7 @@ import attrs
 
 from tunesmith.errors import OptionError, UnknownVerbError
 from tunesmith.recipe import VERBS, Data, Recipe, Step
+from tunesmith.recipe_model import model_of
 from tunesmith.report.kept import reported
 from tunesmith.sugar import SUGAR
 from tunesmith.verbs import Verbs
@@ -28,9 +29,12 @@ __all__ = ["Tuner"]
 class Tuner(Verbs):
     """A recipe under construction: immutable and lazy, so branching from a prefix is safe.
 
-    `model` is a hub id, a local Hugging Face directory, or a .gguf file. Nothing is read or loaded
-    before `explain()` or `run()`, and code that comes with a model is run only if
-    `trust_remote_code` says so for this one. Errors: each verb raises `OptionError` for options it
+    `model` is a hub id, a local Hugging Face directory, or a .gguf file; or a transformers model in
+    memory, or PEFT's around one, with its `tokenizer`: what it holds when the run begins is written
+    to tunesmith's cache and loaded from there, an adapter merged; the object is not touched.
+    Nothing is read or loaded before `explain()` or `run()`, and code that comes with a model is run
+    only if `trust_remote_code` says so for this one. Errors: `ModelError` for an object that is no
+    model; each verb raises `OptionError` for options it
     does not have or cannot take, and `UnknownPluginError` for a plugin that is not installed; what
     concerns the whole (files, order of steps, the machine) `run()` raises as one `PlanError`.
     """
@@ -41,8 +45,9 @@ class Tuner(Verbs):
 
     def __init__(
         self,
-        model: str | Path,
+        model: str | Path | Any,
         *,
+        tokenizer: Any = None,
         seed: int = 0,
         device: str = "auto",
         precision: str = "auto",
@@ -54,7 +59,7 @@ class Tuner(Verbs):
                 [f"trust_remote_code: got {trust_remote_code!r}; expected True or False"]
             )
         recipe = Recipe(
-            str(model),
+            model_of(model, tokenizer),
             seed=seed,
             device=device,
             precision=precision,

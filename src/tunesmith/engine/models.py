@@ -22,6 +22,7 @@ from tunesmith.nn.gguf_header import check_gguf
 from tunesmith.nn.reading import model_errors
 from tunesmith.plugin.recipe_files import is_model_path
 from tunesmith.recipe import Recipe
+from tunesmith.recipe_model import ModelObject
 
 __all__ = [
     "ModelSource",
@@ -32,6 +33,7 @@ __all__ = [
     "gguf_findings",
     "local_directory",
     "metadata_directory",
+    "objects_directory",
 ]
 
 SMALL_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "tokenizer*")
@@ -48,18 +50,33 @@ class ModelSource:
     name: str
     """As the user wrote it."""
     kind: str
-    """"directory", "gguf" or "hub"."""
+    """"directory", "gguf", "hub" or "object"."""
     path: Path | None
-    """The directory or file; None for a hub id."""
+    """The directory or file; None for a hub id and an object."""
+    given: ModelObject | None = None
+    """The model in memory, if it is one."""
 
 
-def find_model(name: str) -> ModelSource:
+def find_model(name: str | ModelObject) -> ModelSource:
     """Say what a model name refers to, reading nothing but directory entries.
 
     Errors: `ModelError` for a path that is not there, a directory without config.json, a file that
     is not .gguf, or text that can be no hub id.
     """
+    if isinstance(name, ModelObject):
+        return ModelSource(str(name), "object", None, name)
     path = Path(name).expanduser()
+    try:
+        return _named(name, path)
+    except OSError as error:  # a name that is too long for a path, a directory that is not ours
+        shown = name if len(name) <= 200 else f"{name[:197]}..."
+        raise ModelError(
+            f"model {shown}: cannot be looked up: {(error.strerror or str(error)).lower()}; "
+            "expected a hub id, a Hugging Face directory or a .gguf file"
+        ) from error
+
+
+def _named(name: str, path: Path) -> ModelSource:
     if path.is_dir():
         if (path / "config.json").is_file():
             return ModelSource(name, "directory", path)
@@ -81,6 +98,11 @@ def find_model(name: str) -> ModelSource:
         )
     if not is_model_path(name) and name.count("/") <= 1 and name.strip():
         return ModelSource(name, "hub", None)
+    if path.parent == objects_directory():
+        raise ModelError(
+            f"model {name}: is gone; it was kept of a model that a Tuner was given in memory: "
+            "give the same one to the same chain again, which writes it anew"
+        )
     hint = ""
     if path.parent.is_dir():
         hint = close_matches(path.name, [entry.name for entry in path.parent.iterdir()])
@@ -95,8 +117,17 @@ def cache_directory() -> Path:
     return Path(base).expanduser() / "tunesmith"
 
 
+def objects_directory() -> Path:
+    """Return where models that were given as objects are kept."""
+    return cache_directory() / "objects"
+
+
 def local_directory(source: ModelSource) -> Path:
-    """Return a Hugging Face directory for a model, downloading or converting it if need be."""
+    """Return a Hugging Face directory for a model: downloaded, converted or written if need be."""
+    if source.given is not None:
+        from tunesmith.engine.kept_models import kept_model
+
+        return kept_model(source.given, objects_directory())
     if source.kind == "directory":
         assert source.path is not None
         return source.path
@@ -124,10 +155,13 @@ def _downloaded(source: ModelSource, patterns: tuple[str, ...]) -> Path:
 def metadata_directory(source: ModelSource) -> Path:
     """Return where a model's small files lie, downloading them for a hub id; for a .gguf, the file.
 
+    For an object it is where it will be kept.
     Errors: `ModelError` if it is not to be had, or the .gguf file's header does not fit it.
     """
     if source.kind == "hub":
         return _downloaded(source, SMALL_PATTERNS)
+    if source.given is not None:
+        return objects_directory()
     assert source.path is not None
     if source.kind == "gguf":
         check_gguf(source.path)
@@ -168,7 +202,7 @@ def content_hash(directory: Path) -> str:
 def describe_model(directory: Path, recipe: Recipe) -> dict[str, str | None]:
     """Return what a lock keeps of a model: name, hash, and that of its code if that may run."""
     return {
-        "name": recipe.model,
+        "name": recipe.model if isinstance(recipe.model, str) else str(directory),
         "sha256": content_hash(directory),
         "code": _code_hash(directory) if recipe.trust_remote_code else None,
     }

@@ -19,6 +19,7 @@ from tunesmith.engine.dataset import LoadedData
 from tunesmith.engine.device import Device, find_device
 from tunesmith.engine.effects import conditions_of, with_effects
 from tunesmith.engine.estimate import ITEMSIZE, Estimate, Shapes, estimate_step, model_shapes
+from tunesmith.engine.kept_models import examine_object
 from tunesmith.engine.models import ModelSource, find_model, gguf_findings, metadata_directory
 from tunesmith.engine.order import methods_at, order_problems
 from tunesmith.engine.preparing import CLEAN, DataReader, after, before
@@ -339,7 +340,7 @@ def check_base(plan: Plan, base: Path) -> None:
         return
     problems: list[str] = []
     quantizer = _quantizer(plan.steps)
-    source = attrs.evolve(plan.model, kind="directory", path=base)
+    source = ModelSource(plan.model.name, "directory", base)
     _with_model(plan.recipe, plan.steps, source, base, quantizer, problems, [])
     if problems:
         raise PlanError(problems)
@@ -358,31 +359,38 @@ def _with_model(
     with trusting(recipe.trust_remote_code), quiet_libraries():
         if model.kind == "gguf":  # its header was read; the rest can be told once it is converted
             return steps, gguf_findings(model)
-        try:
-            stored = stored_quantization(directory)
-            here = bool(weight_files(directory)) or model.kind == "directory"
-        except ModelError as error:
-            problems.append(str(error))
-            return steps, None
-        found = examine(
-            directory,
-            chat_template=recipe.chat_template,
-            uses=[
-                Use(
-                    step.here,
-                    getattr(step.config, "max_length", None),
-                    (*step.data.examples, *step.data.held_out) if step.data is not None else (),
-                )
-                for step in steps
-                if step.verb.takes_data
-            ],
-            stored=stored,
-            weights=here,
-        )
+        uses = [
+            Use(
+                step.here,
+                getattr(step.config, "max_length", None),
+                (*step.data.examples, *step.data.held_out) if step.data is not None else (),
+            )
+            for step in steps
+            if step.verb.takes_data
+        ]
+        if model.given is not None:
+            found, stored = examine_object(
+                model.given, chat_template=recipe.chat_template, uses=uses, root=directory
+            )
+        else:
+            try:
+                stored = stored_quantization(directory)
+                here = bool(weight_files(directory)) or model.kind == "directory"
+            except ModelError as error:
+                problems.append(str(error))
+                return steps, None
+            found = examine(
+                directory,
+                chat_template=recipe.chat_template,
+                uses=uses,
+                stored=stored,
+                weights=here,
+            )
         problems += found.problems
         notes += found.notes
         if stored is not None and found.skeleton is not None:
-            steps = _with_stored(steps, model, stored, directory, quantizer, problems)
+            where = directory if model.given is None else None
+            steps = _with_stored(steps, model, stored, where, quantizer, problems)
     return steps, found
 
 
@@ -390,7 +398,7 @@ def _with_stored(
     steps: tuple[PlannedStep, ...],
     model: ModelSource,
     stored: Mapping[str, Any],
-    directory: Path,
+    directory: Path | None,
     quantizer: Quantizer[Any] | None,
     problems: list[str],
 ) -> tuple[PlannedStep, ...]:

@@ -15,7 +15,7 @@ from tunesmith.engine.alone import alone
 from tunesmith.engine.durable import told
 from tunesmith.engine.effects import setup_before
 from tunesmith.engine.identity import fingerprints, lock_of
-from tunesmith.engine.models import local_directory
+from tunesmith.engine.models import ModelSource, local_directory
 from tunesmith.engine.plan import Plan, PlannedStep, check_base, make_plan
 from tunesmith.engine.quiet import quiet_libraries
 from tunesmith.engine.result import RunResult
@@ -27,7 +27,7 @@ from tunesmith.engine.store import RunStore, Stage, finished_stages
 from tunesmith.engine.traces import recipe_text
 from tunesmith.engine.world import World
 from tunesmith.engine.world import current as current_world
-from tunesmith.errors import OptionError
+from tunesmith.errors import OptionError, RunError
 from tunesmith.nn.pretrained import trusting
 from tunesmith.plugin.events import (
     Event,
@@ -109,10 +109,7 @@ class _Runner:
         if self.owned is not None:
             self.owned.warn = lambda text: self.emit(Warned(text))
         self.emit(RunStarted(tuple(step.name for step in kept)))
-        if self.world.main:
-            local_directory(self.plan.model)  # fetched and converted once, for all processes
-        self.world.barrier()
-        base = local_directory(self.plan.model)
+        base = self._base(self.plan.model)
         check_base(self.plan, base)
         hashes = self._resolve(base, kept)
         session = self._open(base, hashes)
@@ -135,6 +132,23 @@ class _Runner:
         session.unload()
         self.emit(RunFinished(self.path, time.perf_counter() - began))
         return RunResult.from_stages(self.path, tuple(stages))
+
+    def _base(self, model: ModelSource) -> Path:
+        """Return the directory of the model: fetched, converted, written once for all processes."""
+        base = local_directory(model) if self.world.main else None
+        self.world.barrier()
+        base = base or local_directory(model)
+        if model.given is not None:
+            main = Path(self.world.share(lambda: str(base)))
+            if base != main:
+                raise RunError(
+                    f"the {model.name} of this process is another than that of the main one, "
+                    f"which is kept in {main}; give every process the same weights"
+                )
+            # what is left of the run in its directory is to name what outlives this process
+            recipe = attrs.evolve(self.plan.recipe, model=str(base))
+            self.plan = attrs.evolve(self.plan, recipe=recipe)
+        return base
 
     def emit(self, event: Event) -> None:
         """Tell the listeners and the plugins; one that fails is named and passed over."""

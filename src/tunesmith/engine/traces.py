@@ -34,6 +34,8 @@ def writable(recipe: Recipe) -> Recipe:
 
     Paths are whole ones, and what lives in this process only is named as such.
     """
+    if not isinstance(recipe.model, str):
+        recipe = attrs.evolve(recipe, model=f"<{recipe.model}>")
     recipe = with_absolute_paths(recipe)
     return attrs.evolve(recipe, steps=[_writable(step) for step in recipe.steps])
 
