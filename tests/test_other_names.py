@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 
 from tunesmith import Tuner
@@ -98,6 +100,22 @@ def test_an_option_of_another_library_is_answered_with_ours(build, said):
 def test_a_misspelt_option_is_still_answered_with_the_nearest():
     with pytest.raises(OptionError, match=r"'epoch' for sft; did you mean 'epochs'\?"):
         Tuner("m").sft("a", epoch=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"load_in_4bit": True}, r"unknown setting 'load_in_4bit'; .*\.quantize\(\"nf4\"\)"),
+        ({"torch_dtype": "bfloat16"}, "it is called 'precision' here; its values are fp32, bf16"),
+        ({"device_map": "auto"}, "it is called 'device' here"),
+        ({"lora_alpha": 8}, r"called 'alpha' here, and is an option of the method: \.lora\("),
+        ({"sead": 3}, r"unknown setting 'sead'; did you mean 'seed'\?"),
+    ],
+)
+def test_a_setting_of_another_library_is_answered_with_ours(settings, said):
+    with pytest.raises(OptionError, match=said):
+        Tuner("m", **settings)
+    assert "trust_remote_code" in inspect.signature(Tuner).parameters
 
 
 @pytest.mark.parametrize(

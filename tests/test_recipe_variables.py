@@ -62,7 +62,7 @@ def test_a_run_takes_them_from_the_environment(monkeypatch):
     ("written", "said"),
     [
         ("${GONE}", r"\$\{GONE\} is not set; set it, give a default: \$\{GONE:-…\}, or write"),
-        ("${NN}", r"\$\{NN\} is not set; did you mean 'N'\?"),
+        ("${DIRS}", r"\$\{DIRS\} is not set; did you mean 'DIR'\?"),
         ("${N:?no}", r"begins a variable; expected \$\{NAME\} or \$\{NAME:-default\}"),
         ("${", "begins a variable"),
         ("${1A}", "begins a variable"),

@@ -68,10 +68,10 @@ def unknown_option(name: str, plugin: str, known: Iterable[str]) -> str:
     return said + _told(name, found)
 
 
-def unknown_setting(name: str, known: Iterable[str]) -> str:
-    """Return what is said of a key at the top of a recipe that is none, of those that are."""
+def unknown_setting(name: str, known: Iterable[str], what: str = "key") -> str:
+    """Return what is said of a setting of a whole run that is none, of those that are."""
     settings = list(known)
-    said = f"unknown key '{name}'"
+    said = f"unknown {what} '{name}'"
     found = other_names().get(name)
     if found is None:
         return said + close_matches(name, settings)

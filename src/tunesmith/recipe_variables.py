@@ -7,11 +7,12 @@ a secret is refused: a recipe is kept with the run, and shown by its report.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from tunesmith.errors import RecipeError, close_matches
+from tunesmith.errors import RecipeError
 
 __all__ = ["escaped", "escaped_text", "expanded", "expanded_text", "has_variable"]
 
@@ -66,8 +67,10 @@ def _value(name: str, default: str | None, variables: Mapping[str, str]) -> str:
         return default
     if name in variables:
         return found
+    near = difflib.get_close_matches(name, variables, n=1, cutoff=0.75)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
     raise RecipeError(
-        f"${{{name}}} is not set{close_matches(name, variables)}; set it, give a default: "
+        f"${{{name}}} is not set{hint}; set it, give a default: "
         f"${{{name}:-…}}, or write $${{{name}}} for the letters themselves"
     )
 

@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, Self, TypeVar, cast, get_args, is_typeddict
 
 from tunesmith.errors import OptionError
-from tunesmith.other_names import unknown_option
+from tunesmith.other_names import unknown_option, unknown_setting
 from tunesmith.recipe import VERBS
 
-__all__ = ["SUGAR", "Chain", "sugar"]
+__all__ = ["SUGAR", "Chain", "settings", "sugar"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -79,6 +79,19 @@ def sugar(verb: str, plugin: str, **defaults: Any) -> Callable[[Callable[P, R]],
         return cast("Callable[P, R]", append)
 
     return decorate
+
+
+def settings(declared: Callable[P, R]) -> Callable[P, R]:
+    """Have a keyword that a function does not take answered with what it is called here."""
+    known = list(inspect.signature(declared).parameters)[1:]
+
+    @functools.wraps(declared)
+    def checked(*args: P.args, **given: P.kwargs) -> R:
+        if unknown := [name for name in given if name not in known]:
+            raise OptionError([unknown_setting(name, known, "setting") for name in unknown])
+        return declared(*args, **given)
+
+    return checked
 
 
 def _whole_signature(

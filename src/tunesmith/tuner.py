@@ -11,7 +11,7 @@ from tunesmith.errors import OptionError, UnknownVerbError
 from tunesmith.recipe import VERBS, Data, Recipe, Step
 from tunesmith.recipe_model import model_of
 from tunesmith.report.kept import reported
-from tunesmith.sugar import SUGAR
+from tunesmith.sugar import SUGAR, settings
 from tunesmith.verbs import Verbs
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class Tuner(Verbs):
 
     _recipe: Recipe
 
+    @settings
     def __init__(
         self,
         model: str | Path | Any,

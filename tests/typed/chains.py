@@ -21,6 +21,8 @@ assert_type(start.use("zh").evaluate("loss", "b.json").merge(dtype="bf16"), Tune
 assert_type(start.mix(adapters={"zh": 0.5, "en": 0.5}, name="both"), Tuner)
 
 # an option that there is not, own or shared
+Tuner("m", load_in_4bit=True)  # type: ignore[call-arg]
+Tuner("m", seed="3")  # type: ignore[arg-type]
 start.lora(rank=8)  # type: ignore[call-arg]
 start.sft("a.json", num_train_epochs=2)  # type: ignore[call-arg]
 start.sft("a.json", beta=0.1)  # type: ignore[call-arg]
