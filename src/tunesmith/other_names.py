@@ -167,10 +167,7 @@ _CALLED = {
             "load_best_model_at_end | it keeps the best weights; "
             "metric_for_best_model | it goes by the evaluation's loss"
         ),
-        "save_steps": (
-            "save_steps; save_strategy | unset, checkpoints are taken by the clock; "
-            "saves_per_epoch | it counts optimizer steps"
-        ),
+        "save_steps": ("save_steps; saves_per_epoch | it counts optimizer steps"),
         "logging_steps": "logging_steps; logging_strategy | it counts optimizer steps",
         "loggers": (
             'loggers; report_to; use_wandb | write "wandb" as its value; '
@@ -296,8 +293,8 @@ _INSTEAD = (
         "resume_from_checkpoint auto_resume_from_checkpoints",
     ),
     (
-        "the last two checkpoints are kept with save_steps, and none without; leave it out",
-        "save_total_limit save_only_model save_safetensors",
+        "checkpoints are complete, and nothing in them is pickled; leave it out",
+        "save_only_model save_safetensors",
     ),
     (
         "nothing is uploaded; a finished model is a plain directory, which the command `hf upload` "
