@@ -36,6 +36,13 @@ KINDS = {
     "full fine-tuning": {"max_steps": 4, "method": None},
     "logged every third step": {"max_steps": 7, "logging_steps": 3},
     "warmup, cosine": {"max_steps": 5, "warmup": 2, "scheduler": "cosine"},
+    "warmup, evaluated at both ends": {
+        "max_steps": 5,
+        "warmup": 3,
+        "scheduler": "linear",
+        "eval_split": 3,
+        "eval_steps": 2,
+    },
     "sgd": {"max_steps": 3, "optimizer": "sgd"},
     "adafactor": {"max_steps": 3, "optimizer": "adafactor"},
     "linear with checkpointing": {
@@ -52,7 +59,12 @@ PAIRS = {
     "dpo, logged every second step": {"epochs": 2, "logging_steps": 2, "batch_size": 4},
     "dpo, evaluated": {"epochs": 2, "eval_split": 2, "batch_size": 4},
 }
-SAMPLE = {"constant, one step left over", "dropout, accumulation", "early stopping by steps"}
+SAMPLE = {
+    "constant, one step left over",
+    "dropout, accumulation",
+    "early stopping by steps",
+    "warmup, evaluated at both ends",
+}
 
 
 def recipe_of(kind: str, model: Path, rows: Path, pairs: Path):

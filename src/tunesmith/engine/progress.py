@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
 from transformers import TrainerCallback
 
+from tunesmith.engine.memory import StageMemory
 from tunesmith.plugin.events import Event, Progress
 
-__all__ = ["ProgressCallback", "peak_memory_bytes"]
+__all__ = ["ProgressCallback"]
 
 CLOCKS = frozenset({"train_runtime", "train_tokens_per_second", "total_flos"})
 """What transformers logs of its own clock; the events carry theirs."""
 
 LAST_SHARE = 0.1
-"""The reported loss is the mean over this last share of the steps."""
+"""The reported figures of a training are means over this last share of the steps."""
 
 LOSS_OVER = "loss_over"
 """Logged by a trainer that counts: how many trained tokens or pairs `loss` is the mean over."""
@@ -42,20 +42,29 @@ BESIDE = CLOCKS | {
 class ProgressCallback(TrainerCallback):  # type: ignore[misc]
     """Emits a Progress event at each log and writes it to log.jsonl."""
 
-    def __init__(self, stage: str, emit: Callable[[Event], None], path: Path) -> None:
+    def __init__(
+        self,
+        stage: str,
+        emit: Callable[[Event], None],
+        path: Path,
+        memory: StageMemory | None = None,
+    ) -> None:
         self.stage = stage
         self.emit = emit
         self.path = path
+        self.memory = memory or StageMemory()
         self.began = time.perf_counter()
         self.first_step = 0
         self.first_tokens = 0
-        self.losses: list[_Loss] = []
-        self.last: dict[str, float] = {}
+        self.logged: list[_Logged] = []
+        self.evaluated: list[tuple[int, dict[str, float]]] = []
+        self.kept_step: int | None = None
         self.tokens = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the clock; a resumed training starts at the step it stopped at."""
         self.began = time.perf_counter()
+        self.memory.begin()
         self.first_step = state.global_step
         self.first_tokens = int(state.num_input_tokens_seen)
         if state.global_step:
@@ -87,31 +96,45 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
                 loss=row.get("loss"),
                 tokens=self.tokens,
                 tokens_per_second=(self.tokens - self.first_tokens) / elapsed,
-                eta_seconds=left * elapsed / done if done else 0.0,
-                memory_bytes=peak_memory_bytes(),
+                eta_seconds=left * elapsed / done if done else -1.0,
+                memory_bytes=self.memory.peak(),
                 metrics={k: v for k, v in row.items() if k not in ("loss", "step", LOSS_OVER)},
             )
         )
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Note of which step the weights are, where the best ones are put back."""
+        self.kept_step = state.best_global_step if args.load_best_model_at_end else None
+
     def metrics(self) -> dict[str, float]:
-        """Return the training's figures: loss at its start and end, last evaluation, speed."""
+        """Return the training's figures, speed and peak memory.
+
+        What is logged of the training is a mean over the last tenth of its steps, `loss_first` the
+        first loss. Of the evaluations it is that of the weights which are kept, the last one or the
+        best; `eval_loss_first` is the loss before the first step.
+        """
         elapsed = max(1e-9, time.perf_counter() - self.began)
         found: dict[str, float] = {}
-        if self.losses:
-            found["loss_first"] = self.losses[0].mean
-            found["loss"] = _mean_of_last(self.losses)
-        found |= {
-            key: value
-            for key, value in self.last.items()
-            if key not in BESIDE and not key.endswith(("per_second", "runtime"))
-        }
+        if self.logged and "loss" in self.logged[0].means:
+            found["loss_first"] = self.logged[0].means["loss"]
+        found |= _means_of_last(self.logged)
+        if self.evaluated:
+            step, first = self.evaluated[0]
+            if step == 0 and "eval_loss" in first:
+                found["eval_loss_first"] = first["eval_loss"]
+            found |= next(
+                (values for step, values in self.evaluated if step == self.kept_step),
+                self.evaluated[-1][1],
+            )
         found["tokens"] = float(self.tokens)
         found["tokens_per_second"] = (self.tokens - self.first_tokens) / elapsed
+        found["memory_bytes"] = float(self.memory.peak())
         return found
 
     def _recall(self, state: Any) -> None:
         """Take up the log of the steps before an interruption, and forget any beyond it."""
-        self.losses.clear()
+        self.logged.clear()
+        self.evaluated.clear()
         kept = [_row(row["step"], row) for row in state.log_history]
         self._write(kept, "w")
         for row in kept:
@@ -119,12 +142,21 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
             self.tokens = int(row.get("num_input_tokens_seen", self.tokens))
 
     def _note(self, logs: dict[str, float]) -> None:
-        if "loss" in logs:
-            step = int(logs["step"])
-            before = self.losses[-1].step if self.losses else 0
-            steps = step - before
-            self.losses.append(_Loss(step, steps, float(logs["loss"]), logs.get(LOSS_OVER, steps)))
-        self.last |= {key: float(v) for key, v in logs.items() if isinstance(v, (int, float))}
+        step = int(logs["step"])
+        told = {
+            key: float(value)
+            for key, value in logs.items()
+            if isinstance(value, (int, float))
+            and (key == "loss" or key not in BESIDE)
+            and not key.endswith(("per_second", "runtime"))
+        }
+        measured = {key: value for key, value in told.items() if key.startswith("eval_")}
+        means = {key: value for key, value in told.items() if key not in measured}
+        if measured:
+            self.evaluated.append((step, measured))
+        if means:
+            steps = step - (self.logged[-1].step if self.logged else 0)
+            self.logged.append(_Logged(step, steps, means, float(logs.get(LOSS_OVER, steps))))
 
     def _write(self, rows: list[dict[str, float]], mode: str) -> None:
         with self.path.open(mode, encoding="utf-8") as stream:
@@ -138,34 +170,32 @@ def _row(step: int, logs: dict[str, float]) -> dict[str, float]:
 
 
 @attrs.frozen
-class _Loss:
-    """A logged loss: a mean over all the steps since the one logged before."""
+class _Logged:
+    """What a training has logged at a step: means over all the steps since the log before."""
 
     step: int
     steps: int
-    mean: float
+    means: Mapping[str, float]
     over: float
-    """What it weighs beside others: trained tokens, pairs, or steps where nothing is counted."""
+    """What they weigh beside others: trained tokens, pairs, or steps where nothing is counted."""
 
 
-def _mean_of_last(losses: list[_Loss]) -> float:
-    """Return the mean over the last share of the steps, or over a little more if logs are rare."""
-    wanted = max(1, round(losses[-1].step * LAST_SHARE))
-    taken = losses[-1:]
-    for each in reversed(losses[:-1]):
-        if sum(loss.steps for loss in taken) >= wanted:
-            break
-        taken.append(each)
-    return sum(loss.mean * loss.over for loss in taken) / sum(loss.over for loss in taken)
-
-
-def peak_memory_bytes() -> int:
-    """Return the peak so far: device memory on CUDA, else this process's resident set."""
-    import torch
-
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        return int(torch.cuda.max_memory_allocated())
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def _means_of_last(logged: Sequence[_Logged]) -> dict[str, float]:
+    """Return each mean over the last share of the steps, or over a little more if logs are rare."""
+    if not logged:
+        return {}
+    wanted = max(1, round(logged[-1].step * LAST_SHARE))
+    found: dict[str, float] = {}
+    for name in dict.fromkeys(name for each in logged for name in each.means):
+        taken: list[_Logged] = []
+        for each in reversed(logged):
+            if sum(other.steps for other in taken) >= wanted:
+                break
+            if name in each.means:
+                taken.append(each)
+        weight = sum(each.over for each in taken)
+        if weight:
+            found[name] = sum(each.means[name] * each.over for each in taken) / weight
+        else:
+            found[name] = taken[0].means[name]
+    return found

@@ -15,13 +15,16 @@ import attrs
 from tunesmith.data.clean import DropLog
 from tunesmith.data.examples import Sourced
 from tunesmith.engine.checkpoints import Checkpoint, Checkpoints
+from tunesmith.engine.evaluations import evaluated_from_the_start
 from tunesmith.engine.guards import guarded
+from tunesmith.engine.memory import StageMemory
 from tunesmith.engine.plan import PlannedStep
-from tunesmith.engine.progress import ProgressCallback, peak_memory_bytes
+from tunesmith.engine.progress import ProgressCallback
 from tunesmith.engine.resuming import Keeper, Pace, keep_checkpoints
 from tunesmith.engine.room import paced_by_room
 from tunesmith.engine.signals import current, stops_after_step
 from tunesmith.engine.steps import Made, Place
+from tunesmith.engine.warmup import warms_up_from_the_first_step
 from tunesmith.engine.world import World
 from tunesmith.engine.world import current as current_world
 from tunesmith.errors import RunError
@@ -67,9 +70,14 @@ class StageTraining:
         self.session.unload()
         plugin = self.place.registry.build(self.step.step)
         self.session = self.session.at_work(task=plugin.task, trains=True)
+        memory = StageMemory()
         trainer = self._trainer(plugin)
-        progress = self._listen(trainer)
+        progress = self._listen(trainer, memory)
         keeper = self._keeper(trainer)
+        warms_up_from_the_first_step(trainer)
+        evaluated_from_the_start(
+            trainer, self.step.name, self._warn, resumed=keeper.resumed is not None
+        )
         resumed = str(keeper.resumed.path) if keeper.resumed is not None else None
         set_seed(self.seed)  # however many numbers rendering and building have drawn
         with guarded(trainer, self.step.name, self._rate()) as guard:
@@ -79,7 +87,6 @@ class StageTraining:
             current().check()
             guard.check_result()
         metrics = progress.metrics()
-        metrics["memory_bytes"] = float(peak_memory_bytes())
         if len(self.cuts):
             metrics["rows_cut"] = float(len(self.cuts))
         self._check_objective(plugin, metrics)
@@ -123,12 +130,12 @@ class StageTraining:
             self._tell_cuts(self.step.data.rows)
         return trainer
 
-    def _listen(self, trainer: Any) -> ProgressCallback:
+    def _listen(self, trainer: Any, memory: StageMemory) -> ProgressCallback:
         """Add the callbacks; return the one that gathers the metrics."""
         from transformers import EarlyStoppingCallback, PrinterCallback
 
         log = self.directory / "log.jsonl" if self.world.main else Path(os.devnull)
-        progress = ProgressCallback(self.step.name, self.place.emit, log)
+        progress = ProgressCallback(self.step.name, self.place.emit, log, memory)
         # transformers' own printer writes each log to stdout, with its numbers turned into text
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(progress)

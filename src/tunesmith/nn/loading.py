@@ -35,7 +35,7 @@ from tunesmith.nn.nf4_experts import NF4Experts, quantize_experts
 from tunesmith.nn.nf4_linear import NF4Linear
 from tunesmith.nn.quantizable import Split, is_linear, split, tell
 
-__all__ = ["NF4LoadConfig", "bitsandbytes_config", "own_errors"]
+__all__ = ["NF4LoadConfig", "bitsandbytes_config", "own_errors", "trim_heap"]
 
 METHOD = "tunesmith_nf4"
 
@@ -187,7 +187,7 @@ class _NF4Loader(HfQuantizer):  # type: ignore[misc]
                 "another model"
             )
         if self.quantize.freed_nbytes:
-            _trim_heap()
+            trim_heap()
         # an NF4Linear is a plain frozen module to everyone: nothing downstream shall treat the
         # model as transformers treats the quantization formats it knows by name
         for attribute in ("quantization_method", "hf_quantizer", "is_quantized"):
@@ -289,7 +289,7 @@ class _Quantize(_PutInPlace):
         if self.freed_nbytes >= _TRIM_NBYTES:
             # each copy leaves a hole in the heap; what stays of the next weights splits it, so that
             # the copies after those would need new memory
-            _trim_heap()
+            trim_heap()
             self.freed_nbytes = 0
         return others
 
@@ -356,7 +356,7 @@ class _TakeStored(_PutInPlace):
         return {}
 
 
-def _trim_heap() -> None:
+def trim_heap() -> None:
     """Hand the pages that malloc holds freed back to the system, where the C library can."""
     if trim := _malloc_trim():
         trim(0)

@@ -66,13 +66,15 @@ class Progress(Event):
     step: int
     total: int
     loss: float | None
-    """Mean training loss since the last event; None until the first is known."""
+    """Mean training loss since the last event; None at an evaluation, as before the first step."""
     tokens: int
     """Tokens processed since the stage began, padding not counted."""
     tokens_per_second: float
     eta_seconds: float
+    """Seconds to the end; negative where it is not known yet."""
     memory_bytes: int
-    """Peak memory so far: device memory on CUDA, resident set size otherwise."""
+    """Most memory that the stage has taken so far, beyond what Python and its libraries hold: of
+    the device on CUDA, of this process otherwise."""
     metrics: Mapping[str, float] = attrs.field(factory=dict)
     """What else the trainer logged at this step, such as "rewards/margins" or "eval_loss"."""
 
