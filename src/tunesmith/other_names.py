@@ -168,6 +168,8 @@ _CALLED = {
             "metric_for_best_model | it goes by the evaluation's loss"
         ),
         "save_steps": ("save_steps; saves_per_epoch | it counts optimizer steps"),
+        "save_strategy": "save_strategy",
+        "save_total_limit": "save_total_limit",
         "logging_steps": "logging_steps; logging_strategy | it counts optimizer steps",
         "loggers": (
             'loggers; report_to; use_wandb | write "wandb" as its value; '

@@ -138,12 +138,21 @@ class Tuner(Verbs):
         return self._with("export", exporter, options, name=name)
 
     def explain(self) -> Plan:
-        """Print and return the plan: what will be done, what it will take, what is wrong."""
+        """Print and return the plan: what will be done, what it will take, what is wrong.
+
+        In a notebook it is shown as a table.
+        """
+        from tunesmith.engine.cells import in_notebook, show_once
+
+        notebook = in_notebook()
         from tunesmith.engine.plan import make_plan
         from tunesmith.plugin.registry import registry
 
         plan = make_plan(self._recipe, registry())
-        print(plan)
+        if notebook:
+            show_once(plan)
+        else:
+            print(plan)
         return plan
 
     def run(
@@ -178,13 +187,13 @@ class Tuner(Verbs):
             listening = list(listeners)
             if main:
                 listening.insert(0, stack.enter_context(reported(self._recipe, Path(directory))))
+            if progress and main:
+                from tunesmith.report.showing import progress_reporter
+
+                listening.append(stack.enter_context(progress_reporter()))
             from tunesmith.engine.runner import run
             from tunesmith.plugin.registry import registry
 
-            if progress and main:
-                from tunesmith.report.console import ConsoleReporter
-
-                listening.append(stack.enter_context(ConsoleReporter()))
             result = run(self._recipe, Path(directory), registry(), listening, callbacks)
         return result
 
@@ -260,6 +269,11 @@ class Tuner(Verbs):
             if field.name not in ("model", "steps") and value != field.default:
                 settings.append(f"{field.name}={value!r}")
         return f"Tuner({', '.join(settings)})" + "".join(map(_shown, self._recipe.steps))
+
+    def _repr_html_(self) -> str:
+        from tunesmith.engine.cells import recipe_html
+
+        return recipe_html(self._recipe)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Tuner) and self._recipe == other._recipe

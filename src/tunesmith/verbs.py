@@ -38,8 +38,13 @@ class FastTrainerOptions(TypedDict, total=False):
     eval_steps: Evaluate every so many optimizer steps; unset evaluates once an epoch.
     early_stopping: Stop after so many evaluations without a better eval loss, and keep the best
         weights.
-    save_steps: Take a checkpoint every so many optimizer steps, and keep the last two; unset, one
+    save_steps: Take a checkpoint every so many optimizer steps, and keep the last ones; unset, one
         is taken every ten minutes or tenth of the steps, and none is kept but the result.
+    save_strategy: epoch takes a checkpoint at the end of each epoch, steps every save_steps, and
+        the last ones are kept; no takes none on the way, not by time either. Unset is steps where
+        save_steps is.
+    save_total_limit: Checkpoints that are kept of those which were asked for, beside the best one;
+        unset keeps the last two.
     logging_steps: Log every so many optimizer steps.
     loggers: tensorboard, wandb or none; nothing is ever sent anywhere unless named here.
     deduplicate: Drop rows that say exactly what an earlier row says; they are counted and listed.
@@ -73,6 +78,8 @@ class FastTrainerOptions(TypedDict, total=False):
     eval_steps: Annotated[int | None, None]
     early_stopping: Annotated[int | None, None]
     save_steps: Annotated[int | None, None]
+    save_strategy: Annotated[str | None, None]
+    save_total_limit: Annotated[int | None, None]
     logging_steps: Annotated[int, 1]
     loggers: Annotated[tuple[str, ...], ()]
     deduplicate: Annotated[bool, True]

@@ -42,6 +42,7 @@ from tunesmith.engine.states import (
     write_tensors,
 )
 from tunesmith.errors import RunError
+from tunesmith.plugin.trainers import CHECKPOINTS_KEPT
 
 if TYPE_CHECKING:
     import torch
@@ -54,8 +55,6 @@ WEIGHTS = "weights.safetensors"
 STATES = "states.safetensors"
 VERSION = 1
 FIELDS = {"version", "step", "over", "best_step", "files"}
-KEPT = 2
-"""Complete checkpoints that stay beside the best one."""
 
 
 @attrs.frozen
@@ -89,6 +88,8 @@ class Checkpoints:
     put_aside: Callable[[Path], Path]
     """Moves what is broken out of the way and returns where to; it is never deleted."""
     warn: Callable[[str], None]
+    keep: int = CHECKPOINTS_KEPT
+    """Complete ones that stay at a time, beside the best one."""
     complete: dict[int, Checkpoint] = attrs.field(factory=dict, init=False)
     """Those that were written or checked by this process, by step."""
 
@@ -124,7 +125,7 @@ class Checkpoints:
         states = json.dumps(encode(contents.states, tensors))
         need = tensor_bytes(contents.weights) + tensor_bytes(tensors)
         need += len(states) + len(contents.trainer_state)
-        self._rotate(KEPT - 1)
+        self._rotate(max(1, self.keep - 1))
         final = self.directory / f"checkpoint-{step}"
         require_room(self.directory, need, final.name, self.kept())
         draft = draft_of(final)
@@ -147,7 +148,7 @@ class Checkpoints:
                     remove(draft, self.directory)
                 raise
         self.complete[step] = Checkpoint(final, step, over, best_step)
-        self._rotate(KEPT)
+        self._rotate(self.keep)
         return self.complete[step]
 
     def know(self, step: int, *, over: bool = False, best_step: int | None = None) -> Checkpoint:

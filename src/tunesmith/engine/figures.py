@@ -12,7 +12,15 @@ from typing import Any
 
 from tunesmith.units import byte_size
 
-__all__ = ["EVALUATED", "duration", "figure", "main_metrics", "number", "short_time"]
+__all__ = [
+    "EVALUATED",
+    "duration",
+    "figure",
+    "main_metrics",
+    "number",
+    "short_time",
+    "summary",
+]
 
 _FIRST = (
     "loss",
@@ -25,7 +33,7 @@ _FIRST = (
     "eval_rewards/margins",
 )
 _BOOKKEEPING = re.compile(
-    r"(_|^)(runtime|per_second|flos|epoch|tokens_seen|learning_rate|grad_norm|step)$"
+    r"(_|^)(runtime|per_second|flos|epoch|tokens_seen|learning_rate|grad_norm|step|first)$"
 )
 EVALUATED = _FIRST[2:]
 """What comes with some events only, an evaluation's figures and a training's quality."""
@@ -62,6 +70,24 @@ def main_metrics(metrics: Mapping[str, Any], *, most: int = 5) -> dict[str, Any]
     # sorted() is stable: what is not known by name keeps the order it was reported in
     telling.sort(key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST))
     return {name: metrics[name] for name in telling[:most]}
+
+
+def summary(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Return in the words of one line what a stage has come to: its main metrics, speed, memory.
+
+    One that is told from its first value on says that too: "loss": "0.41 (from 2.3)".
+    """
+    beside = {"tokens", "tokens_per_second", "memory_bytes"}
+    found: dict[str, str] = {}
+    for name, value in main_metrics({k: v for k, v in metrics.items() if k not in beside}).items():
+        first = metrics.get(f"{name}_first")
+        since = f" (from {figure(name, first)})" if first is not None else ""
+        found[name] = figure(name, value) + since
+    if metrics.get("tokens_per_second"):
+        found["speed"] = f"{metrics['tokens_per_second']:,.0f} tokens/s"
+    if metrics.get("memory_bytes"):
+        found["memory"] = byte_size(metrics["memory_bytes"])
+    return found
 
 
 def figure(name: str, value: object) -> str:

@@ -27,7 +27,9 @@ __all__ = ["fingerprints", "lock_of", "record_of"]
 VERSIONED = ("tunesmith", "torch", "transformers", "peft", "accelerate", "tokenizers")
 """Packages whose version decides whether a finished stage is still what would be made today."""
 
-NEUTRAL_OPTIONS = frozenset({"loggers", "logging_steps", "save_steps", "eval_data"})
+NEUTRAL_OPTIONS = frozenset(
+    {"loggers", "logging_steps", "save_steps", "save_strategy", "save_total_limit", "eval_data"}
+)
 """Options that say how a stage is watched and not what it makes, or by which path data is read
 whose content is hashed."""
 

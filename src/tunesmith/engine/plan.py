@@ -37,6 +37,7 @@ from tunesmith.errors import (
 from tunesmith.nn.checkpoint import stored_quantization
 from tunesmith.nn.pretrained import trusting
 from tunesmith.nn.weight_files import weight_files
+from tunesmith.plugin.optimizers import AUTO, OPTIMIZERS, optimizer_problem
 from tunesmith.plugin.options import NoOptions
 from tunesmith.plugin.quantizers import Quantizer
 from tunesmith.plugin.registry import Registered, Registry
@@ -123,6 +124,11 @@ class Plan:
     # the rows of all data lie in it, which nobody wants to see in a notebook's cell
     __repr__ = __str__
 
+    def _repr_html_(self) -> str:
+        from tunesmith.engine.cells import plan_html, was_shown
+
+        return "" if was_shown(self) else plan_html(self)
+
 
 def make_plan(
     recipe: Recipe,
@@ -157,6 +163,12 @@ def make_plan(
         for number, step in enumerate(recipe.steps, 1)
     )
     problems += order_problems(steps)
+    if device is not None:
+        for step in steps:
+            wrong = optimizer_problem(
+                getattr(step.config, "optimizer", AUTO), device.name.partition(":")[0]
+            )
+            problems += [f"{step.here}: {wrong}"] if wrong else []
     quantizer = _quantizer(steps)
     found: ModelFindings | None = None
     if directory_of_model is not None:
@@ -312,8 +324,9 @@ def _missing_packages(plugin: Registered, config: Any) -> list[str]:
     for logger in getattr(config, "loggers", ()):
         if logger != "none":
             needs.append((logger, f"pip install 'tunesmith[{logger}]'"))
-    if getattr(config, "optimizer", "").endswith("8bit"):
-        needs.append(("bitsandbytes", "pip install 'tunesmith[bitsandbytes]'"))
+    optimizer = OPTIMIZERS.get(getattr(config, "optimizer", ""))
+    if optimizer is not None and optimizer.package:
+        needs.append((optimizer.package, f"pip install 'tunesmith[{optimizer.package}]'"))
     return [
         f"needs the package '{name}', which is not installed; install it with: {command}"
         for name, command in needs

@@ -73,6 +73,16 @@ class RunResult:
         standing = standing_of(directory, [stage.name for stage in stages])
         return cls.from_stages(directory, stages, standing)
 
+    def __repr__(self) -> str:
+        from tunesmith.engine.cells import result_text
+
+        return result_text(self)
+
+    def _repr_html_(self) -> str:
+        from tunesmith.engine.cells import result_html
+
+        return result_html(self)
+
     @property
     def artefacts(self) -> Mapping[str, Mapping[str, Path]]:
         """What each finished stage has made, by name: paths by artefact name, by stage name."""

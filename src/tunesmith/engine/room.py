@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tunesmith.engine.checkpoints import KEPT
 from tunesmith.engine.durable import MARGIN, require_room
 from tunesmith.engine.plan import PlannedStep
 from tunesmith.plugin.optimizers import optimizer_called
@@ -38,7 +37,8 @@ def require_room_for_run(
             kept += parameters * ITEMSIZE.get(dtype, ITEMSIZE[precision])
         elif step.verb.kind == "trainers" and not adapts:
             whole = parameters * ITEMSIZE["fp32"]
-            asked = KEPT * (whole + _states(step.config, parameters)) if _asks(step.config) else 0
+            each = whole + _states(step.config, parameters)
+            asked = _held(step.config) * each if _asks(step.config) else 0
             # the last checkpoint stays until the model is written whole
             peak = max(peak, kept + 2 * whole + asked)
             kept += whole
@@ -57,21 +57,27 @@ def paced_by_room(directory: Path, model: Any, config: Any) -> str | None:
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     count = sum(weight.numel() for weight in trained)
     weights = sum(weight.numel() * weight.element_size() for weight in trained)
-    checkpoints = KEPT * (weights + _states(config, count))
+    kept = _held(config)
+    checkpoints = kept * (weights + _states(config, count))
     need = 2 * weights + (checkpoints if _asks(config) else 0)
     require_room(directory, need, "what the training keeps")
     free = shutil.disk_usage(directory).free
     if free >= 2 * weights + checkpoints + MARGIN:
         return None
     return (
-        f"no checkpoint is taken before the end: {KEPT} need {byte_size(checkpoints)} beside what "
+        f"no checkpoint is taken before the end: {kept} need {byte_size(checkpoints)} beside what "
         f"is kept, and {byte_size(free)} are free in {directory}"
     )
 
 
+def _held(config: Any) -> int:
+    """Return how many checkpoints there are at a time: one goes when the next is complete."""
+    return max(2, int(config.checkpoints_kept))
+
+
 def _asks(config: Any) -> bool:
     """Return whether the options ask for checkpoints, as early stopping does for the best one."""
-    return bool(config.save_steps) or config.early_stopping is not None
+    return config.saving != "no" or config.early_stopping is not None
 
 
 def _states(config: Any, parameters: int) -> int:

@@ -12,7 +12,7 @@
         log.jsonl              what the trainer logged
         dropped.jsonl          rows that were left out, and why
         cut.jsonl              rows that are used without the end of their answer
-        checkpoints/           where save_steps asked for them
+        checkpoints/           where options asked for them
       stages/.03-sft.partial/  a stage at work, or one that was interrupted
       superseded/              stages that a changed recipe has replaced
       damaged/                 what was found not to be as it was written
@@ -269,7 +269,7 @@ class RunStore:
     def finish(self, stage: Stage) -> Stage:
         """Turn a stage's working directory into the finished stage; return it with its time.
 
-        Its checkpoints stay until the stage has its name, and after that if save_steps asks.
+        Its checkpoints stay until the stage has its name, and after that if they were asked for.
         """
         partial = self._partial(stage.name)
         final = self._final(stage.name)
@@ -325,7 +325,8 @@ class RunStore:
 
     def _tidy(self, stage: Stage) -> None:
         """Remove what only an unfinished stage needs."""
-        if not stage.options.get("save_steps") and os.path.lexists(stage.path / CHECKPOINTS):
+        asked = stage.options.get("save_strategy") in ("steps", "epoch")
+        if not asked and os.path.lexists(stage.path / CHECKPOINTS):
             remove(stage.path / CHECKPOINTS, self.path)
         if os.path.lexists(stage.path / PARTIAL_MARK):
             remove(stage.path / PARTIAL_MARK, self.path)

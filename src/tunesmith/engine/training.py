@@ -147,10 +147,13 @@ class StageTraining:
 
     def _keeper(self, trainer: Any) -> Keeper:
         """Let the trainer keep checkpoints, and go on from the newest one there is."""
-        checkpoints = Checkpoints(self.checkpoints, self.place.put_aside, self._warn)
+        config = self.step.config
+        checkpoints = Checkpoints(
+            self.checkpoints, self.place.put_aside, self._warn, config.checkpoints_kept
+        )
         found = self._newest(checkpoints)
         # whoever asks for some gets those, and no others between them
-        pace = None if self.step.config.save_steps else Pace()
+        pace = Pace() if config.save_strategy is None and not config.save_steps else None
         short = None
         if self.world.main:
             short = paced_by_room(self.checkpoints, trainer.model, self.step.config)

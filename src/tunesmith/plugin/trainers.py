@@ -52,6 +52,9 @@ SCHEDULER_OPTIONS = {"cosine_with_min_lr": {"min_lr_rate": 0.1}}
 WARMUP = 0.03
 """Share of the steps that warm up unless said otherwise, as in QLoRA and Alpaca."""
 LOGGERS = ("none", "tensorboard", "wandb")
+SAVE_STRATEGIES = ("no", "steps", "epoch")
+CHECKPOINTS_KEPT = 2
+"""Complete checkpoints that stay at a time unless said otherwise."""
 
 
 @attrs.frozen
@@ -108,8 +111,16 @@ class TrainerConfig:
     early_stopping: int | None = attrs.field(default=None, validator=at_least(1))
     """Stop after so many evaluations without a better eval loss, and keep the best weights."""
     save_steps: int | None = attrs.field(default=None, validator=at_least(1))
-    """Take a checkpoint every so many optimizer steps, and keep the last two; unset, one is taken
+    """Take a checkpoint every so many optimizer steps, and keep the last ones; unset, one is taken
     every ten minutes or tenth of the steps, and none is kept but the result."""
+    save_strategy: str | None = attrs.field(
+        default=None, validator=attrs.validators.optional(one_of(*SAVE_STRATEGIES))
+    )
+    """epoch takes a checkpoint at the end of each epoch, steps every save_steps, and the last ones
+    are kept; no takes none on the way, not by time either. Unset is steps where save_steps is."""
+    save_total_limit: int | None = attrs.field(default=None, validator=at_least(1))
+    """Checkpoints that are kept of those which were asked for, beside the best one; unset keeps the
+    last two."""
     logging_steps: int = attrs.field(default=1, validator=at_least(1))
     """Log every so many optimizer steps."""
     loggers: tuple[str, ...] = attrs.field(
@@ -118,6 +129,16 @@ class TrainerConfig:
     """tensorboard, wandb or none; nothing is ever sent anywhere unless named here."""
     deduplicate: bool = True
     """Drop rows that say exactly what an earlier row says; they are counted and listed."""
+
+    @property
+    def saving(self) -> str:
+        """When checkpoints are taken that are kept: "no", "steps" or "epoch"."""
+        return self.save_strategy or ("steps" if self.save_steps else "no")
+
+    @property
+    def checkpoints_kept(self) -> int:
+        """How many complete checkpoints stay at a time, beside the best one."""
+        return self.save_total_limit or CHECKPOINTS_KEPT
 
     @property
     def packs(self) -> bool:
@@ -153,12 +174,35 @@ class TrainerConfig:
             problems.append(
                 f"warmup: got {self.warmup:g}; expected a share below 1 or a whole number of steps"
             )
+        problems += self._problems_of_saving()
         if "none" in self.loggers and len(set(self.loggers)) > 1:
             problems.append(
                 f"loggers: got {', '.join(self.loggers)}; none stands alone: leave it out"
             )
         if problems:
             raise OptionError(problems)
+
+    def _problems_of_saving(self) -> list[str]:
+        found = []
+        strategy = self.save_strategy
+        if strategy == "steps" and not self.save_steps:
+            found.append("save_strategy: got 'steps' without save_steps; give that too")
+        if strategy in ("no", "epoch") and self.save_steps:
+            found.append(
+                f"save_strategy: got {strategy!r} with save_steps={self.save_steps}, which is of "
+                "'steps'; leave one of them out"
+            )
+        if strategy is not None and self.early_stopping is not None:
+            found.append(
+                f"save_strategy: got {strategy!r} with early_stopping, which takes a checkpoint at "
+                "each evaluation; leave save_strategy out"
+            )
+        if self.save_total_limit is not None and self.saving == "no":
+            found.append(
+                f"save_total_limit: got {self.save_total_limit}, and no checkpoint is kept; give "
+                "save_steps or save_strategy='epoch' as well, or leave it out"
+            )
+        return found
 
 
 C = TypeVar("C", bound=TrainerConfig)
@@ -260,6 +304,8 @@ class Trainer(Resolved, ABC, Generic[C]):
             "warmup": warmup_of(config),
             "optimizer": optimizer_name(config.optimizer),
             "seed": conditions.seed if config.seed is None else config.seed,
+            "save_strategy": config.saving,
+            "save_total_limit": None if config.saving == "no" else config.checkpoints_kept,
             "effective_batch_size": rows,
         }
 
@@ -296,10 +342,8 @@ def training_arguments(
     best = config.early_stopping is not None
     if best:  # the best weights can only be put back if each evaluation left a checkpoint
         save_strategy, save_steps = eval_strategy, config.eval_steps or 500
-    elif config.save_steps:
-        save_strategy, save_steps = "steps", config.save_steps
     else:
-        save_strategy, save_steps = "no", 500
+        save_strategy, save_steps = config.saving, config.save_steps or 500
     settings: dict[str, Any] = {
         "output_dir": str(directory),
         "run_name": directory.parent.name.strip(".").removesuffix(".partial"),
@@ -325,7 +369,7 @@ def training_arguments(
         "eval_steps": config.eval_steps,
         "save_strategy": save_strategy,
         "save_steps": save_steps,
-        "save_total_limit": 2,
+        "save_total_limit": config.checkpoints_kept,
         "load_best_model_at_end": best,
         "metric_for_best_model": "eval_loss" if best else None,
         "greater_is_better": False if best else None,

@@ -12,21 +12,9 @@ from typing import TYPE_CHECKING, Self
 
 import attrs
 
-from tunesmith.engine.figures import duration, main_metrics
-from tunesmith.plugin.events import (
-    Event,
-    Progress,
-    RowsCut,
-    RowsDropped,
-    RunFinished,
-    RunStarted,
-    RunView,
-    StageFinished,
-    StageReused,
-    StageStarted,
-    Warned,
-)
-from tunesmith.report.stage import GAP, StageAtWork, named
+from tunesmith.plugin.events import Event, Progress, RunView, StageStarted
+from tunesmith.report.stage import GAP, StageAtWork
+from tunesmith.report.words import words_of
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -79,49 +67,22 @@ class ConsoleReporter:
     ) -> None:
         stage = self._end_stage()
         if stage is not None:
-            at = "" if stage.last is None else f" at step {stage.last.step}/{stage.last.total}"
-            spent = duration(stage.elapsed())
-            self._say(f"{stage.name}{GAP}stopped{at} after {spent}", "yellow")
+            self._say(stage.stopped(), "yellow")
 
     def __call__(self, run: RunView, event: Event) -> None:
         """Show one event."""
         match event:
-            case RunStarted():
-                count = len(event.stages)
-                stages = "1 stage" if count == 1 else f"{count} stages"
-                self._say(f"{run.path}: {stages}: {', '.join(event.stages)}", "bold")
             case StageStarted():
                 self._begin_stage(event.stage)
             case Progress():
                 self._progress(event)
-            case StageReused():
-                self._end_stage()
-                self._say(f"{event.stage}{GAP}reused: recipe, data and versions unchanged", "dim")
-            case RowsDropped():
-                self._listed(event, "dropped")
-            case RowsCut():
-                self._listed(event, "cut the answers of")
-            case Warned():
-                self._say(f"warning: {event.text}", "yellow")
-            case StageFinished():
-                self._end_stage()
-                metrics = named(main_metrics(event.metrics))
-                spent = duration(event.seconds)
-                self._say(GAP.join([event.stage, f"done in {spent}", *metrics]), "green")
-            case RunFinished():
-                self._end_stage()
-                self._say(f"finished in {duration(event.seconds)}: {event.path}", "bold green")
             case _:
-                pass
-
-    def _listed(self, event: RowsDropped | RowsCut, what: str) -> None:
-        reasons = sorted(event.reasons.items(), key=lambda item: -item[1])
-        why = ", ".join(f"{count:,} {reason}" for reason, count in reasons)
-        self._say(
-            f"{event.stage}{GAP}{what} {event.count:,} of {event.total:,} rows"
-            f"{': ' if why else ''}{why}; listed in {event.path}",
-            "yellow",
-        )
+                words = words_of(run, event)
+                if words is None:
+                    return
+                if words.ends_stage:
+                    self._end_stage()
+                self._say(words.text, words.style)
 
     def _begin_stage(self, name: str) -> _LiveStage:
         self._end_stage()

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tunesmith.engine.figures import duration, figure, main_metrics, number
+from tunesmith.engine.figures import duration, figure, number, summary
 from tunesmith.engine.store import SAMPLES
 from tunesmith.recipe import Recipe
 from tunesmith.report.charts import charts
@@ -59,8 +59,8 @@ def _stage_table(run: ReadRun) -> str:
         record = stage.record or {}
         what = " ".join(str(record[key]) for key in ("verb", "plugin") if record.get(key))
         metrics = "".join(
-            f"<li>{text_of(name).replace('/', '/<wbr>')} <b>{text_of(figure(name, value))}</b></li>"
-            for name, value in main_metrics(stage.metrics).items()
+            f"<li>{text_of(name).replace('/', '/<wbr>')} <b>{text_of(value)}</b></li>"
+            for name, value in summary(stage.metrics).items()
         )
         link = f'<a href="#{identifier_of(stage.name)}">{text_of(stage.name)}</a>'
         time = "" if stage.record is None else duration(stage.seconds)

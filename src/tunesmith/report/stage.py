@@ -9,11 +9,18 @@ from typing import Any
 
 import attrs
 
-from tunesmith.engine.figures import EVALUATED, duration, figure, main_metrics, number
-from tunesmith.plugin.events import Progress
+from tunesmith.engine.figures import (
+    EVALUATED,
+    duration,
+    figure,
+    main_metrics,
+    number,
+    summary,
+)
+from tunesmith.plugin.events import Progress, StageFinished
 from tunesmith.units import byte_size
 
-__all__ = ["GAP", "StageAtWork", "named"]
+__all__ = ["GAP", "StageAtWork", "finished", "named"]
 
 PLAIN_LINES = 20
 """Evenly spaced progress lines that a stage leaves without a terminal."""
@@ -51,6 +58,11 @@ class StageAtWork:
         """Return the seconds since the stage began."""
         return time.monotonic() - self.began
 
+    def stopped(self) -> str:
+        """Return what is said of it if it is broken off now."""
+        at = "" if self.last is None else f" at step {self.last.step}/{self.last.total}"
+        return f"{self.name}{GAP}stopped{at} after {duration(self.elapsed())}"
+
     def is_due(self) -> bool:
         """Whether a plain line is wanted now; asking marks it as printed."""
         assert self.last is not None
@@ -83,6 +95,18 @@ class StageAtWork:
         if self.measured:
             parts["measured"] = GAP.join(named(main_metrics(self.measured, most=3)))
         return parts
+
+
+def finished(event: StageFinished) -> list[str]:
+    """Return what is said of a stage that is done: how long it took, and what it has come to."""
+    told = summary(event.metrics)
+    return [
+        f"done in {duration(event.seconds)}",
+        *(
+            value if name in ("speed", "memory") else f"{name} {value}"
+            for name, value in told.items()
+        ),
+    ]
 
 
 def named(metrics: Mapping[str, Any]) -> list[str]:
