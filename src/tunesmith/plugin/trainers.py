@@ -174,7 +174,9 @@ class TrainerConfig:
             problems.append(
                 f"warmup: got {self.warmup:g}; expected a share below 1 or a whole number of steps"
             )
-        problems += self._problems_of_saving()
+        problems += _problems_of_saving(
+            self.save_strategy, self.save_steps, self.save_total_limit, self.early_stopping
+        )
         if "none" in self.loggers and len(set(self.loggers)) > 1:
             problems.append(
                 f"loggers: got {', '.join(self.loggers)}; none stands alone: leave it out"
@@ -182,27 +184,30 @@ class TrainerConfig:
         if problems:
             raise OptionError(problems)
 
-    def _problems_of_saving(self) -> list[str]:
-        found = []
-        strategy = self.save_strategy
-        if strategy == "steps" and not self.save_steps:
-            found.append("save_strategy: got 'steps' without save_steps; give that too")
-        if strategy in ("no", "epoch") and self.save_steps:
-            found.append(
-                f"save_strategy: got {strategy!r} with save_steps={self.save_steps}, which is of "
-                "'steps'; leave one of them out"
-            )
-        if strategy is not None and self.early_stopping is not None:
-            found.append(
-                f"save_strategy: got {strategy!r} with early_stopping, which takes a checkpoint at "
-                "each evaluation; leave save_strategy out"
-            )
-        if self.save_total_limit is not None and self.saving == "no":
-            found.append(
-                f"save_total_limit: got {self.save_total_limit}, and no checkpoint is kept; give "
-                "save_steps or save_strategy='epoch' as well, or leave it out"
-            )
-        return found
+
+def _problems_of_saving(
+    strategy: str | None, steps: int | None, limit: int | None, stopping: int | None
+) -> list[str]:
+    """Return what of the options about checkpoints would not be done."""
+    found = []
+    if strategy == "steps" and not steps:
+        found.append("save_strategy: got 'steps' without save_steps; give that too")
+    if strategy in ("no", "epoch") and steps:
+        found.append(
+            f"save_strategy: got {strategy!r} with save_steps={steps}, which is of 'steps'; leave "
+            "one of them out"
+        )
+    if strategy is not None and stopping is not None:
+        found.append(
+            f"save_strategy: got {strategy!r} with early_stopping, which takes a checkpoint at "
+            "each evaluation; leave save_strategy out"
+        )
+    if limit is not None and not steps and strategy in (None, "no"):
+        found.append(
+            f"save_total_limit: got {limit}, and no checkpoint is kept; give save_steps or "
+            "save_strategy='epoch' as well, or leave it out"
+        )
+    return found
 
 
 C = TypeVar("C", bound=TrainerConfig)
