@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import attrs
 import jsonschema
@@ -211,10 +211,38 @@ class ZoraConfig:
     turned: int = attrs.field(default=1, converter=int)
 
 
+@attrs.frozen(kw_only=True)
+class Within:
+    again: Within | None = None
+
+
+@attrs.frozen(kw_only=True)
+class OddConfig:
+    """Types that have no schema, or none that is resolved: such an option takes anything."""
+
+    unknown: NoSuchType | None = None  # noqa: F821
+    """One of a type that is not there."""
+    within: int = 1
+
+
+@attrs.frozen(kw_only=True)
+class OddTypes:
+    annotated: Annotated[int, []] = 1
+    pair: tuple[int, str] = (1, "a")
+    bare: dict = attrs.field(factory=dict)
+    lists: list = attrs.field(factory=list)
+    within: Within = Within()
+    default: Any = object
+
+
 class Stranger:
     @hookimpl
     def tunesmith_methods(self):
-        return [Spec("zora", ZoraConfig, "a.b:C", summary="zeroth-order adaptation")]
+        return [
+            Spec("zora", ZoraConfig, "a.b:C", summary="zeroth-order adaptation"),
+            Spec("odd", OddConfig, "a.b:C"),
+            Spec("types", OddTypes, "a.b:C"),
+        ]
 
 
 class Other:
@@ -251,6 +279,12 @@ def strangers():
         ("{peft: zora, with: {data: x}, anything: {goes: [1]}}", ""),
         ("{peft: 'other:lora', depth: 2}", ""),
         ("{peft: 'third:twice'}", ""),
+        ("{peft: odd, unknown: {a: [1]}, within: x}", ""),  # the plan tells that it is unsound
+        ("{peft: odd, other: 1}", "'other' was unexpected"),
+        ("{peft: types, pair: [1, a], bare: {a: 1}, lists: [1], default: x}", ""),
+        ("{peft: types, within: {again: {again: {}}}}", ""),
+        ("{peft: types, annotated: x}", "'x' does not match"),
+        ("{peft: types, pair: 1}", "1 is not of type 'array'"),
         ("{peft: zora}", "is not valid under any"),
         ("{peft: zora, data: x}", "'data' was unexpected"),
         ("{peft: zora, with: {data: x}, ranks: [x]}", "is not valid under any"),

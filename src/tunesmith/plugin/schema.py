@@ -23,6 +23,7 @@ from tunesmith.recipe import DATA_KEYS, MAX_SEED, RECIPE_VERSION, VERBS, Recipe,
 __all__ = ["options_schema", "recipe_schema"]
 
 Schema = dict[str, Any]
+Within = tuple[type, ...]
 
 _VARIABLE = r"\$\{"
 _NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$|" + _VARIABLE
@@ -81,11 +82,12 @@ def options_schema(item: Registered) -> Schema:
     return _whole(item)
 
 
-def _option(field: attrs.Attribute[Any], doc: str = "") -> Schema:
+def _option(field: attrs.Attribute[Any], doc: str, within: Within) -> Schema:
     """Return the schema of one option: type, bounds, default and description."""
     own, items = _checks(field.validator)
-    # one with a converter is checked as converted: anything may be what it takes
-    schema = _typed(field.type, own, items) if field.converter is None else {}
+    schema: Schema = {}
+    if field.converter is None:  # else it is checked as converted, and takes whatever that takes
+        schema = _typed(field.type, own, items, within)
     default = field.default
     if default is not attrs.NOTHING and not hasattr(default, "factory"):
         with suppress(TunesmithError):  # it may be what no recipe can hold
@@ -183,14 +185,17 @@ def _step_keys(row: Verb) -> dict[str, Schema]:
     return keys
 
 
-def _options(config: type) -> tuple[dict[str, Schema], list[str]]:
-    """Return the schemas of a config class's options, and those that have to be given."""
+def _options(config: type, within: Within = ()) -> tuple[dict[str, Schema], list[str]]:
+    """Return the schemas of a config class's options, and those that have to be given.
+
+    `within` are the classes of which it is the type of an option.
+    """
     docs = field_docs(config)
-    try:
-        fields = [field for field in attrs.fields(attrs.resolve_types(config)) if field.init]
-    except NameError:  # a type that cannot be resolved: the plugin cannot be used, its plan tells
-        return {}, []
-    options = {field.name: _option(field, docs[field.name]) for field in fields}
+    # a type that cannot be resolved stays text, of which nothing is said; a plan tells of it
+    with suppress(NameError):
+        attrs.resolve_types(config)
+    fields = [field for field in attrs.fields(config) if field.init]
+    options = {field.name: _option(field, docs[field.name], (*within, config)) for field in fields}
     return options, [field.name for field in fields if field.default is attrs.NOTHING]
 
 
@@ -316,13 +321,13 @@ def _one_of(values: Iterable[Any]) -> Schema:
     return {"anyOf": [{"enum": list(values)}, {"$ref": "#/$defs/variable"}]}
 
 
-def _typed(hint: Any, own: Mapping[str, Any], items: Mapping[str, Any]) -> Schema:
+def _typed(hint: Any, own: Mapping[str, Any], items: Mapping[str, Any], within: Within) -> Schema:
     """Return the schema of a type, with the bounds of a value and of a list's items."""
     members = _members(hint)
     if "enum" in own:
         nothing = [None] if type(None) in members else []
         return _one_of([*own["enum"], *nothing])
-    schemas = [_member(member, items) for member in members]
+    schemas = [_member(member, items, within) for member in members]
     simple = [schema for schema in schemas if schema.keys() <= {"type", "pattern"} and schema]
     if len(simple) < len(schemas):
         rest = [schema for schema in schemas if schema not in simple]
@@ -340,20 +345,26 @@ def _members(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if union else (hint,)
 
 
-def _member(hint: Any, items: Mapping[str, Any]) -> Schema:
+def _member(hint: Any, items: Mapping[str, Any], within: Within) -> Schema:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return _typed(arguments[0], {}, items, within)
     if hint in _TYPES:
         return dict(_TYPES[hint])
     if origin is typing.Literal:
         return _one_of(arguments)
+    if origin is tuple and arguments[1:] != (...,):
+        return {"type": "array"}
     if origin in (tuple, list):
-        item = _typed(arguments[0], items, {}) if arguments else {}
+        item = _typed(arguments[0], items, {}, within) if arguments else {}
         # one alone stands for a list of one
         return {"anyOf": [item, {"type": "array", "items": item}]} if item else {}
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        return {"type": "object", "additionalProperties": _typed(arguments[1], items, {})}
+    if isinstance(origin, type) and issubclass(origin, Mapping) and len(arguments) == 2:
+        return {"type": "object", "additionalProperties": _typed(arguments[1], items, {}, within)}
+    if hint in within:
+        return {"type": "object"}
     if isinstance(hint, type) and attrs.has(hint) and not hasattr(hint, "from_option"):
-        options, needed = _options(hint)
+        options, needed = _options(hint, within)
         return {
             "type": "object",
             "properties": options,
