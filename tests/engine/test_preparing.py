@@ -11,6 +11,7 @@ import attrs
 import pytest
 
 import tunesmith.engine.preparing as preparing
+import tunesmith.engine.readings as readings
 from tunesmith import Data, Recipe, Step
 from tunesmith.data.clean import DropLog, deduplicate, drop_empty, split
 from tunesmith.data.examples import Conversation, Sourced
@@ -253,7 +254,7 @@ def test_a_plan_reads_what_its_steps_share_once(tiny_model, files, monkeypatch):
         read_sources.append(data)
         return load_data(data, *rest)
 
-    monkeypatch.setattr(preparing, "load_data", counted)
+    monkeypatch.setattr(readings, "load_data", counted)
     plan = make_plan(
         recipe(
             tiny_model,

@@ -329,12 +329,12 @@ if rank == {rank}:
     "data that one does not have": (
         """
 if rank == {rank}:
-    from tunesmith.engine import preparing
+    from tunesmith.engine import readings
     from tunesmith.errors import DataError
     def load_data(*a, **k):
         raise DataError("planted")
-    assert preparing.load_data
-    preparing.load_data = load_data
+    assert readings.load_data
+    readings.load_data = load_data
 """,
         r"1 problem found before any weight was read:",
     ),

@@ -24,6 +24,7 @@ from tunesmith.engine.models import ModelSource, find_model, gguf_findings, meta
 from tunesmith.engine.order import methods_at, order_problems
 from tunesmith.engine.preparing import CLEAN, DataReader, after, before
 from tunesmith.engine.quiet import quiet_libraries
+from tunesmith.engine.readings import readings_for
 from tunesmith.engine.store import problem_with
 from tunesmith.errors import (
     DataError,
@@ -157,7 +158,7 @@ def make_plan(
         device = find_device(recipe.device, recipe.precision)
     except OptionError as error:
         problems.extend(error.problems)
-    reader = DataReader(registry)
+    reader = DataReader(registry, readings_for(recipe, keep=estimates))
     steps = tuple(
         _planned(number, step, reader, recipe.seed, problems)
         for number, step in enumerate(recipe.steps, 1)

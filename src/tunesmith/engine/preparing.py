@@ -16,7 +16,8 @@ import attrs
 
 from tunesmith.data.clean import DropLog
 from tunesmith.data.examples import EXAMPLE_TYPES, Sourced
-from tunesmith.engine.dataset import LoadedData, load_data
+from tunesmith.engine.dataset import LoadedData
+from tunesmith.engine.readings import Readings
 from tunesmith.errors import DataError, PluginError, TunesmithError
 from tunesmith.plugin.registry import Registered, Registry
 from tunesmith.plugin.transforms import Transformed, check_rows
@@ -43,8 +44,10 @@ def after(config: Any) -> tuple[Transformation, ...]:
 class DataReader:
     """Reads the data of one plan; what several steps read is read once and shared."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, readings: Readings | None = None) -> None:
+        """Get ready to read, but for what `readings` have of an earlier plan."""
         self.registry = registry
+        self._readings = readings or Readings()
         # with the data itself, so that no other object is given its id
         self._read: dict[Any, tuple[Any, LoadedData]] = {}
 
@@ -101,7 +104,7 @@ class DataReader:
         data = source.data
         key: Any = (_key(data), source.format, repr(sorted(source.format_options.items())))
         if key not in self._read:
-            found = load_data(data, source.format, self.registry, source.format_options)
+            found = self._readings.load(data, source.format, self.registry, source.format_options)
             self._read[key] = (data, found)
             if not source.format_options:  # also for who asks for the format that was detected
                 self._read.setdefault((key[0], found.format, key[2]), (data, found))
