@@ -28,6 +28,11 @@ class TestRewardHead(TrainerConformance):
     name = "reward_head"
 
 
+class TestOrpo(TrainerConformance):
+    plugin = PLUGIN
+    name = "orpo"
+
+
 class TestShortFirst(TransformConformance):
     plugin = PLUGIN
     name = "short_first"

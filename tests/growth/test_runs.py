@@ -229,6 +229,31 @@ class TestTrlGrpo:
         whole = (result.adapters["trl_grpo"] / name).read_bytes()
         assert (run(made, tmp_path / "run").adapters["trl_grpo"] / name).read_bytes() == whole
 
+    def test_rows_held_out_for_a_trainer_that_does_not_evaluate_are_not_passed_over(
+        self, tiny_model, tmp_path
+    ):
+        options = {"reward": "tunesmith_growth.rewards:vowels", "new_tokens": 6, **QUICK}
+        made = tuner(tiny_model).lora(r=4)
+        made = made.train("trl_grpo", TALKS, **{**options, "batch_size": 4}, eval_split=2)
+        with pytest.raises(RunError, match=r"2 rows are held out .* 'trl_grpo' does not evaluate"):
+            run(made, tmp_path / "run")
+
+
+class TestOrpo:
+    """A trainer on pairs that was written by the guide alone, with a figure of its own."""
+
+    def test_it_trains_without_a_pad_token_and_evaluates_its_figure(self, tmp_path):
+        from tunesmith.testing import tiny_llama
+
+        model = tiny_llama(tmp_path / "model", pad_token=None)
+        options = {**QUICK, "max_steps": 6, "gradient_accumulation": 2, "learning_rate": 2e-2}
+        made = tuner(model).lora(r=4).train("orpo", PAIRS, eval_split=1, eval_steps=2, **options)
+        figures = run(made, tmp_path / "run").metrics["02-orpo"]
+        assert figures["loss"] < figures["loss_first"] < 10
+        assert figures["eval_loss"] < 10
+        assert 0 <= figures["odds"] <= 1
+        assert figures["eval_odds"] in (0, 1)
+
 
 class TestTwoAdapters:
     """Roll-outs, a reward, and two named adapters on one base."""

@@ -105,6 +105,25 @@ class Blind(Sound):
         return super().build(session, attrs.evolve(data, evaluation=[]), directory)
 
 
+class SumsPasses(Sound):
+    """Returns the mean of a batch, which transformers takes for one that is divided already."""
+
+    def build(self, session, data, directory):
+        built = super().build(session, data, directory)
+
+        class OwnLoss(transformers.Trainer):
+            def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+                output = model(**inputs)
+                return (output.loss, output) if return_outputs else output.loss
+
+        return OwnLoss(
+            model=built.model,
+            args=built.args,
+            train_dataset=built.train_dataset,
+            data_collator=built.data_collator,
+        )
+
+
 class Kit(TrainerConformance):
     """The kit, to be called by hand."""
 
@@ -127,6 +146,10 @@ class Kit(TrainerConformance):
     def end(self):
         self.test_the_token_that_ends_an_answer_is_learned(self.builder()())
 
+    def accumulation(self):
+        examples = list(tiny_examples("conversation"))
+        self.test_accumulated_batches_count_as_one(self.spec_of, examples, self.builder())
+
     def evaluation(self):
         self.test_held_out_rows_are_evaluated(self.spec_of, self.builder())
 
@@ -135,6 +158,7 @@ def test_a_sound_trainer_passes(tmp_path):
     kit = Kit(Sound, tmp_path)
     kit.padding()
     kit.end()
+    kit.accumulation()
     kit.evaluation()
 
 
@@ -149,6 +173,11 @@ def test_a_trainer_that_is_wrong_about_padding_does_not(wrong, tmp_path):
 def test_a_trainer_that_never_learns_to_stop_does_not(tmp_path):
     with pytest.raises(AssertionError, match="2 have no label for the end token"):
         Kit(ByEnd, tmp_path).end()
+
+
+def test_a_trainer_that_sums_its_forward_passes_does_not(tmp_path):
+    with pytest.raises(AssertionError, match="are summed and not averaged"):
+        Kit(SumsPasses, tmp_path).accumulation()
 
 
 def test_a_trainer_that_leaves_held_out_rows_does_not(tmp_path):

@@ -123,6 +123,7 @@ class StageTraining:
             TrainingData(train, evaluation, drops.add, self.cuts.add),
             self.checkpoints,
         )
+        self._check_evaluates(trainer, evaluation)
         if self.world.several:
             self._check_shares(trainer)
         if self.world.main:
@@ -173,6 +174,17 @@ class StageTraining:
             for step, over, best_step in known:
                 checkpoints.know(step, over=over, best_step=best_step)
         return checkpoints.at(known[0][0]) if known else None
+
+    def _check_evaluates(self, trainer: Any, evaluation: Sequence[Sourced]) -> None:
+        """Refuse a training that would not look at the rows that are held out for it."""
+        strategy: Any = getattr(getattr(trainer, "args", None), "eval_strategy", "no")
+        if not evaluation or getattr(strategy, "value", strategy) != "no":
+            return
+        raise RunError(
+            f"{self.step.name}: {len(evaluation)} rows are held out to evaluate on, and the "
+            f"trainer '{self.step.step.plugin}' does not evaluate; leave out eval_split, eval_data "
+            "and splits of its data, or measure by an evaluate step"
+        )
 
     def _check_shares(self, trainer: Any) -> None:
         """Refuse a training that is not of all processes; say what that makes of an update."""

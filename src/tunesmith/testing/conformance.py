@@ -630,18 +630,26 @@ class TrainerConformance(_StepConformance):
         """Return a function that builds the trainer's `transformers.Trainer` anew.
 
         It is over a tiny model with a LoRA adapter. Its tokenizer pads by a token of PADS; there is
-        none unless one is named. `evaluation` holds the examples out as well.
+        none unless one is named. `evaluation` holds the examples out as well; `given` are others,
+        and further options go on top of the kit's.
         """
 
-        def build(pad: str = "no token", *, evaluation: bool = False) -> Any:
+        def build(
+            pad: str = "no token",
+            *,
+            evaluation: bool = False,
+            given: Sequence[Any] = examples,
+            **options: Any,
+        ) -> Any:
             from transformers import set_seed
 
-            config: Any = structure(spec.config, self._asked(), name=spec.name)
+            asked = {**self._asked(), **options}
+            config: Any = structure(spec.config, asked, name=spec.name)
             place = tmp_path / f"padded by {pad}"
             session = tiny_session(place / "base", method=_LoRA(None), pad_token=PADS[pad])
             session = session.at_work(task=spec.load().task, trains=True)
             tokens = dict(session.tokenizer.special_tokens_map)
-            rows = [Sourced(example, f"row {n}") for n, example in enumerate(examples, 1)]
+            rows = [Sourced(example, f"row {n}") for n, example in enumerate(given, 1)]
             dropped: list[str] = []
             data = TrainingData(
                 rows,
@@ -740,6 +748,30 @@ class TrainerConformance(_StepConformance):
         assert not silent, (
             f"in a batch of {len(labels)} rows, {len(silent)} have no label for the end token; "
             f"{PADDING}"
+        )
+
+    def test_accumulated_batches_count_as_one(
+        self, spec: Spec, examples: list[Any], build: Any
+    ) -> None:
+        """Two forward passes of two rows make the step, and log the loss, of one of four."""
+        from transformers import set_seed
+
+        if spec.load().objective != "loss":
+            pytest.skip("what it optimizes is no loss of the rows alone")
+        logged = {}
+        for passes in (1, 2):
+            size = {"batch_size": 4 // passes, "gradient_accumulation": passes, "max_steps": 1}
+            # one row four times: a mean over rows or tokens is the same however they are batched
+            built = build(given=examples[:1] * 4, **size)
+            set_seed(0)
+            built.train()
+            logged[passes] = next(row["loss"] for row in built.state.log_history if "loss" in row)
+        whole, parted = logged[1], logged[2]
+        assert abs(parted - whole) <= 1e-3 * max(1e-3, abs(whole)), (
+            f"one row has a loss of {whole:.4f} in one forward pass, and of {parted:.4f} where a "
+            "step has two: losses of forward passes are summed and not averaged; use "
+            "tunesmith.plugin.counted.counted(), or set self.model_accepts_loss_kwargs = False "
+            "after super().__init__() in a class whose compute_loss returns the mean of a batch"
         )
 
     def test_held_out_rows_are_evaluated(self, spec: Spec, build: Any) -> None:

@@ -4,6 +4,7 @@ from tunesmith.plugin import Spec, hookimpl
 from tunesmith.plugin.options import NoOptions
 from tunesmith_growth.answers import AnswersConfig
 from tunesmith_growth.bitfit import BitFitConfig
+from tunesmith_growth.orpo import OrpoConfig
 from tunesmith_growth.prompt_tuning import PromptTuningConfig
 from tunesmith_growth.release_note import ReleaseNoteConfig
 from tunesmith_growth.reward_head import RewardHeadConfig
@@ -45,6 +46,13 @@ def tunesmith_transforms():
 def tunesmith_trainers():
     """Register the trainers."""
     return [
+        Spec(
+            "orpo",
+            OrpoConfig,
+            f"{AT}.orpo:Orpo",
+            example="preference",
+            summary="preferences and answers in one loss",
+        ),
         Spec(
             "reward_head",
             RewardHeadConfig,

@@ -42,6 +42,10 @@ class RewardHead(Trainer[RewardHeadConfig]):
         model.config.pad_token_id = padding_id(session.tokenizer)
 
         class RewardTrainer(transformers.Trainer):
+            def __init__(self, **kwargs):
+                super().__init__(**kwargs)
+                self.model_accepts_loss_kwargs = False  # compute_loss returns the mean of a batch
+
             def compute_loss(self, model, inputs, return_outputs=False, **_):
                 asked = {name: inputs[name] for name in ("input_ids", "attention_mask")}
                 chosen, rejected = model(**asked).logits.float().squeeze(-1).chunk(2)

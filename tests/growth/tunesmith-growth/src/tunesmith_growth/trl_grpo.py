@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 
 import attrs
@@ -53,5 +54,5 @@ class TrlGrpo(Trainer[TrlGrpoConfig]):
             reward_funcs=getattr(importlib.import_module(module), name),
             args=arguments,
             train_dataset=Dataset.from_list(rows),
-            processing_class=session.tokenizer,
+            processing_class=copy.deepcopy(session.tokenizer),  # it gives it a pad token
         )

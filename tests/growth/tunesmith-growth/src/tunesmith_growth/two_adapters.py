@@ -58,6 +58,10 @@ class TwoAdapters(Trainer[TwoAdaptersConfig]):
         class PolicyTrainer(transformers.Trainer):
             rewards = ()
 
+            def __init__(self, **kwargs):
+                super().__init__(**kwargs)
+                self.model_accepts_loss_kwargs = False  # compute_loss returns the mean of a batch
+
             def compute_loss(self, model, inputs, return_outputs=False, **_):
                 asked, ids = zip(*inputs["prompts"], strict=True)
                 found = roll_out(
