@@ -472,3 +472,43 @@ def test_each_row_is_in_one_process_in_the_order_of_one(count: int, processes: i
     assert {len(share) for share in shares} == {len(stock)}  # the loop counts by it
     turns = [sorted(row for batch in turn for row in batch) for turn in zip(*shares, strict=True)]
     assert [row for turn in turns for row in turn] == list(range(count))
+
+
+GIVEN = """
+import torch
+from tunesmith import Tuner, TunesmithError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained({model!r})
+if rank == {other}:
+    with torch.no_grad():
+        model.model.norm.weight += 1
+tuner = Tuner(model, tokenizer=AutoTokenizer.from_pretrained({model!r}), device="cpu")
+tuner = tuner.lora(r=2).sft({rows!r}, max_steps=1, batch_size=2)
+try:
+    tuner.run({out!r}, progress=False)
+except TunesmithError as error:
+    print(f"tunesmith: {{error}}", file=sys.stderr)
+    sys.exit(1)
+sys.exit(0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("other", [None, 1])
+def test_each_process_gives_the_same_model_in_memory_which_is_kept_once(
+    other: int | None, tiny_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "run"
+    script = GIVEN.format(model=str(tiny_model), rows=str(rows), out=str(out), other=other)
+    status, _, told = torchrun(base(tiny_model), tmp_path / "unused", fault=script)
+    kept = list((tmp_path / "cache" / "objects").iterdir())
+    if other is None:
+        assert status == 0, told
+        assert len(kept) == 1
+        assert f"model: {kept[0]}" in (out / "recipe.yaml").read_text()
+        assert (out / "stages" / "02-sft" / "adapter").is_dir()
+    else:
+        assert status != 0
+        assert "is another than that of the main one" in told
+        assert not list((out / "stages").glob("[0-9]*"))

@@ -130,6 +130,12 @@ class TestRewardHead:
         assert any(float(w.abs().max()) > 0 for name, w in weights.items() if "lora_B" in name)
         figures = result.metrics[f"0{2 if base == 'plain' else 3}-reward_head"]
         assert figures["loss"] < figures["loss_first"]
+        with pytest.raises(RunError, match=r"is for sequence-classification.*does not write"):
+            result.generate("Where is the moon?")
+        in_hand, ids = result.model, result.tokenizer("By the moon.", return_tensors="pt")
+        with torch.no_grad():
+            assert in_hand(**ids).logits.shape == (1, 1)
+        result.unload()
         if base == "nf4":
             return
         model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1)
