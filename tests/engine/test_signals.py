@@ -50,7 +50,7 @@ STEPS = 4
 # where it is, which call of it, the stage at work, and the step it then goes on from
 PHASES: dict[str, tuple[str, int, str, int | None]] = {
     "planning": ("tunesmith.engine.plan:find_device", 1, "", None),
-    "reading data": ("tunesmith.engine.plan:load_data", 2, "", None),
+    "reading data": ("tunesmith.engine.preparing:load_data", 2, "", None),
     "loading": ("tunesmith.plugin.quantizers:Quantizer.load", 1, "02-sft", None),
     "rendering": ("tunesmith.data.render:Renderer.sequences", 3, "02-sft", None),
     "a training's first step": ("transformers:Trainer.training_step", 1, "02-sft", 1),
