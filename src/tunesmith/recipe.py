@@ -47,6 +47,7 @@ from tunesmith.strict_json import is_text
 
 __all__ = [
     "DATA_KEYS",
+    "HELD_OUT",
     "MAX_SEED",
     "RECIPE_VERSION",
     "VERBS",
@@ -135,6 +136,9 @@ was loaded at first, or by the last export that made a model to go on from."""
 DATA_KEYS = ("data", "format")
 """Keys of a step that say what data it is given, whatever its verb."""
 
+HELD_OUT = "held-out"
+"""Data of a step that measures: what the training before it has held out."""
+
 
 MAX_SEED = 2**32 - 1
 """The largest seed that numpy takes."""
@@ -151,7 +155,8 @@ class Step:
     options: Mapping[str, Any] = attrs.field(factory=dict, converter=frozen_options)
     """Options as given, not filled with defaults."""
     data: Any = None
-    """Path or paths, hub id, `datasets.Dataset`, rows, or a `Data`; None for a step without."""
+    """Path or paths, hub id, `datasets.Dataset`, rows, a `Data`, or `HELD_OUT`; None for a step
+    without."""
     format: str | None = None
     """Name of the data format; None detects it from the rows."""
     name: str | None = None

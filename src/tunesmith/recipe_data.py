@@ -39,7 +39,10 @@ from tunesmith.recipe_values import (
     shown,
 )
 
-__all__ = ["Data", "Source", "Transformation"]
+__all__ = ["ON_BAD_ROW", "Data", "Source", "Transformation"]
+
+ON_BAD_ROW = ("error", "drop")
+"""What can be done about a row that its format cannot read."""
 
 
 @attrs.frozen
@@ -94,8 +97,15 @@ class Source:
     """Options of the format."""
     weight: float = 1.0
     """How much of it is used: 0.3 is three rows in ten, chosen by the seed, 2 is each row twice."""
+    on_bad_row: str | None = None
+    """What is done about a row that the format cannot read: "error", or "drop", which lists it;
+    None is as the step says."""
 
     def __attrs_post_init__(self) -> None:
+        if self.on_bad_row not in (None, *ON_BAD_ROW):
+            raise RecipeError(
+                f"'on_bad_row' is {shown(self.on_bad_row)}; expected one of {listed(ON_BAD_ROW)}"
+            )
         if self.format is not None:
             check_name(self.format, "'format'")
         if self.format_options and self.format is None:
@@ -127,6 +137,8 @@ class Source:
             row["format_options"] = plain(self.format_options)
         if self.weight != 1:
             row["weight"] = plain(self.weight)
+        if self.on_bad_row is not None:
+            row["on_bad_row"] = self.on_bad_row
         return data if len(row) == 1 and isinstance(data, str) else row
 
     @classmethod
@@ -153,17 +165,27 @@ class Data:
     """Rows to be read and what is done with them: immutable and lazy, so branching is safe.
 
     `source` is a path or paths, a hub id, a `datasets.Dataset`, or a list of dicts; `format` names
-    its format instead of detecting it. Nothing is read before a plan is made. Each method returns a
-    new `Data`. Errors: `RecipeError` for what a recipe cannot hold; what a transform does not take
-    is found by the step that is given the data.
+    its format instead of detecting it, and further options are that format's. `on_bad_row` is
+    "error", or "drop" to leave out rows that the format cannot read, and list them; unset, the step
+    says which. Nothing is read before a plan is made. Each method returns a new `Data`. Errors:
+    `RecipeError` for what a recipe cannot hold; what a transform does not take is found by the step
+    that is given the data.
     """
 
     sources: tuple[Source, ...]
     transforms: tuple[Transformation, ...] = ()
     """What is done with the rows of all sources, in order."""
 
-    def __init__(self, source: Any, *, format: str | None = None, **format_options: Any) -> None:
-        self.__attrs_init__((Source(source, format, format_options),))
+    def __init__(
+        self,
+        source: Any,
+        *,
+        format: str | None = None,
+        on_bad_row: str | None = None,
+        **format_options: Any,
+    ) -> None:
+        one = Source(source, format, format_options, on_bad_row=on_bad_row)
+        self.__attrs_init__((one,))
 
     @classmethod
     def of(cls, data: Any, format: str | None = None) -> Data:

@@ -34,6 +34,8 @@ class FastTrainerOptions(TypedDict, total=False):
         0.3.
     seed: Seed of shuffling and dropout; unset takes the recipe's.
     eval_data: Held-out data to evaluate on, read in the same format as the training data.
+    on_bad_row: What is done about a row that its format cannot read: "error" stops, naming it, and
+        "drop" leaves it out and lists it.
     eval_split: Share (below 1) or number of rows held out of the training data to evaluate on.
     eval_steps: Evaluate every so many optimizer steps; unset evaluates once an epoch.
     early_stopping: Stop after so many evaluations without a better eval loss, and keep the best
@@ -74,7 +76,8 @@ class FastTrainerOptions(TypedDict, total=False):
     max_grad_norm: Annotated[float, 1.0]
     seed: Annotated[int | None, None]
     eval_data: Annotated[str | tuple[str, ...] | None, None]
-    eval_split: Annotated[float, 0.0]
+    on_bad_row: Annotated[str, "error"]
+    eval_split: Annotated[float | int, 0]
     eval_steps: Annotated[int | None, None]
     early_stopping: Annotated[int | None, None]
     save_steps: Annotated[int | None, None]

@@ -268,3 +268,14 @@ def test_tokens_are_counted_without_padding_however_rows_are_batched(
         sft(place, tmp_path / str(batch), batch_size=batch, **options)
         seen.add(logged(tmp_path / str(batch))[-1]["num_input_tokens_seen"])
     assert len(seen) == 1
+
+
+def test_a_row_that_no_name_was_given_for_is_batched_without_one() -> None:
+    from tunesmith.data.pack import PaddingCollator
+    from tunesmith.plugin.counted import RowNames
+
+    first, copy = ({"input_ids": [1, 2, 3], "labels": [1, 2, 3]} for _ in range(2))
+    collator = RowNames(PaddingCollator(0), [(first, "a.json, row 1")])
+    batch = collator([copy, first])
+    assert collator.named(batch) == ["a.json, row 1"]
+    assert int(batch["tokens"]) == 6

@@ -8,7 +8,7 @@ import attrs
 
 from tunesmith.data.clean import Drop, split
 from tunesmith.data.examples import Sourced
-from tunesmith.plugin.options import more_than
+from tunesmith.plugin.options import part_of_rows
 from tunesmith.plugin.transforms import Transform, Transformed
 
 __all__ = ["Split", "SplitConfig"]
@@ -18,7 +18,7 @@ __all__ = ["Split", "SplitConfig"]
 class SplitConfig:
     """Options of the transform split."""
 
-    held_out: float = attrs.field(validator=more_than(0))
+    held_out: float | int = attrs.field(validator=part_of_rows())
     """Share (below 1) or number of rows to hold out."""
 
 

@@ -36,7 +36,7 @@ class LoadedData:
     held_out: Sequence[Sourced] = attrs.field(default=(), repr=False)
     """What a transform has held out, for a trainer to evaluate on."""
     dropped: tuple[Dropped, ...] = attrs.field(default=(), repr=False)
-    """Rows that were left out by transforms, and why."""
+    """Rows that were left out, by transforms or since they could not be read, and why."""
     rows: int = 0
     """How many rows were read."""
 
@@ -52,8 +52,13 @@ def load_data(
     format_name: str | None,
     registry: Registry,
     format_options: Mapping[str, Any] | None = None,
+    *,
+    drop_bad: bool = False,
 ) -> LoadedData:
     """Read one source and convert every row; `format_options` are those of the named format.
+
+    With `drop_bad` a row that the format cannot read is left out and listed, as long as there is
+    one that it can.
 
     Errors: `DataError` that lists what is wrong, with file and row; `PluginError` for a format that
     is unknown.
@@ -71,6 +76,7 @@ def load_data(
         reader = _reader(item, format_options or {})
     examples: list[Sourced] = []
     bad: list[str] = []
+    dropped: list[Dropped] = []
     count = 0
     for row in chain(sample, rows):
         try:
@@ -79,13 +85,22 @@ def load_data(
             count += 1
             if len(bad) < SHOWN:
                 bad.append(str(error))
-    if bad:
+            if drop_bad:
+                detail = str(error).removeprefix(f"{row.where}: ")
+                dropped.append(Dropped(row.where, f"cannot be read as {item.spec.name}", detail))
+    if bad and not (drop_bad and examples):
         if count > SHOWN:
             bad.append(f"... and {count - SHOWN} more rows of {reading.count} like these")
-        raise DataError(f"read as {item.spec.name}:\n     " + "\n     ".join(bad))
+        remedy = "" if drop_bad else '; mend them, or leave such rows out by on_bad_row="drop"'
+        raise DataError(f"read as {item.spec.name}:\n     " + "\n     ".join(bad) + remedy)
     _same_shape(examples, item)
     return LoadedData(
-        description, item.spec.name, examples, reading.fingerprint(), rows=len(examples)
+        description,
+        item.spec.name,
+        examples,
+        reading.fingerprint(),
+        dropped=tuple(dropped),
+        rows=len(examples) + len(dropped),
     )
 
 

@@ -5,7 +5,9 @@ Everything that can be found wrong is found here, all of it at once, before a we
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,6 +23,7 @@ from tunesmith.engine.effects import conditions_of, with_effects
 from tunesmith.engine.estimate import ITEMSIZE, Estimate, Shapes, estimate_step, model_shapes
 from tunesmith.engine.kept_models import examine_object
 from tunesmith.engine.models import ModelSource, find_model, gguf_findings, metadata_directory
+from tunesmith.engine.oddities import odd_notes
 from tunesmith.engine.order import methods_at, order_problems
 from tunesmith.engine.preparing import CLEAN, DataReader, after, before
 from tunesmith.engine.quiet import quiet_libraries
@@ -43,7 +46,7 @@ from tunesmith.plugin.options import NoOptions
 from tunesmith.plugin.quantizers import Quantizer
 from tunesmith.plugin.registry import Registered, Registry
 from tunesmith.plugin.rewards import identities
-from tunesmith.recipe import VERBS, Data, Recipe, Step, Verb, stage_name
+from tunesmith.recipe import HELD_OUT, VERBS, Data, Recipe, Step, Verb, stage_name
 from tunesmith.recipe_data import Transformation
 from tunesmith.units import byte_size
 
@@ -159,10 +162,9 @@ def make_plan(
     except OptionError as error:
         problems.extend(error.problems)
     reader = DataReader(registry, readings_for(recipe, keep=estimates))
-    steps = tuple(
-        _planned(number, step, reader, recipe.seed, problems)
-        for number, step in enumerate(recipe.steps, 1)
-    )
+    steps: tuple[PlannedStep, ...] = ()
+    for number, each in enumerate(recipe.steps, 1):
+        steps = (*steps, _planned(number, each, steps, reader, recipe.seed, problems))
     problems += order_problems(steps)
     if device is not None:
         for step in steps:
@@ -170,6 +172,7 @@ def make_plan(
                 getattr(step.config, "optimizer", AUTO), device.name.partition(":")[0]
             )
             problems += [f"{step.here}: {wrong}"] if wrong else []
+    notes += odd_notes(steps)
     quantizer = _quantizer(steps)
     found: ModelFindings | None = None
     if directory_of_model is not None:
@@ -217,9 +220,14 @@ def make_plan(
 
 
 def _planned(
-    number: int, step: Step, reader: DataReader, seed: int, problems: list[str]
+    number: int,
+    step: Step,
+    earlier: Sequence[PlannedStep],
+    reader: DataReader,
+    seed: int,
+    problems: list[str],
 ) -> PlannedStep:
-    """Resolve one step; add what is wrong with it to `problems`."""
+    """Resolve one step after those before it; add what is wrong with it to `problems`."""
     here = f"step {number} ({step.label})"
     registry = reader.registry
     plugin = config = data = eval_data = None
@@ -240,13 +248,16 @@ def _planned(
             plugin.load()
         except (PluginError, ImportError) as error:
             problems.append(f"{here}: {error}")
-    if VERBS[step.verb].takes_data:
+    if VERBS[step.verb].takes_data and isinstance(step.data, str) and step.data == HELD_OUT:
+        data = _held_out(here, step, plugin, earlier, reader, problems)
+    elif VERBS[step.verb].takes_data:
         trains = step.kind == "trainers" and config is not None
         own = getattr(config, "seed", None)
         seed = seed if own is None else own
         opening = before(config) if trains else ()
         closing = after(config) if trains else ()
-        data = _loaded(here, step.source, plugin, reader, problems, seed, opening, closing)
+        bad = getattr(config, "on_bad_row", "error")
+        data = _loaded(here, step.source, plugin, reader, problems, seed, opening, closing, bad)
         if data is not None and config is not None:
             problems += [f"{here}: {text}" for text in _held_out_problems(step, config, data)]
         given = getattr(config, "eval_data", None)
@@ -255,12 +266,52 @@ def _planned(
             if chosen is not None and " + " in chosen:
                 chosen = None  # of several formats the rows say which one it is
             held_out = Data(given, format=chosen)
+            there = f"{here}, eval_data"
             eval_data = _loaded(
-                f"{here}, eval_data", held_out, plugin, reader, problems, seed, (CLEAN,)
+                there, held_out, plugin, reader, problems, seed, (CLEAN,), on_bad_row=bad
             )
     elif step.data is not None:
         problems.append(f"{here}: takes no data; got {step.data!r}")
     return PlannedStep(number, step, plugin, config, data, eval_data, rewards=rewards)
+
+
+def _held_out(
+    here: str,
+    step: Step,
+    plugin: Registered | None,
+    earlier: Sequence[PlannedStep],
+    reader: DataReader,
+    problems: list[str],
+) -> LoadedData | None:
+    """Return the rows that the training before a step has held out."""
+    trainings = [each for each in earlier if each.verb.kind == "trainers"]
+    if step.kind == "trainers" or not trainings:
+        problems.append(
+            f"{here}: its data is '{HELD_OUT}', which is what a training before it has held out; "
+            + ("there is none before it" if not trainings else "that is not trained on")
+            + "; give a file, a hub id or rows"
+        )
+        return None
+    before = trainings[-1]
+    if before.data is None:
+        return None  # which has a problem of its own
+    rows = before.eval_data.examples if before.eval_data is not None else before.data.held_out
+    if not rows:
+        problems.append(
+            f"{here}: its data is '{HELD_OUT}', and {before.here} holds no rows out; give that one "
+            "eval_split, as in eval_split=0.1, or give data of its own"
+        )
+        return None
+    text = json.dumps([attrs.asdict(row.example) for row in rows], sort_keys=True, default=str)
+    found = LoadedData(
+        f"what {before.here} holds out of {before.data.description}",
+        before.data.format,
+        rows,
+        hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest(),
+        rows=len(rows),
+    )
+    problems += _shape_problems(here, found, plugin, reader)
+    return found
 
 
 def _held_out_problems(step: Step, config: Any, data: LoadedData) -> list[str]:
@@ -292,31 +343,40 @@ def _loaded(
     seed: int,
     opening: Sequence[Transformation] = (),
     closing: Sequence[Transformation] = (),
+    on_bad_row: str = "error",
 ) -> LoadedData | None:
     if data is None:
         problems.append(f"{here}: has no data; give a file, a hub id or rows")
         return None
     try:
-        loaded = reader.read(data, seed=seed, before=opening, after=closing)
+        loaded = reader.read(data, seed=seed, before=opening, after=closing, on_bad_row=on_bad_row)
     except OptionError as error:
         problems += [f"{here}: {problem}" for problem in error.problems]
         return None
     except (DataError, PluginError) as error:
         problems.append(f"{here}: {error}")
         return None
-    wanted = plugin.spec.example if plugin is not None else None
-    if plugin is not None and wanted is not None and loaded.shape != wanted:
-        takers = [
-            item.spec.name
-            for item in reader.registry.of_kind(plugin.kind)
-            if item.spec.example == loaded.shape
-        ]
-        hint = f"; for these rows use {' or '.join(takers)}" if takers else ""
-        problems.append(
-            f"{here}: needs {wanted} examples, and {loaded.description} holds {loaded.shape} "
-            f"examples (format {loaded.format}){hint}"
-        )
+    problems += _shape_problems(here, loaded, plugin, reader)
     return loaded
+
+
+def _shape_problems(
+    here: str, loaded: LoadedData, plugin: Registered | None, reader: DataReader
+) -> list[str]:
+    """Say so where a plugin does not take examples of this shape."""
+    wanted = plugin.spec.example if plugin is not None else None
+    if plugin is None or wanted is None or loaded.shape == wanted:
+        return []
+    takers = [
+        item.spec.name
+        for item in reader.registry.of_kind(plugin.kind)
+        if item.spec.example == loaded.shape
+    ]
+    hint = f"; for these rows use {' or '.join(takers)}" if takers else ""
+    return [
+        f"{here}: needs {wanted} examples, and {loaded.description} holds {loaded.shape} "
+        f"examples (format {loaded.format}){hint}"
+    ]
 
 
 def _missing_packages(plugin: Registered, config: Any) -> list[str]:

@@ -58,15 +58,18 @@ class DataReader:
         seed: int,
         before: Sequence[Transformation] = (),
         after: Sequence[Transformation] = (),
+        on_bad_row: str = "error",
     ) -> LoadedData:
         """Return data as its step gets it, what was left out on the way included.
 
-        `before` is done with the rows of all sources, `after` with what their transforms leave.
-        Errors: `DataError`, `PluginError` and `OptionError` with what is wrong and where.
+        `on_bad_row` is for sources that say nothing of it. `before` is done with the rows of all
+        sources, `after` with what their transforms leave. Errors: `DataError`, `PluginError` and
+        `OptionError` with what is wrong and where.
         """
         leaves = list(_leaves(data))
-        loaded = [self._source(leaf) for leaf in leaves]
+        loaded = [self._source(leaf, leaf.on_bad_row or on_bad_row) for leaf in leaves]
         work = _Work(self.registry, seed)
+        work.log.entries += [entry for each in loaded for entry in each.dropped]
         rows = [row for part in _named(leaves, loaded) for row in part]
         _one_shape(rows, "the sources")
         owner = {id(row): number for number, row in _numbered(rows, loaded)}
@@ -77,7 +80,7 @@ class DataReader:
         for row in kept:
             parts[owner[id(row)]].append(row)
         description = _description(data, loaded)
-        total = sum(len(each.examples) for each in loaded)
+        total = sum(each.rows for each in loaded)
         if not kept:
             raise DataError(_nothing(total, description, work.log))
         done = work.walk(data, iter(parts))
@@ -99,15 +102,18 @@ class DataReader:
             rows=total,
         )
 
-    def _source(self, source: Source) -> LoadedData:
+    def _source(self, source: Source, on_bad_row: str) -> LoadedData:
         """Return a source as it is read; a second time the same."""
-        data = source.data
-        key: Any = (_key(data), source.format, repr(sorted(source.format_options.items())))
+        data, options = source.data, source.format_options
+        key: Any = (_key(data), source.format, repr(sorted(options.items())), on_bad_row)
         if key not in self._read:
-            found = self._readings.load(data, source.format, self.registry, source.format_options)
+            drop_bad = on_bad_row == "drop"
+            found = self._readings.load(
+                data, source.format, self.registry, options, drop_bad=drop_bad
+            )
             self._read[key] = (data, found)
-            if not source.format_options:  # also for who asks for the format that was detected
-                self._read.setdefault((key[0], found.format, key[2]), (data, found))
+            if not options:  # also for who asks for the format that was detected
+                self._read.setdefault((key[0], found.format, *key[2:]), (data, found))
         return self._read[key][1]
 
     def _fingerprint(self, data: Data, loaded: Iterator[LoadedData]) -> str:

@@ -109,6 +109,8 @@ class _Runner:
         if self.owned is not None:
             self.owned.warn = lambda text: self.emit(Warned(text))
         self.emit(RunStarted(tuple(step.name for step in kept)))
+        for note in self.plan.notes:
+            self.emit(Warned(note))
         base = self._base(self.plan.model)
         check_base(self.plan, base)
         hashes = self._resolve(base, kept)

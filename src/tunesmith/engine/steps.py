@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
 
+from tunesmith.data.clean import DropLog
 from tunesmith.engine.store import MARKER, SAMPLES, Stage, read_lock
 from tunesmith.errors import PluginError
-from tunesmith.plugin.events import Event
+from tunesmith.plugin.events import Event, RowsDropped
 from tunesmith.plugin.registry import Registry
 from tunesmith.plugin.session import RunRecord, Session
 from tunesmith.recipe import VERBS, Recipe, Step, stage_name
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from tunesmith.plugin.exporters import Exporter
 
 __all__ = ["Made", "Place", "Work", "fold", "work_of"]
+
+
+DROPPED = "dropped.jsonl"
 
 
 @attrs.frozen
@@ -45,6 +49,14 @@ class Place:
     """All steps of the run."""
     callbacks: Sequence[Any] = ()
     """Each a `transformers.TrainerCallback`, told of every training of this process."""
+
+    def list_drops(self, stage: str, drops: DropLog, total: int) -> None:
+        """Write down, and tell, which of so many rows a stage does not use."""
+        if not len(drops):
+            return
+        drops.write(self.directory / DROPPED)
+        path = self.run / "stages" / stage / DROPPED
+        self.emit(RowsDropped(stage, len(drops), total, drops.reasons, path))
 
 
 @attrs.frozen
@@ -139,6 +151,9 @@ class Evaluate(Work):
         from tunesmith.plugin.metrics import Measured
 
         assert step.data is not None
+        drops = DropLog()
+        drops.entries += step.data.dropped
+        place.list_drops(step.name, drops, step.data.rows)
         metric = place.registry.build(step.step)
         session = session.at_work(task=metric.task)
         model = session.model

@@ -28,7 +28,7 @@ from tunesmith.engine.warmup import warms_up_from_the_first_step
 from tunesmith.engine.world import World
 from tunesmith.engine.world import current as current_world
 from tunesmith.errors import RunError
-from tunesmith.plugin.events import RowsCut, RowsDropped, Warned
+from tunesmith.plugin.events import RowsCut, Warned
 from tunesmith.plugin.session import Session
 from tunesmith.plugin.trainers import TrainingData
 
@@ -127,7 +127,7 @@ class StageTraining:
         if self.world.several:
             self._check_shares(trainer)
         if self.world.main:
-            self._tell_drops(drops, self.step.data.rows)
+            self.place.list_drops(self.step.name, drops, self.step.data.rows)
             self._tell_cuts(self.step.data.rows)
         return trainer
 
@@ -262,12 +262,6 @@ class StageTraining:
             return data.examples, data.held_out
         drops.entries += held_out.dropped
         return data.examples, held_out.examples
-
-    def _tell_drops(self, drops: DropLog, total: int) -> None:
-        if len(drops):
-            drops.write(self.directory / "dropped.jsonl")
-            path = self.place.run / "stages" / self.step.name / "dropped.jsonl"
-            self.place.emit(RowsDropped(self.step.name, len(drops), total, drops.reasons, path))
 
     def _tell_cuts(self, total: int) -> None:
         cuts = self.cuts

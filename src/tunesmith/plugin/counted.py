@@ -43,7 +43,7 @@ class RowNames:
     """Makes batches by another collator, and notes in each which rows it is of.
 
     `names` holds (row, where it stands); a row may be an item of the data set, or one in a list
-    that is an item (a packed block).
+    that is an item (a packed block). A row that is not among them has no name.
     """
 
     def __init__(
@@ -60,7 +60,8 @@ class RowNames:
 
         batch = self.collator(items)
         rows = [row for item in items for row in (item if isinstance(item, list) else [item])]
-        batch[ROWS] = torch.tensor([self._numbers[id(row)] for row in rows], dtype=torch.int64)
+        known = [self._numbers[id(row)] for row in rows if id(row) in self._numbers]
+        batch[ROWS] = torch.tensor(known, dtype=torch.int64)
         batch[TOKENS] = torch.tensor([sum(map(_tokens_of, rows))], dtype=torch.int64)
         return batch
 

@@ -10,7 +10,8 @@ import attrs
 
 from tunesmith.nn.tasks import CAUSAL_LM, Task
 from tunesmith.plugin.conditions import Resolved
-from tunesmith.plugin.options import at_least
+from tunesmith.plugin.options import at_least, one_of
+from tunesmith.recipe_data import ON_BAD_ROW
 
 if TYPE_CHECKING:
     from tunesmith.plugin.session import Session
@@ -26,6 +27,9 @@ class MetricConfig:
     """Examples in one forward pass."""
     max_length: int = attrs.field(default=1024, validator=at_least(8))
     """Tokens of a sequence, prompt included; longer ones are cut at the end."""
+    on_bad_row: str = attrs.field(default="error", validator=one_of(*ON_BAD_ROW))
+    """What is done about a row that its format cannot read: "error" stops, naming it, and "drop"
+    leaves it out and lists it."""
 
 
 C = TypeVar("C")

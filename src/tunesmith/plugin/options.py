@@ -33,6 +33,7 @@ __all__ = [
     "given_options",
     "more_than",
     "one_of",
+    "part_of_rows",
     "plain_options",
     "structure",
 ]
@@ -88,6 +89,38 @@ class Choice:
             hint = f"; did you mean '{near[0]}'?" if near else ""
             choices = ", ".join(str(item) for item in self.allowed)
             raise ValueError(f"got {value!r}; expected one of {choices}{hint}")
+
+
+@attrs.frozen
+class Part:
+    """A validator for a part of the rows: a share below 1, or a whole number of them.
+
+    1.0 is neither: it might mean all rows as well as one.
+    """
+
+    none: bool
+    """Whether it may be 0, for none."""
+
+    @property
+    def schema(self) -> Mapping[str, Any]:
+        """The same as keywords of JSON Schema."""
+        above = "minimum" if self.none else "exclusiveMinimum"
+        return {"anyOf": [{"type": "integer", above: 0}, {above: 0, "exclusiveMaximum": 1}]}
+
+    def __call__(self, instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+        """Raise `ValueError` for anything else."""
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        share = isinstance(value, float) and value < 1
+        if not (whole or share) or not (value > 0 or (self.none and value == 0)):
+            raise ValueError(
+                f"got {value!r}; expected a share below 1, or a number of rows without a fraction, "
+                "such as 100"
+            )
+
+
+def part_of_rows(*, none: bool = False) -> Part:
+    """Return a validator for a share (below 1) or a whole number of rows; `none` lets 0 pass."""
+    return Part(none)
 
 
 def at_least(minimum: float) -> Bound:

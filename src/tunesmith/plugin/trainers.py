@@ -24,7 +24,8 @@ from tunesmith.plugin.optimizers import (
     optimizer_called,
     optimizer_name,
 )
-from tunesmith.plugin.options import PATHS, at_least, more_than, one_of
+from tunesmith.plugin.options import PATHS, at_least, more_than, one_of, part_of_rows
+from tunesmith.recipe_data import ON_BAD_ROW
 
 if TYPE_CHECKING:
     from tunesmith.plugin.session import Session
@@ -104,7 +105,10 @@ class TrainerConfig:
     """Seed of shuffling and dropout; unset takes the recipe's."""
     eval_data: str | tuple[str, ...] | None = attrs.field(default=None, metadata={PATHS: "data"})
     """Held-out data to evaluate on, read in the same format as the training data."""
-    eval_split: float = attrs.field(default=0.0, validator=at_least(0))
+    on_bad_row: str = attrs.field(default="error", validator=one_of(*ON_BAD_ROW))
+    """What is done about a row that its format cannot read: "error" stops, naming it, and "drop"
+    leaves it out and lists it."""
+    eval_split: float | int = attrs.field(default=0, validator=part_of_rows(none=True))
     """Share (below 1) or number of rows held out of the training data to evaluate on."""
     eval_steps: int | None = attrs.field(default=None, validator=at_least(1))
     """Evaluate every so many optimizer steps; unset evaluates once an epoch."""
