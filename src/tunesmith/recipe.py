@@ -200,6 +200,11 @@ class Step:
         return VERBS[self.verb].named
 
     @property
+    def reads_held_out(self) -> bool:
+        """Whether its data is what the training before it has held out."""
+        return isinstance(self.data, str) and self.data == HELD_OUT
+
+    @property
     def source(self) -> Data | None:
         """The data, whatever short form it was given in; None for a step without data."""
         return None if self.data is None else Data.of(self.data, self.format)

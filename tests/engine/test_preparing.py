@@ -250,9 +250,9 @@ def recipe(model, *steps):
 def test_a_plan_reads_what_its_steps_share_once(tiny_model, files, monkeypatch):
     read_sources = []
 
-    def counted(data, *rest):
+    def counted(data, *rest, **options):
         read_sources.append(data)
-        return load_data(data, *rest)
+        return load_data(data, *rest, **options)
 
     monkeypatch.setattr(readings, "load_data", counted)
     plan = make_plan(

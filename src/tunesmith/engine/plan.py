@@ -248,7 +248,7 @@ def _planned(
             plugin.load()
         except (PluginError, ImportError) as error:
             problems.append(f"{here}: {error}")
-    if VERBS[step.verb].takes_data and isinstance(step.data, str) and step.data == HELD_OUT:
+    if VERBS[step.verb].takes_data and step.reads_held_out:
         data = _held_out(here, step, plugin, earlier, reader, problems)
     elif VERBS[step.verb].takes_data:
         trains = step.kind == "trainers" and config is not None

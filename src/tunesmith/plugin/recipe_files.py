@@ -124,7 +124,9 @@ def _relocated(recipe: Recipe, move: Move, leave: frozenset[Place] = frozenset()
             for key, kind in _path_options(step).items()
             if key in step.options
         }
-        data = moved(number, "data", step.data, "data")
+        data = step.data
+        if not step.reads_held_out:
+            data = moved(number, "data", data, "data")
         steps.append(attrs.evolve(step, data=data, options={**step.options, **options}))
     return attrs.evolve(
         recipe,
