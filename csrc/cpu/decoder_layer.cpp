@@ -1,10 +1,10 @@
-// A decoder layer of a model that is trained, forward and backward, made of the functions of kernels.h: what
-// lies between calls of those from Python takes longer than many of them do.
+// A decoder layer of a model that is trained, forward and backward, made of the functions of
+// kernels.h: what lies between calls of those from Python takes longer than many of them do.
 #include <algorithm>
 #include <cstring>
 
 #include "../kernels.h"
-#include "isa.h"
+#include "matrix.h"
 #include "parallel.h"
 #include "pool.h"
 
@@ -13,43 +13,46 @@ namespace {
 
 constexpr int64_t kLine = 64;
 
-// Where everything lies that the forward pass keeps, [tokens of all rows, ...] each; without memory only how
-// much it is.
-struct Kept {
-  Kept(const tunesmith_decoder_layer& layer, void* memory)
+// What the forward pass keeps for the backward pass, [tokens of all rows, ...] each; without memory
+// only how much that is.
+struct Activations {
+  Activations(const tunesmith_decoder_layer& layer, void* memory)
       : tokens(layer.rows * layer.tokens), memory_(static_cast<char*>(memory)) {
-    const int64_t hidden = layer.query.in_features, heads = layer.query.out_features / layer.size;
-    const int64_t key_heads = layer.key.out_features / layer.size;
-    before = take(hidden, layer.dtype);
-    scale_before = take_floats(1);
+    const int64_t hidden = layer.query.in_features,
+                  heads = layer.query.out_features / layer.head_size;
+    const int64_t key_heads = layer.key.out_features / layer.head_size;
+    attention_in = take(hidden, layer.dtype);
+    attention_norm_scale = take_floats(1);
     if (layer.query_norm.weight != nullptr) {
       raw_query = take(layer.query.out_features, layer.dtype);
-      scale_query = take_floats(heads);
+      query_norm_scale = take_floats(heads);
     }
     if (layer.key_norm.weight != nullptr) {
       raw_key = take(layer.key.out_features, layer.dtype);
-      scale_key = take_floats(key_heads);
+      key_norm_scale = take_floats(key_heads);
     }
     query = take(layer.query.out_features, layer.dtype);
     key = take(layer.key.out_features, layer.dtype);
     value = take(layer.value.out_features, layer.dtype);
-    seen = take(layer.query.out_features, layer.dtype);
-    log_sums = take_floats(heads);
-    middle = take(hidden, layer.dtype);
-    after = take(hidden, layer.dtype);
-    scale_after = take_floats(1);
+    attention_out = take(layer.query.out_features, layer.dtype);
+    lse = take_floats(heads);
+    residual = take(hidden, layer.dtype);
+    mlp_in = take(hidden, layer.dtype);
+    mlp_norm_scale = take_floats(1);
     gate = take(layer.gate.out_features, layer.dtype);
     up = take(layer.up.out_features, layer.dtype);
-    inner = take(layer.gate.out_features, layer.dtype);
-    const tunesmith_linear* const linears[] = {&layer.query, &layer.key, &layer.value, &layer.output,
-                                               &layer.gate,  &layer.up,  &layer.down};
+    intermediate = take(layer.gate.out_features, layer.dtype);
+    const tunesmith_linear* const linears[] = {
+        &layer.query, &layer.key, &layer.value, &layer.output, &layer.gate, &layer.up, &layer.down};
     for (int i = 0; i < 7; ++i) s[i] = take_floats(linears[i]->rank);
   }
 
   int64_t tokens, nbytes = 0;
-  void *before, *raw_query = nullptr, *raw_key = nullptr, *query, *key, *value, *seen, *middle, *after;
-  void *gate, *up, *inner;
-  float *scale_before, *scale_query = nullptr, *scale_key = nullptr, *scale_after, *log_sums;
+  void *attention_in, *raw_query = nullptr, *raw_key = nullptr, *query, *key, *value,
+                      *attention_out, *residual, *mlp_in;
+  void *gate, *up, *intermediate;
+  float *attention_norm_scale, *query_norm_scale = nullptr, *key_norm_scale = nullptr,
+                               *mlp_norm_scale, *lse;
   float* s[7];  // of each linear layer
 
  private:
@@ -65,76 +68,82 @@ struct Kept {
   char* memory_;
 };
 
-void normalize(const tunesmith_norm& norm, int dtype, const void* x, int64_t rows, int64_t columns, void* y,
-               float* scale) {
+void normalize(const tunesmith_norm& norm, int dtype, const void* x, int64_t rows, int64_t columns,
+               void* y, float* scale) {
   tunesmith_rms_norm_cpu(x, norm.weight, dtype, rows, columns, norm.eps, norm.from_one, y, scale);
 }
 
 void normalize_backward(const tunesmith_norm& norm, int dtype, const void* grad, const void* x,
-                        const float* scale, int64_t rows, int64_t columns, const void* plus, void* grad_x) {
-  tunesmith_rms_norm_backward_cpu(grad, x, norm.weight, scale, dtype, rows, columns, norm.from_one, plus,
-                                  grad_x);
+                        const float* scale, int64_t rows, int64_t columns, const void* plus,
+                        void* grad_x) {
+  tunesmith_rms_norm_backward_cpu(grad, x, norm.weight, scale, dtype, rows, columns, norm.from_one,
+                                  plus, grad_x);
 }
 
-void turn(const tunesmith_decoder_layer& layer, const void* x, int64_t features, bool backward, void* out) {
-  tunesmith_rotary_cpu(x, layer.cos, layer.sin, layer.dtype, layer.rows * layer.tokens, layer.positions,
-                       features / layer.size, layer.size, backward, out);
+void rotate(const tunesmith_decoder_layer& layer, const void* x, int64_t features, bool backward,
+            void* out) {
+  tunesmith_rotary_cpu(x, layer.cos, layer.sin, layer.dtype, layer.rows * layer.tokens,
+                       layer.positions, features / layer.head_size, layer.head_size, backward, out);
 }
 
-// Queries or keys: projected, normalized head by head if the model does that, and turned.
+// Queries or keys: projected, normalized head by head if the model does that, and rotated.
 void make_heads(const tunesmith_decoder_layer& layer, const tunesmith_linear& linear,
-                const tunesmith_norm& norm, const Kept& kept, void* raw, float* scale, float* s, void* out) {
-  const int64_t rows = kept.tokens * (linear.out_features / layer.size);
-  const Scratch space(size_t(kept.tokens * linear.out_features * size_of(layer.dtype)));
+                const tunesmith_norm& norm, const Activations& saved, void* raw, float* scale,
+                float* s, void* out) {
+  const int64_t rows = saved.tokens * (linear.out_features / layer.head_size);
+  const Scratch space(size_t(saved.tokens * linear.out_features * size_of(layer.dtype)));
   void* const projected = raw != nullptr ? raw : space.as<void>();
-  tunesmith_linear_cpu(&linear, kept.before, s, projected, false);
-  if (raw != nullptr) normalize(norm, layer.dtype, raw, rows, layer.size, space.as<void>(), scale);
-  turn(layer, space.as<void>(), linear.out_features, false, out);
+  tunesmith_linear_cpu(&linear, saved.attention_in, s, projected, false);
+  if (raw != nullptr)
+    normalize(norm, layer.dtype, raw, rows, layer.head_size, space.as<void>(), scale);
+  rotate(layer, space.as<void>(), linear.out_features, false, out);
 }
 
 // The gradient of what make_heads has made, to that of what the product gave.
 void make_heads_backward(const tunesmith_decoder_layer& layer, const tunesmith_linear& linear,
-                         const tunesmith_norm& norm, const Kept& kept, const void* raw, const float* scale,
-                         const void* grad, void* out) {
-  if (raw == nullptr) return turn(layer, grad, linear.out_features, true, out);
-  const int64_t rows = kept.tokens * (linear.out_features / layer.size);
-  const Scratch turned(size_t(kept.tokens * linear.out_features * size_of(layer.dtype)));
-  turn(layer, grad, linear.out_features, true, turned.as<void>());
-  normalize_backward(norm, layer.dtype, turned.as<void>(), raw, scale, rows, layer.size, nullptr, out);
+                         const tunesmith_norm& norm, const Activations& saved, const void* raw,
+                         const float* scale, const void* grad, void* out) {
+  if (raw == nullptr) return rotate(layer, grad, linear.out_features, true, out);
+  const int64_t rows = saved.tokens * (linear.out_features / layer.head_size);
+  const Scratch rotated(size_t(saved.tokens * linear.out_features * size_of(layer.dtype)));
+  rotate(layer, grad, linear.out_features, true, rotated.as<void>());
+  normalize_backward(norm, layer.dtype, rotated.as<void>(), raw, scale, rows, layer.head_size,
+                     nullptr, out);
 }
 
-tunesmith_attention attention_of(const tunesmith_decoder_layer& layer, const Kept& kept,
+tunesmith_attention attention_of(const tunesmith_decoder_layer& layer, const Activations& saved,
                                  const void* grad_out) {
   return {layer.rows,
           layer.tokens,
-          layer.query.out_features / layer.size,
-          layer.key.out_features / layer.size,
-          layer.size,
+          layer.query.out_features / layer.head_size,
+          layer.key.out_features / layer.head_size,
+          layer.head_size,
           layer.dtype,
-          kept.query,
-          kept.key,
-          kept.value,
-          kept.seen,
+          saved.query,
+          saved.key,
+          saved.value,
+          saved.attention_out,
           grad_out,
-          kept.log_sums,
+          saved.lse,
           layer.scale,
-          layer.runs,
-          layer.run_count};
+          layer.segments,
+          layer.segment_count};
 }
 
-// Whether each query is in a run, and with `keys` each key seen by one, too.
+// Whether each query is in a segment, and with `keys` each key seen by one, too.
 bool covered(const tunesmith_decoder_layer& layer, bool keys) {
   int64_t queries = 0;
   bool causal = true;
-  for (int64_t i = 0; i < layer.run_count; ++i) {
-    queries += layer.runs[i].stop - layer.runs[i].start;
-    causal = causal && layer.runs[i].causal != 0;
+  for (int64_t i = 0; i < layer.segment_count; ++i) {
+    queries += layer.segments[i].stop - layer.segments[i].start;
+    causal = causal && layer.segments[i].causal != 0;
   }
   return queries == layer.rows * layer.tokens && (causal || !keys);
 }
 
 // out = x, then out += linear(of).
-void add_product(const tunesmith_linear& linear, const void* of, float* s, const void* x, void* out) {
+void add_product(const tunesmith_linear& linear, const void* of, float* s, const void* x,
+                 void* out) {
   const int64_t nbytes = linear.tokens * linear.out_features * size_of(linear.dtype);
   parallel_for(nbytes, int64_t(1) << 16, [&](int64_t first, int64_t last) {
     std::memcpy(static_cast<char*>(out) + first, static_cast<const char*>(x) + first,
@@ -148,85 +157,101 @@ void add_product(const tunesmith_linear& linear, const void* of, float* s, const
 
 using namespace tunesmith;
 
-int64_t tunesmith_decoder_layer_kept(const tunesmith_decoder_layer* layer) {
-  return Kept(*layer, nullptr).nbytes;
+int64_t tunesmith_decoder_layer_activation_bytes(const tunesmith_decoder_layer* layer) {
+  return Activations(*layer, nullptr).nbytes;
 }
 
 void tunesmith_decoder_layer_cpu(const tunesmith_decoder_layer* layer, const void* x, void* memory,
                                  void* out) {
-  const Kept kept(*layer, memory);
+  const Activations saved(*layer, memory);
   const int dtype = layer->dtype;
   const int64_t hidden = layer->query.in_features;
-  normalize(layer->before, dtype, x, kept.tokens, hidden, kept.before, kept.scale_before);
-  make_heads(*layer, layer->query, layer->query_norm, kept, kept.raw_query, kept.scale_query, kept.s[0],
-             kept.query);
-  make_heads(*layer, layer->key, layer->key_norm, kept, kept.raw_key, kept.scale_key, kept.s[1], kept.key);
-  tunesmith_linear_cpu(&layer->value, kept.before, kept.s[2], kept.value, false);
-  if (!covered(*layer, false)) {  // a query of no run sees nothing
-    std::memset(kept.seen, 0, size_t(kept.tokens * layer->query.out_features * size_of(dtype)));
+  normalize(layer->attention_norm, dtype, x, saved.tokens, hidden, saved.attention_in,
+            saved.attention_norm_scale);
+  make_heads(*layer, layer->query, layer->query_norm, saved, saved.raw_query,
+             saved.query_norm_scale, saved.s[0], saved.query);
+  make_heads(*layer, layer->key, layer->key_norm, saved, saved.raw_key, saved.key_norm_scale,
+             saved.s[1], saved.key);
+  tunesmith_linear_cpu(&layer->value, saved.attention_in, saved.s[2], saved.value, false);
+  if (!covered(*layer, false)) {  // a query of no segment sees nothing
+    std::memset(saved.attention_out, 0,
+                size_t(saved.tokens * layer->query.out_features * size_of(dtype)));
   }
-  const tunesmith_attention attention = attention_of(*layer, kept, nullptr);
-  tunesmith_attention_cpu(&attention, kept.seen, kept.log_sums);
-  add_product(layer->output, kept.seen, kept.s[3], x, kept.middle);
-  normalize(layer->after, dtype, kept.middle, kept.tokens, hidden, kept.after, kept.scale_after);
-  tunesmith_linear_cpu(&layer->gate, kept.after, kept.s[4], kept.gate, false);
-  tunesmith_linear_cpu(&layer->up, kept.after, kept.s[5], kept.up, false);
-  tunesmith_gated_cpu(kept.gate, kept.up, dtype, kept.tokens * layer->gate.out_features, layer->activation,
-                      kept.inner);
+  const tunesmith_attention attention = attention_of(*layer, saved, nullptr);
+  tunesmith_attention_cpu(&attention, saved.attention_out, saved.lse);
+  add_product(layer->output, saved.attention_out, saved.s[3], x, saved.residual);
+  normalize(layer->mlp_norm, dtype, saved.residual, saved.tokens, hidden, saved.mlp_in,
+            saved.mlp_norm_scale);
+  tunesmith_linear_cpu(&layer->gate, saved.mlp_in, saved.s[4], saved.gate, false);
+  tunesmith_linear_cpu(&layer->up, saved.mlp_in, saved.s[5], saved.up, false);
+  tunesmith_gated_cpu(saved.gate, saved.up, dtype, saved.tokens * layer->gate.out_features,
+                      layer->activation, saved.intermediate);
   if (out != nullptr) {
-    add_product(layer->down, kept.inner, kept.s[6], kept.middle, out);
+    add_product(layer->down, saved.intermediate, saved.s[6], saved.residual, out);
   } else {
-    tunesmith_linear_project_cpu(&layer->down, kept.inner, kept.s[6]);
+    tunesmith_linear_project_cpu(&layer->down, saved.intermediate, saved.s[6]);
   }
 }
 
 void tunesmith_decoder_layer_backward_cpu(const tunesmith_decoder_layer* layer, const void* x,
                                           const void* memory, const void* grad_out, void* grad_x,
                                           void* const* grad_adapters) {
-  const Kept kept(*layer, const_cast<void*>(memory));
+  const Activations saved(*layer, const_cast<void*>(memory));
   const int dtype = layer->dtype;
-  const int64_t hidden = layer->query.in_features, inner = layer->gate.out_features;
-  const auto nbytes = [&](int64_t features) { return size_t(kept.tokens * features * size_of(dtype)); };
-  const tunesmith_linear* const linears[] = {&layer->query, &layer->key, &layer->value, &layer->output,
-                                             &layer->gate,  &layer->up,  &layer->down};
+  const int64_t hidden = layer->query.in_features, intermediate = layer->gate.out_features;
+  const auto nbytes = [&](int64_t features) {
+    return size_t(saved.tokens * features * size_of(dtype));
+  };
+  const tunesmith_linear* const linears[] = {&layer->query,  &layer->key,  &layer->value,
+                                             &layer->output, &layer->gate, &layer->up,
+                                             &layer->down};
   // the i-th linear layer, given x and the gradient of its output
-  const auto through = [&](int i, const void* of, const void* grad, void* grad_of, bool accumulate) {
-    tunesmith_linear_backward_cpu(linears[i], of, kept.s[i], grad, grad_of, grad_adapters[2 * i],
+  const auto backward_through = [&](int i, const void* of, const void* grad, void* grad_of,
+                                    bool accumulate) {
+    tunesmith_linear_backward_cpu(linears[i], of, saved.s[i], grad, grad_of, grad_adapters[2 * i],
                                   grad_adapters[2 * i + 1], accumulate);
   };
-  const Scratch middle(nbytes(hidden)), flow(nbytes(hidden));
+  const Scratch grad_residual(nbytes(hidden)), grad_normed(nbytes(hidden));
   {
-    const Scratch of_inner(nbytes(inner)), of_gate(nbytes(inner)), of_up(nbytes(inner));
-    through(6, kept.inner, grad_out, of_inner.as<void>(), false);
-    tunesmith_gated_backward_cpu(of_inner.as<void>(), kept.gate, kept.up, dtype, kept.tokens * inner,
-                                 layer->activation, of_gate.as<void>(), of_up.as<void>());
-    through(4, kept.after, of_gate.as<void>(), flow.as<void>(), false);
-    through(5, kept.after, of_up.as<void>(), flow.as<void>(), true);
+    const Scratch grad_intermediate(nbytes(intermediate)), grad_gate(nbytes(intermediate)),
+        grad_up(nbytes(intermediate));
+    backward_through(6, saved.intermediate, grad_out, grad_intermediate.as<void>(), false);
+    tunesmith_gated_backward_cpu(grad_intermediate.as<void>(), saved.gate, saved.up, dtype,
+                                 saved.tokens * intermediate, layer->activation,
+                                 grad_gate.as<void>(), grad_up.as<void>());
+    backward_through(4, saved.mlp_in, grad_gate.as<void>(), grad_normed.as<void>(), false);
+    backward_through(5, saved.mlp_in, grad_up.as<void>(), grad_normed.as<void>(), true);
   }
-  normalize_backward(layer->after, dtype, flow.as<void>(), kept.middle, kept.scale_after, kept.tokens,
-                     hidden, grad_out, middle.as<void>());
+  normalize_backward(layer->mlp_norm, dtype, grad_normed.as<void>(), saved.residual,
+                     saved.mlp_norm_scale, saved.tokens, hidden, grad_out,
+                     grad_residual.as<void>());
 
   const int64_t width = layer->query.out_features, key_width = layer->key.out_features;
-  const Scratch of_seen(nbytes(width)), of_query(nbytes(width)), of_raw_query(nbytes(width));
-  const Scratch of_key(nbytes(key_width)), of_raw_key(nbytes(key_width)), of_value(nbytes(key_width));
-  through(3, kept.seen, middle.as<void>(), of_seen.as<void>(), false);
-  if (!covered(*layer, true)) {  // what no run sees or asks for has no gradient
-    std::memset(of_query.as<void>(), 0, nbytes(width));
-    std::memset(of_key.as<void>(), 0, nbytes(key_width));
-    std::memset(of_value.as<void>(), 0, nbytes(key_width));
+  const Scratch grad_attention_out(nbytes(width)), grad_query(nbytes(width)),
+      grad_raw_query(nbytes(width));
+  const Scratch grad_key(nbytes(key_width)), grad_raw_key(nbytes(key_width)),
+      grad_value(nbytes(key_width));
+  backward_through(3, saved.attention_out, grad_residual.as<void>(), grad_attention_out.as<void>(),
+                   false);
+  if (!covered(*layer, true)) {  // what no segment sees or asks for has no gradient
+    std::memset(grad_query.as<void>(), 0, nbytes(width));
+    std::memset(grad_key.as<void>(), 0, nbytes(key_width));
+    std::memset(grad_value.as<void>(), 0, nbytes(key_width));
   }
-  const tunesmith_attention attention = attention_of(*layer, kept, of_seen.as<void>());
-  tunesmith_attention_backward_cpu(&attention, of_query.as<void>(), of_key.as<void>(), of_value.as<void>());
-  make_heads_backward(*layer, layer->query, layer->query_norm, kept, kept.raw_query, kept.scale_query,
-                      of_query.as<void>(), of_raw_query.as<void>());
-  make_heads_backward(*layer, layer->key, layer->key_norm, kept, kept.raw_key, kept.scale_key,
-                      of_key.as<void>(), of_raw_key.as<void>());
-  void* const into = grad_x == nullptr ? nullptr : flow.as<void>();
-  through(0, kept.before, of_raw_query.as<void>(), into, false);
-  through(1, kept.before, of_raw_key.as<void>(), into, true);
-  through(2, kept.before, of_value.as<void>(), into, true);
+  const tunesmith_attention attention = attention_of(*layer, saved, grad_attention_out.as<void>());
+  tunesmith_attention_backward_cpu(&attention, grad_query.as<void>(), grad_key.as<void>(),
+                                   grad_value.as<void>());
+  make_heads_backward(*layer, layer->query, layer->query_norm, saved, saved.raw_query,
+                      saved.query_norm_scale, grad_query.as<void>(), grad_raw_query.as<void>());
+  make_heads_backward(*layer, layer->key, layer->key_norm, saved, saved.raw_key,
+                      saved.key_norm_scale, grad_key.as<void>(), grad_raw_key.as<void>());
+  void* const into = grad_x == nullptr ? nullptr : grad_normed.as<void>();
+  backward_through(0, saved.attention_in, grad_raw_query.as<void>(), into, false);
+  backward_through(1, saved.attention_in, grad_raw_key.as<void>(), into, true);
+  backward_through(2, saved.attention_in, grad_value.as<void>(), into, true);
   if (grad_x != nullptr) {
-    normalize_backward(layer->before, dtype, flow.as<void>(), x, kept.scale_before, kept.tokens, hidden,
-                       middle.as<void>(), grad_x);
+    normalize_backward(layer->attention_norm, dtype, grad_normed.as<void>(), x,
+                       saved.attention_norm_scale, saved.tokens, hidden, grad_residual.as<void>(),
+                       grad_x);
   }
 }

@@ -1,4 +1,5 @@
-// The CPU side of kernels.h: picks the instruction set at run time, and shares blocks among threads.
+// The CPU side of kernels.h: picks the instruction set at run time, and shares blocks among
+// threads.
 #ifdef TUNESMITH_X86
 #include <cpuid.h>
 #ifdef __linux__
@@ -13,7 +14,7 @@
 #include <cstring>
 
 #include "../kernels.h"
-#include "../nf4.h"
+#include "../four_bit.h"
 #include "dispatch.h"
 #include "isa.h"
 #include "parallel.h"
@@ -72,10 +73,8 @@ struct Choice {
 // Best first. The questions are asked here, in code that runs on any CPU.
 const Choice kChoices[] = {
 #ifdef TUNESMITH_X86
-    {&amx_bf16_isa, has_amx_bf16},
-    {&avx512_bf16_isa, has_avx512_bf16},
-    {&avx512_isa, has_avx512},
-    {&avx2_isa, has_avx2},
+    {&amx_bf16_isa, has_amx_bf16},      {&avx512_bf16_isa, has_avx512_bf16},
+    {&avx512_isa, has_avx512},          {&avx2_isa, has_avx2},
 #endif
     {&scalar_isa, [] { return true; }},
 };
@@ -132,21 +131,21 @@ void share(void (*Isa::*part)(const Job&, int64_t, int64_t), const Job& job, int
 
 }  // namespace
 
-// The instruction sets bring the whole of `left` into blocks first. So that this takes little memory
+// The instruction sets pack the whole of `left` first. So that this takes little memory
 // beside x itself, the tokens of a long product are multiplied some at a time; a 4-bit factor is
-// decoded anew for each, a small part of the work by then.
+// dequantized anew for each, a small part of the work by then.
 void multiply(Product product) {
   if (product.columns <= 0) return;
   const Isa& isa = *current().load();
-  const int64_t most = kRowsAtOnce * divide_up(max_threads(), 8);
-  for (int64_t left = product.rows; left > 0; left -= most) {
-    product.rows = left < most ? left : most;
+  const int64_t max_rows = kRowsAtOnce * divide_up(max_threads(), 8);
+  for (int64_t left = product.rows; left > 0; left -= max_rows) {
+    product.rows = left < max_rows ? left : max_rows;
     isa.multiply(product);
-    if (left <= most) return;  // nothing lies behind the end
-    product.left = after_rows(product.left, most);
-    product.left2 = after_rows(product.left2, most);
-    if (product.keep != nullptr) product.keep += most * product.columns;
-    product.out = at_element(product.out, product.out_type, most * product.row_stride);
+    if (left <= max_rows) return;  // nothing lies behind the end
+    product.left = after_rows(product.left, max_rows);
+    product.left2 = after_rows(product.left2, max_rows);
+    if (product.keep != nullptr) product.keep += max_rows * product.columns;
+    product.out = at_element(product.out, product.out_type, max_rows * product.row_stride);
   }
 }
 
@@ -154,14 +153,14 @@ void softmax_forward(const SoftmaxForwardJob& job) { current().load()->softmax_f
 
 void softmax_backward(const SoftmaxJob& job) { current().load()->softmax_backward(job); }
 
-bool attention_forward(const tunesmith_attention& job, const AttentionGroup& group, int64_t head, void* out,
-                       float* lse) {
+bool attention_forward(const tunesmith_attention& job, const AttentionGroup& group, int64_t head,
+                       void* out, float* lse) {
   const auto own = current().load()->attention_forward;
   return own != nullptr && own(job, group, head, out, lse);
 }
 
-bool attention_backward(const tunesmith_attention& job, const AttentionGroup& group, int64_t key_head,
-                        void* grad_q, void* grad_k, void* grad_v) {
+bool attention_backward(const tunesmith_attention& job, const AttentionGroup& group,
+                        int64_t key_head, void* grad_q, void* grad_k, void* grad_v) {
   const auto own = current().load()->attention_backward;
   return own != nullptr && own(job, group, key_head, grad_q, grad_k, grad_v);
 }
@@ -195,16 +194,16 @@ void tunesmith_dequantize_4bit_cpu(const uint8_t* packed, const void* absmax,
                                    int64_t numel, int64_t blocksize, int type, int dtype,
                                    void* out) {
   const float offset = nested_offset == nullptr ? 0.0f : *nested_offset;
-  const DequantizeJob job = {packed, absmax,    nested_absmax,  offset, numel,
-                             blocksize, table_of(type), dtype, out};
+  const DequantizeJob job = {packed,    absmax,         nested_absmax, offset, numel,
+                             blocksize, table_of(type), dtype,         out};
   const Isa& isa = *current();
   parallel_for(divide_up(numel, blocksize), divide_up(kGrain, blocksize),
                [&](int64_t first, int64_t last) { isa.dequantize(job, first, last); });
 }
 
 void tunesmith_logps_cpu(void* logits, const int64_t* labels, int dtype, int64_t rows,
-                         int64_t columns, bool slopes, float* logps) {
-  const LogpsJob job = {logits, labels, columns, dtype, slopes, logps};
+                         int64_t columns, bool gradients, float* logps) {
+  const LogpsJob job = {logits, labels, columns, dtype, gradients, logps};
   share(&Isa::logps, job, rows, columns);
 }
 
@@ -218,8 +217,8 @@ void tunesmith_rms_norm_backward_cpu(const void* grad_y, const void* x, const vo
                                      const float* scale, int dtype, int64_t rows, int64_t columns,
                                      bool from_one, const void* plus, void* grad_x) {
   // the backward pass only reads the scale
-  const NormJob job = {x,        weight, grad_y, columns, dtype, 0.0f,
-                       from_one, const_cast<float*>(scale), grad_x, plus};
+  const NormJob job = {
+      x, weight, grad_y, columns, dtype, 0.0f, from_one, const_cast<float*>(scale), grad_x, plus};
   share(&Isa::norm, job, rows, columns);
 }
 
@@ -235,8 +234,9 @@ void tunesmith_gated_backward_cpu(const void* grad_y, const void* gate, const vo
   share(&Isa::gated, job, numel, 1);
 }
 
-void tunesmith_rotary_cpu(const void* x, const void* cos, const void* sin, int dtype, int64_t tokens,
-                          int64_t positions, int64_t heads, int64_t size, bool backward, void* out) {
+void tunesmith_rotary_cpu(const void* x, const void* cos, const void* sin, int dtype,
+                          int64_t tokens, int64_t positions, int64_t heads, int64_t size,
+                          bool backward, void* out) {
   const RotaryJob job = {x, cos, sin, positions, heads, size, dtype, backward, out};
   share(&Isa::rotary, job, tokens, heads * size);
 }
@@ -245,9 +245,9 @@ void tunesmith_attention_decode_cpu(const void* q, const void* keys, const void*
                                     const int64_t* first, int dtype, int64_t rows, int64_t heads,
                                     int64_t key_heads, int64_t size, int64_t capacity,
                                     int64_t length, float scale, void* out) {
-  const DecodeJob job = {q,        keys,   values, first, heads, key_heads, size,
-                         capacity, length, scale,  dtype, out};
-  share(&Isa::decode, job, rows * heads, length * size);
+  const AttentionDecodeJob job = {q,    keys,     values, first, heads, key_heads,
+                                  size, capacity, length, scale, dtype, out};
+  share(&Isa::attention_decode, job, rows * heads, length * size);
 }
 
 const char* tunesmith_isa(void) { return current().load()->name; }

@@ -1,9 +1,9 @@
-// The instruction set in use, for what is built on it.
+// What the instruction set in use does, for the files that are compiled without one.
 #pragma once
 
-#include "../nf4.h"
+#include "../four_bit.h"
 #include "attention.h"
-#include "isa.h"
+#include "jobs.h"
 
 namespace tunesmith {
 
@@ -14,10 +14,10 @@ void softmax_forward(const SoftmaxForwardJob& job);
 void softmax_backward(const SoftmaxJob& job);
 
 // Does one head of a group if the instruction set in use has a way of its own for the job.
-bool attention_forward(const tunesmith_attention& job, const AttentionGroup& group, int64_t head, void* out,
-                       float* lse);
-bool attention_backward(const tunesmith_attention& job, const AttentionGroup& group, int64_t key_head,
-                        void* grad_q, void* grad_k, void* grad_v);
+bool attention_forward(const tunesmith_attention& job, const AttentionGroup& group, int64_t head,
+                       void* out, float* lse);
+bool attention_backward(const tunesmith_attention& job, const AttentionGroup& group,
+                        int64_t key_head, void* grad_q, void* grad_k, void* grad_v);
 
 // The table of a 4-bit type; null for a plain one.
 const FourBitTable* table_of(int type);

@@ -1,20 +1,13 @@
 // The linear layer of kernels.h, forward and backward, as a few products.
 #include "../kernels.h"
-#include "../nf4.h"
+#include "../four_bit.h"
 #include "dispatch.h"
-#include "isa.h"
+#include "elements.h"
+#include "matrix.h"
 #include "pool.h"
 
 namespace tunesmith {
 namespace {
-
-Matrix plain(const void* data, int type, int64_t columns) {
-  Matrix matrix = {};
-  matrix.data = data;
-  matrix.type = type;
-  matrix.columns = columns;
-  return matrix;
-}
 
 // What the layer is made of, as the products take it.
 struct Parts {
@@ -27,7 +20,7 @@ struct Parts {
 
   // [out, in]
   Matrix weight() const {
-    Matrix matrix = plain(linear.weight, linear.type, in());
+    Matrix matrix = plain_matrix(linear.weight, linear.type, in());
     matrix.table = table_of(linear.type);
     matrix.absmax = linear.absmax;
     matrix.nested_absmax = linear.nested_absmax;
@@ -38,36 +31,26 @@ struct Parts {
 
   // [tokens, in], as the adapter sees it
   Matrix dropped(const void* x) const {
-    Matrix matrix = plain(x, linear.dtype, in());
+    Matrix matrix = plain_matrix(x, linear.dtype, in());
     matrix.keep = linear.keep;
     matrix.keep_scale = linear.keep_scale;
     return matrix;
   }
 
-  Matrix lora_a() const { return plain(linear.lora_a, linear.adapter_dtype, in()); }
-  Matrix lora_b() const { return plain(linear.lora_b, linear.adapter_dtype, rank()); }
+  Matrix lora_a() const { return plain_matrix(linear.lora_a, linear.adapter_dtype, in()); }
+  Matrix lora_b() const { return plain_matrix(linear.lora_b, linear.adapter_dtype, rank()); }
 
-  Product product_of(Matrix left, Matrix right, void* out, int out_type, int64_t rows,
+  Product product_of(const Matrix& left, const Matrix& right, void* out, int out_type, int64_t rows,
                      int64_t columns) const {
-    Product product = {};
-    product.left = left;
-    product.right = right;
-    product.alpha = 1.0f;
-    product.alpha2 = 1.0f;
-    product.out = out;
-    product.out_type = out_type;
-    product.rows = rows;
-    product.columns = columns;
-    product.row_stride = columns;
-    product.column_stride = 1;
+    Product product = tunesmith::product_of(left, right, rows, columns, out, out_type);
     // where x is bf16 the adapter may be rounded to it, as it is under PyTorch's autocast
     product.exact = linear.dtype != TUNESMITH_BFLOAT16;
     return product;
   }
 
-  // Does out [tokens, rank] = alpha x smallᵀ for a small [rank, P]. The small factor is what is brought
-  // into panels as a whole; x, the large one, is read once, some tokens at a time. Few tokens are not
-  // worth a panel.
+  // Does out [tokens, rank] = alpha x smallᵀ for a small [rank, P]. The small factor is what is
+  // packed into panels as a whole; x, the large one, is read once, some tokens at a time. Few
+  // tokens are not worth a panel.
   void project(const Matrix& x, const Matrix& small, float alpha, float* out) const {
     const bool few = tokens() <= kFewTokens;
     Product product = few ? product_of(x, small, out, TUNESMITH_FLOAT32, tokens(), rank())
@@ -84,24 +67,27 @@ struct Parts {
   }
 };
 
-typedef float Four __attribute__((vector_size(16)));
+typedef float Float4 __attribute__((vector_size(16)));
 
-inline Four load_four(const float* from) {
-  Four four;
+inline Float4 load_four(const float* from) {
+  Float4 four;
   __builtin_memcpy(&four, from, sizeof four);
   return four;
 }
 
 // Four rows of 4, `stride` apart, to four columns, `to_stride` apart.
 inline void transpose_four(const float* from, int64_t stride, float* to, int64_t to_stride) {
-  const Four a = load_four(from), b = load_four(from + stride);
-  const Four c = load_four(from + 2 * stride), d = load_four(from + 3 * stride);
-  const Four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
-  const Four ef = __builtin_shufflevector(a, b, 2, 6, 3, 7), gh = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-  const Four columns[4] = {
+  const Float4 a = load_four(from), b = load_four(from + stride);
+  const Float4 c = load_four(from + 2 * stride), d = load_four(from + 3 * stride);
+  const Float4 ab = __builtin_shufflevector(a, b, 0, 4, 1, 5),
+               cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+  const Float4 ef = __builtin_shufflevector(a, b, 2, 6, 3, 7),
+               gh = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  const Float4 columns[4] = {
       __builtin_shufflevector(ab, cd, 0, 1, 4, 5), __builtin_shufflevector(ab, cd, 2, 3, 6, 7),
       __builtin_shufflevector(ef, gh, 0, 1, 4, 5), __builtin_shufflevector(ef, gh, 2, 3, 6, 7)};
-  for (int64_t i = 0; i < 4; ++i) __builtin_memcpy(to + i * to_stride, &columns[i], sizeof columns[i]);
+  for (int64_t i = 0; i < 4; ++i)
+    __builtin_memcpy(to + i * to_stride, &columns[i], sizeof columns[i]);
 }
 
 // [rows, columns] of any plain type to [columns, rows] fp32.
@@ -115,10 +101,12 @@ void transpose(const void* from, int type, int64_t rows, int64_t columns, float*
       }
     }
   };
-  const auto* halves = static_cast<const uint16_t*>(from);
-  switch (type) {
-    case TUNESMITH_FLOAT16: return convert(0, [=](int64_t i) { return float16_to_float(halves[i]); });
-    case TUNESMITH_BFLOAT16: return convert(0, [=](int64_t i) { return bfloat16_to_float(halves[i]); });
+  if (type != TUNESMITH_FLOAT32) {
+    return with_element(type, [&](auto element) {
+      using Element = decltype(element);
+      const auto* elements = static_cast<const typename Element::Storage*>(from);
+      convert(0, [=](int64_t i) { return Element::widen(elements[i]); });
+    });
   }
   const auto* floats = static_cast<const float*>(from);
   const int64_t in_fours = rows % 4 == 0 ? columns / 4 * 4 : 0;
@@ -136,7 +124,7 @@ void transpose(const void* from, int type, int64_t rows, int64_t columns, float*
 Matrix transposed_b(const Parts& parts, float* to) {
   const tunesmith_linear& linear = parts.linear;
   transpose(linear.lora_b, linear.adapter_dtype, parts.out(), parts.rank(), to);
-  return plain(to, TUNESMITH_FLOAT32, parts.out());
+  return plain_matrix(to, TUNESMITH_FLOAT32, parts.out());
 }
 
 }  // namespace
@@ -154,7 +142,7 @@ void tunesmith_linear_cpu(const tunesmith_linear* linear, const void* x, float* 
   const Parts parts = {*linear};
   const int64_t tokens = parts.tokens(), rank = parts.rank();
   tunesmith_linear_project_cpu(linear, x, s);
-  Matrix input = plain(x, linear->dtype, parts.in());
+  Matrix input = plain_matrix(x, linear->dtype, parts.in());
   Matrix weight = parts.weight();
   if (linear->weight == nullptr) input.columns = weight.columns = 0;
   Product product = parts.product_of(input, weight, y, linear->dtype, tokens, parts.out());
@@ -162,7 +150,7 @@ void tunesmith_linear_cpu(const tunesmith_linear* linear, const void* x, float* 
   product.bias = linear->bias;
   product.accumulate = accumulate;
   if (rank > 0) {
-    product.left2 = plain(s, TUNESMITH_FLOAT32, rank);
+    product.left2 = plain_matrix(s, TUNESMITH_FLOAT32, rank);
     product.right2 = parts.lora_b();
     product.alpha2 = linear->scaling;
   }
@@ -174,7 +162,7 @@ void tunesmith_linear_backward_cpu(const tunesmith_linear* linear, const void* x
                                    bool accumulate) {
   const Parts parts = {*linear};
   const int64_t tokens = parts.tokens(), rank = parts.rank();
-  const Matrix grad_out = plain(grad_y, linear->dtype, parts.out());
+  const Matrix grad_out = plain_matrix(grad_y, linear->dtype, parts.out());
   // what flows into s, worked out once for both grad_x and grad_a
   Scratch grad_s(sizeof(float) * tokens * rank);
   if (rank > 0 && (grad_x != nullptr || grad_a != nullptr)) {
@@ -189,7 +177,7 @@ void tunesmith_linear_backward_cpu(const tunesmith_linear* linear, const void* x
         parts.product_of(left, parts.weight(), grad_x, linear->dtype, tokens, parts.in());
     product.accumulate = accumulate;
     if (rank > 0) {
-      product.left2 = plain(grad_s.as<float>(), TUNESMITH_FLOAT32, rank);
+      product.left2 = plain_matrix(grad_s.as<float>(), TUNESMITH_FLOAT32, rank);
       product.right2 = parts.lora_a();
       product.keep = linear->keep;
       product.keep_scale = linear->keep_scale;
@@ -198,7 +186,7 @@ void tunesmith_linear_backward_cpu(const tunesmith_linear* linear, const void* x
   }
   if (rank == 0) return;
   Scratch transposed(sizeof(float) * tokens * rank);
-  const Matrix left = plain(transposed.as<float>(), TUNESMITH_FLOAT32, tokens);
+  const Matrix left = plain_matrix(transposed.as<float>(), TUNESMITH_FLOAT32, tokens);
   if (grad_a != nullptr) {
     transpose(grad_s.as<float>(), TUNESMITH_FLOAT32, tokens, rank, transposed.as<float>());
     Product product =

@@ -1,5 +1,6 @@
-// A second OpenMP runtime in one process means twice the threads, or a deadlock after a fork. So none
-// is linked: the one that torch has loaded is asked for by name, and it obeys torch.set_num_threads.
+// A second OpenMP runtime in one process means twice the threads, or a deadlock after a fork. So
+// none is linked: the one that torch has loaded is asked for by name, and it obeys
+// torch.set_num_threads.
 #include "parallel.h"
 
 #include <dlfcn.h>

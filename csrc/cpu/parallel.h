@@ -7,8 +7,9 @@ namespace tunesmith {
 
 constexpr int64_t divide_up(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
-// Calls work(context, first, last) for ranges that make up [0, count), each at least `grain` long but
-// for the last, on as many threads as OpenMP would give; in the calling thread if there is no OpenMP.
+// Calls work(context, first, last) for ranges that make up [0, count), each at least `grain` long
+// but for the last, on as many threads as OpenMP would give; in the calling thread if there is no
+// OpenMP.
 void parallel_ranges(int64_t count, int64_t grain,
                      void (*work)(const void* context, int64_t first, int64_t last),
                      const void* context);

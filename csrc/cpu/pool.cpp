@@ -17,8 +17,9 @@ namespace {
 
 constexpr size_t kHugePage = size_t(1) << 21;
 constexpr size_t kPage = size_t(1) << 12;
-// What waits may be this large in all, beside each thread's arena, unless TUNESMITH_POOL_MB sets another
-// limit: what a model of a size that fits the machine keeps of a short sample for its backward pass.
+// What waits may be this large in all, beside each thread's arena, unless TUNESMITH_POOL_MB sets
+// another limit: what a model of a size that fits the machine keeps of a short sample for its
+// backward pass.
 size_t default_limit() {
   constexpr size_t kLeast = size_t(256) << 20;
   const long pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGE_SIZE);
@@ -111,7 +112,8 @@ class Pool {
       const uintptr_t aligned = (begin + kHugePage - 1) / kHugePage * kHugePage;
       if (aligned > begin) munmap(memory, aligned - begin);
       const uintptr_t end = begin + total + spare;
-      if (end > aligned + total) munmap(reinterpret_cast<void*>(aligned + total), end - aligned - total);
+      if (end > aligned + total)
+        munmap(reinterpret_cast<void*>(aligned + total), end - aligned - total);
       memory = reinterpret_cast<void*>(aligned);
 #ifdef MADV_HUGEPAGE
       madvise(memory, total, MADV_HUGEPAGE);  // a wish; without it pages are small
@@ -137,9 +139,9 @@ Pool& pool() {
   return *the_pool;
 }
 
-// One thread's memory for what it takes and gives back within a call: no other thread has to be waited
-// for, and it is in this core's cache. What is taken last is given back first, as a rule; what is given
-// back earlier is free again once all is.
+// One thread's memory for what it takes and gives back within a call: no other thread has to be
+// waited for, and it is in this core's cache. What is taken last is given back first, as a rule;
+// what is given back earlier is free again once all is.
 class Arena {
  public:
   ~Arena() { tunesmith_give_back(begin_); }

@@ -1,17 +1,19 @@
 // Matrix products with a 4-bit factor, written once for every instruction set.
 //
 // A file that includes this supplies `Arithmetic`: how numbers are held, loaded and multiplied. The
-// scheme is that of Goto and van de Geijn (doi:10.1145/1356052.1356053): both factors are brought into
-// blocks that fit the caches, and a tile of sums stays in registers while the depth runs. What a 4-bit
-// factor adds is that "brought into" means decoding: each code is decoded once per call (or once per
-// kTokens rows of `left`), into a block that no one sees but the core that multiplies it.
+// scheme is that of Goto and van de Geijn (doi:10.1145/1356052.1356053): both factors are packed
+// into blocks that fit the caches, and a tile of sums stays in registers while the depth runs. What
+// a 4-bit factor adds is that packing means dequantizing: each code is dequantized once per call
+// (or once per kTokens rows of `left`), into a block that no one sees but the core that multiplies
+// it.
 //
 //   transposed    sums[n][m] += right[n][p] * left[m][p]   right gives the rows, left the panels
 //   otherwise     sums[m][n] += left[m][p] * right[p][n]   left gives the rows, right the panels
 //
 // Rows are [row][kRowStride] with p running; a panel is [p][width] with the lanes running. An
-// arithmetic that multiplies pairs (kPair = 2) has two p side by side in each place. Where the depth is
-// no multiple of kUnit, which an arithmetic multiplies at once, both are filled up with zeros.
+// arithmetic that multiplies pairs (kPair = 2) has two p side by side in each place. Where the
+// depth is no multiple of kUnit, which an arithmetic multiplies at once, both are filled up with
+// zeros.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +21,8 @@
 #include <type_traits>
 
 #include "../kernels.h"
-#include "isa.h"
+#include "elements.h"
+#include "matrix.h"
 #include "parallel.h"
 #include "pool.h"
 #include "source.h"
@@ -69,7 +72,8 @@ void add_panel(bool fresh, int64_t rows, int64_t depth, int64_t width,
 template <typename A>
 int64_t depth_of_blocks(int64_t depth, int64_t unit) {
   depth = std::max<int64_t>(depth, 1);
-  return std::min<int64_t>(A::kDepth, round_up(divide_up(depth, divide_up(depth, A::kDepth)), unit));
+  return std::min<int64_t>(A::kDepth,
+                           round_up(divide_up(depth, divide_up(depth, A::kDepth)), unit));
 }
 
 // How rows or columns that become lanes fall into panels: two vectors wide, and the last one vector
@@ -84,28 +88,28 @@ struct Panels {
   int64_t width(int64_t panel) const { return used(panel) <= A::kLanes ? A::kLanes : kWidth; }
 };
 
-// Once `count` rows of `left` have been multiplied, a block of `right` is decoded anew: by then
-// decoding is a small part, and the sums, kTokens by a block, still fit the second-level cache.
+// Once `count` rows of `left` have been multiplied, a block of `right` is dequantized anew: by then
+// dequantizing is a small part, and the sums, kTokens by a block, still fit the second-level cache.
 constexpr int64_t kTokens = 512;
-// right's rows (transposed) or columns that one core decodes and multiplies at a time
+// right's rows (transposed) or columns that one core dequantizes and multiplies at a time
 constexpr int64_t kBlockRows = 128;
 constexpr int64_t kBlockColumns = 256;
-// up to kTokensOfFewRows tokens so many rows, which then stay in the first-level cache; with more it is
-// left that is read anew for each block, and the blocks should be fewer
+// up to kTokensOfFewRows tokens so many rows, which then stay in the first-level cache; with more
+// it is left that is read anew for each block, and the blocks should be fewer
 constexpr int64_t kFewBlockRows = 64;
 constexpr int64_t kTokensOfFewRows = 128;
-// of rows at best a multiple of this is brought at once: so many codes are decoded together
+// of rows at best a multiple of this is packed at once: so many codes are dequantized together
 constexpr int64_t kRowsUnit = 64;
 // fewer multiplications than this are not worth a second thread
 constexpr int64_t kGrain = int64_t(1) << 16;
 
 // How a product is cut into units that threads share: some columns of some tokens.
 struct Grid {
-  int64_t tokens;        // of one unit
+  int64_t tokens;  // of one unit
   int64_t token_blocks;
-  int64_t unit;          // how many columns one has
-  int64_t units;         // that make up all columns
-  int64_t together;      // units side by side that are multiplied at once, at most
+  int64_t unit;      // how many columns one has
+  int64_t units;     // that make up all columns
+  int64_t together;  // units side by side that are multiplied at once, at most
 
   int64_t count() const { return token_blocks * units; }
   int64_t columns() const { return together * unit; }
@@ -115,8 +119,8 @@ struct Grid {
     return divide_up(kGrain, tokens * unit * std::max<int64_t>(depth, 1));
   }
 
-  // Calls use(block of tokens, first column, columns) for units [first, last), of up to columns() that
-  // lie side by side, and not many with one and few with the next.
+  // Calls use(block of tokens, first column, columns) for units [first, last), of up to columns()
+  // that lie side by side, and not many with one and few with the next.
   template <typename Use>
   void each(int64_t first, int64_t last, Use use) const {
     while (first < last) {
@@ -133,7 +137,8 @@ inline Grid make_grid(int64_t tokens, int64_t columns, int64_t depth, int64_t to
                       int64_t column_unit, int64_t column_block) {
   Grid grid = {std::min(kTokens, round_up(tokens, token_unit)), 0, column_unit,
                divide_up(columns, column_unit), column_block / column_unit};
-  const int64_t threads = std::max<int64_t>(1, std::min(max_threads(), tokens * columns * depth / kGrain));
+  const int64_t threads =
+      std::max<int64_t>(1, std::min(max_threads(), tokens * columns * depth / kGrain));
   const auto cut = [&] { grid.token_blocks = divide_up(tokens, grid.tokens); };
   cut();
   // every thread should have something to do
@@ -153,8 +158,8 @@ struct Output {
   void operator()(int64_t m, int64_t n, float sum) const {
     const int64_t at = m * product.row_stride + n * product.column_stride;
     sum *= factor;
-    if (product.bias != nullptr) sum += load_as_float(product.bias, product.out_type, n);
-    if (product.accumulate) sum += load_as_float(product.out, product.out_type, at);
+    if (product.bias != nullptr) sum += load_float(product.bias, product.out_type, n);
+    if (product.accumulate) sum += load_float(product.out, product.out_type, at);
     store_float(product.out, product.out_type, at, sum);
   }
 
@@ -211,8 +216,8 @@ struct Output {
       for (; i < columns; ++i) {
         const int64_t at = first + i * column_stride;
         float sum = sums[i] * scale;
-        if (bias != nullptr) sum += load_as_float(bias, kType, n + i);
-        if (accumulate) sum += load_as_float(out, kType, at);
+        if (bias != nullptr) sum += load_float(bias, kType, n + i);
+        if (accumulate) sum += load_float(out, kType, at);
         store_float(out, kType, at, sum);
       }
     }
@@ -232,7 +237,7 @@ template <typename Simd>
 void keep_sums(float* sums, int64_t count, const uint8_t* keep, float keep_scale) {
   int64_t i = 0;
   for (; i + Simd::kLanes <= count; i += Simd::kLanes) {
-    Simd::store(sums + i, Simd::kept(Simd::load(sums + i), keep + i, keep_scale));
+    Simd::store(sums + i, Simd::masked(Simd::load(sums + i), keep + i, keep_scale));
   }
   for (; i < count; ++i) sums[i] = keep[i] ? sums[i] * keep_scale : 0.0f;
 }
@@ -244,8 +249,8 @@ bool is_low_rank(const Product& product) {
   return product.left.columns == 0 && rank > 0 && rank <= A::kDepth;
 }
 
-// Does such a product. The output, read and written once, is most of the work: whole rows of it are done
-// one after the other.
+// Does such a product. The output, read and written once, is most of the work: whole rows of it are
+// done one after the other.
 template <typename A>
 void multiply_low_rank(const Product& product) {
   using Element = typename A::Element;
@@ -261,9 +266,9 @@ void multiply_low_rank(const Product& product) {
       const int64_t n = panel * kWidth, columns = std::min(kWidth, product.columns - n);
       Element* const to = right.as<Element>() + n * padded_rank;
       if (product.transposed) {
-        A::panel_of_rows(from_right2, n, columns, kWidth, to);
+        A::pack_panel_of_rows(from_right2, n, columns, kWidth, to);
       } else {
-        A::panels(from_right2, 0, rank, n, columns, kWidth * padded_rank, to);
+        A::pack_panels(from_right2, 0, rank, n, columns, kWidth * padded_rank, to);
       }
     }
   });
@@ -271,14 +276,14 @@ void multiply_low_rank(const Product& product) {
   const int64_t groups = divide_up(product.rows, kRows);
   const int64_t grain = divide_up(kGrain, kRows * rank * product.columns);
   parallel_for(groups, grain, [&](int64_t first, int64_t last) {
-    [[maybe_unused]] const typename A::Session session = {};
+    [[maybe_unused]] const typename A::ThreadState state = {};
     Scratch left(sizeof(Element) * kRows * A::kRowStride);
     std::fill(left.as<Element>(), left.as<Element>() + kRows * A::kRowStride, Element(0));
     // two, so that the next sums are begun before these are written
     alignas(64) float sums[2][kRows * kWidth];
     for (int64_t group = first; group < last; ++group) {
       const int64_t m = group * kRows, rows = std::min<int64_t>(kRows, product.rows - m);
-      A::rows(from_left2, m, rows, 0, rank, left.as<Element>());
+      A::pack_rows(from_left2, m, rows, 0, rank, left.as<Element>());
       for (int64_t panel = 0; panel <= panels; ++panel) {
         if (panel < panels) {
           A::template tile<true, kRows, 2>(padded_rank / A::kPair, left.as<Element>(),
@@ -290,8 +295,8 @@ void multiply_low_rank(const Product& product) {
         const int64_t n = (panel - 1) * kWidth, columns = std::min(kWidth, product.columns - n);
         for (int64_t r = 0; r < rows && product.keep != nullptr; ++r) {
           scale_sums<Simd>(done + r * kWidth, kWidth, product.alpha2);
-          keep_sums<Simd>(done + r * kWidth, columns,
-                          product.keep + (m + r) * product.columns + n, product.keep_scale);
+          keep_sums<Simd>(done + r * kWidth, columns, product.keep + (m + r) * product.columns + n,
+                          product.keep_scale);
         }
         output.template rows<Simd>(m, rows, n, columns, done, kWidth);
       }
@@ -299,20 +304,22 @@ void multiply_low_rank(const Product& product) {
   });
 }
 
-// How far rows of turned sums are apart: not by a power of two, which would fall on few cache sets.
+// How far rows of transposed sums are apart: not by a power of two, which would fall on few cache
+// sets.
 template <typename A>
-constexpr int64_t kTurnedStride = kBlockRows + A::kTileRows + A::kLanes;
+constexpr int64_t kTransposedStride = kBlockRows + A::kTileRows + A::kLanes;
 
 // Writes kLanes lanes of `rows` rows of sums, `width` apart, as rows.
 template <typename A>
-void turn_lanes(const float* sums, int64_t rows, int64_t width, float* to) {
+void transpose_lanes(const float* sums, int64_t rows, int64_t width, float* to) {
   constexpr int64_t kLanes = A::kLanes;
   int64_t r = 0;
   for (; r + kLanes <= rows; r += kLanes) {
-    A::Vectors::transpose(sums + r * width, width, to + r, kTurnedStride<A>);
+    A::Vectors::transpose(sums + r * width, width, to + r, kTransposedStride<A>);
   }
   for (; r < rows; ++r) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) to[lane * kTurnedStride<A> + r] = sums[r * width + lane];
+    for (int64_t lane = 0; lane < kLanes; ++lane)
+      to[lane * kTransposedStride<A> + r] = sums[r * width + lane];
   }
 }
 
@@ -345,7 +352,7 @@ void multiply_transposed(const Product& product) {
   const int64_t rank = product.left2.columns;
   const Panels<A> tokens = {product.rows};
   typename A::From from_left(product.left), from_right(product.right);
-  A::agree(from_left, from_right);
+  A::agree_on_order(from_left, from_right);
   const typename A::From from_left2(product.left2), from_right2(product.right2);
   const int64_t padded_depth = round_up(depth, A::kUnit), padded_rank = round_up(rank, A::kUnit);
   Scratch left(sizeof(Element) * tokens.panels() * kWidth * padded_depth);
@@ -355,23 +362,24 @@ void multiply_transposed(const Product& product) {
                [&](int64_t first, int64_t last) {
                  for (int64_t i = first; i < last; ++i) {
                    const int64_t m = i * kWidth, used = tokens.used(i), width = tokens.width(i);
-                   A::panel_of_rows(from_left, m, used, few ? lanes_of_few<A>(used) : width,
-                                    left.as<Element>() + m * padded_depth);
+                   A::pack_panel_of_rows(from_left, m, used, few ? lanes_of_few<A>(used) : width,
+                                         left.as<Element>() + m * padded_depth);
                    if (rank > 0) {
-                     A::panel_of_rows(from_left2, m, used, width,
-                                      left2.as<Element>() + m * padded_rank);
+                     A::pack_panel_of_rows(from_left2, m, used, width,
+                                           left2.as<Element>() + m * padded_rank);
                    }
                  }
                });
 
-  const int64_t most_rows = product.rows > kTokensOfFewRows ? kBlockRows : kFewBlockRows;
-  const int64_t rows_of_block = round_up(most_rows, A::kTileRows);
+  const int64_t max_rows = product.rows > kTokensOfFewRows ? kBlockRows : kFewBlockRows;
+  const int64_t rows_of_block = round_up(max_rows, A::kTileRows);
   // add_few_tokens takes as long for part of a block as for a whole one
   const int64_t unit = few ? rows_of_block : A::kTileRows;
   const int64_t block_depth = depth_of_blocks<A>(depth, kRowsUnit);
-  const Grid grid = make_grid(product.rows, product.columns, depth + rank, kWidth, unit, rows_of_block);
+  const Grid grid =
+      make_grid(product.rows, product.columns, depth + rank, kWidth, unit, rows_of_block);
   parallel_for(grid.count(), grid.grain(depth + rank), [&](int64_t first, int64_t last) {
-    [[maybe_unused]] const typename A::Session session = {};
+    [[maybe_unused]] const typename A::ThreadState state = {};
     // add_few_tokens takes room for a whole block however few rows there are
     Scratch block(sizeof(Element) * rows_of_block * A::kRowStride);
     Scratch sums_of_block(sizeof(float) * rows_of_block * round_up(grid.tokens, kWidth));
@@ -380,7 +388,7 @@ void multiply_transposed(const Product& product) {
     bool begun = false;
     grid.each(first, last, [&](int64_t token_block, int64_t n, int64_t columns) {
       const int64_t rows = std::min(columns, product.columns - n);
-      if (few && !begun) {  // each block asks for the next one, and nobody for the first
+      if (few && !begun) {  // each block prefetches the next one, and nobody the first
         for (int64_t r = 0; r < rows; ++r) rows_from.prefetch(n + r, 0, depth);
       }
       begun = true;
@@ -403,7 +411,7 @@ void multiply_transposed(const Product& product) {
       // first, for only this part is scaled by alpha2; alpha is 1 where it is there
       for (int64_t p = 0; p < rank; p += A::kDepth) {
         const int64_t count = std::min<int64_t>(A::kDepth, rank - p);
-        A::rows(from_right2, n, rows, p, count, block.as<Element>());
+        A::pack_rows(from_right2, n, rows, p, count, block.as<Element>());
         add_block(p == 0, p, count, left2.as<Element>(), padded_rank);
       }
       for (int64_t i = first_panel; i < last_panel; ++i) {
@@ -419,12 +427,12 @@ void multiply_transposed(const Product& product) {
       }
       for (int64_t p = 0; p < depth && !few; p += block_depth) {
         const int64_t count = std::min<int64_t>(block_depth, depth - p);
-        A::rows(rows_from, n, rows, p, count, block.as<Element>());
+        A::pack_rows(rows_from, n, rows, p, count, block.as<Element>());
         add_block(fresh, p, count, left.as<Element>(), padded_depth);
         fresh = false;
       }
       const Output output = {product, rank == 0 ? product.alpha : 1.0f};
-      alignas(64) float turned[A::kLanes * kTurnedStride<A>];
+      alignas(64) float transposed[A::kLanes * kTransposedStride<A>];
       for (int64_t i = first_panel; i < last_panel; ++i) {
         const int64_t width = tokens.width(i);
         if (output.has_columns()) {
@@ -435,8 +443,9 @@ void multiply_transposed(const Product& product) {
         }
         for (int64_t lane = 0; lane < tokens.used(i); lane += A::kLanes) {
           const int64_t lanes = std::min<int64_t>(A::kLanes, tokens.used(i) - lane);
-          turn_lanes<A>(sums_at(i) + lane, rows, width, turned);
-          output.template rows<Simd>(i * kWidth + lane, lanes, n, rows, turned, kTurnedStride<A>);
+          transpose_lanes<A>(sums_at(i) + lane, rows, width, transposed);
+          output.template rows<Simd>(i * kWidth + lane, lanes, n, rows, transposed,
+                                     kTransposedStride<A>);
         }
       }
     });
@@ -459,32 +468,33 @@ void multiply_plain(const Product& product) {
   Scratch scales(sizeof(float) * Scales<Simd>::count(product.right, depth));
   from_right.hold_all_scales(depth, scales.as<float>());
   const auto block_of = [](int64_t total) { return depth_of_blocks<A>(total, A::kUnit); };
-  const int64_t blocks = divide_up(depth, block_of(depth)), blocks2 = divide_up(rank, block_of(rank));
+  const int64_t blocks = divide_up(depth, block_of(depth)),
+                blocks2 = divide_up(rank, block_of(rank));
   // [block of the depth][token][kRowStride]
   Scratch left(sizeof(Element) * blocks * tokens * A::kRowStride);
   Scratch left2(sizeof(Element) * blocks2 * tokens * A::kRowStride);
   parallel_for(tokens, divide_up(kGrain / 4, std::max<int64_t>(depth, 1)),
                [&](int64_t first, int64_t last) {
-                 const auto bring = [&](const auto& from, int64_t columns, Element* to) {
+                 const auto pack = [&](const auto& from, int64_t columns, Element* to) {
                    const int64_t size = block_of(columns);
                    for (int64_t p = 0; p < columns; p += size) {
-                     A::rows(from, first, last - first, p, std::min(size, columns - p),
-                             to + (p / size * tokens + first) * A::kRowStride);
+                     A::pack_rows(from, first, last - first, p, std::min(size, columns - p),
+                                  to + (p / size * tokens + first) * A::kRowStride);
                    }
                  };
-                 bring(from_left, depth, left.as<Element>());
-                 bring(from_left2, rank, left2.as<Element>());
+                 pack(from_left, depth, left.as<Element>());
+                 pack(from_left2, rank, left2.as<Element>());
                });
 
   const Grid grid =
       make_grid(tokens, product.columns, depth + rank, A::kTileRows, kWidth, kBlockColumns);
   constexpr int64_t panel_stride = kWidth * A::kDepth;  // kDepth is a multiple of kUnit
   parallel_for(grid.count(), grid.grain(depth + rank), [&](int64_t first, int64_t last) {
-    [[maybe_unused]] const typename A::Session session = {};
+    [[maybe_unused]] const typename A::ThreadState state = {};
     Scratch block(sizeof(Element) * grid.columns() * A::kDepth);
     Scratch sums_of_block(sizeof(float) * grid.columns() * grid.tokens);
-    grid.each(first, last, [&](int64_t token_block, int64_t n, int64_t most) {
-      const int64_t columns = std::min(most, product.columns - n);
+    grid.each(first, last, [&](int64_t token_block, int64_t n, int64_t max_columns) {
+      const int64_t columns = std::min(max_columns, product.columns - n);
       const int64_t panels = divide_up(columns, kWidth);
       const int64_t token = token_block * grid.tokens;
       const int64_t rows = std::min(grid.tokens, tokens - token);
@@ -496,7 +506,7 @@ void multiply_plain(const Product& product) {
         const int64_t size = block_of(total);
         for (int64_t p = 0; p < total; p += size) {
           const int64_t count = std::min(size, total - p);
-          A::panels(from, p, count, n, columns, panel_stride, block.as<Element>());
+          A::pack_panels(from, p, count, n, columns, panel_stride, block.as<Element>());
           for (int64_t panel = 0; panel < panels; ++panel) {
             add_panel<A>(fresh && p == 0, rows, round_up(count, A::kUnit) / A::kPair, kWidth,
                          left_blocks + (p / size * tokens + token) * A::kRowStride,
@@ -521,7 +531,8 @@ void multiply_plain(const Product& product) {
       const Output output = {product, rank == 0 ? product.alpha : 1.0f};
       for (int64_t panel = 0; panel < panels; ++panel) {
         output.template rows<Simd>(token, rows, n + panel * kWidth,
-                                   std::min(kWidth, columns - panel * kWidth), sums_at(panel), kWidth);
+                                   std::min(kWidth, columns - panel * kWidth), sums_at(panel),
+                                   kWidth);
       }
     });
   });

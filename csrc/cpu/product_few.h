@@ -1,4 +1,4 @@
-// Products of few rows, for which blocks as those of product.h are not worth their while.
+// Products of few rows, for which packing as product.h does it is not worth their while.
 #pragma once
 
 #include <algorithm>
@@ -6,7 +6,7 @@
 #include <type_traits>
 
 #include "../kernels.h"
-#include "isa.h"
+#include "matrix.h"
 #include "parallel.h"
 #include "pool.h"
 #include "product.h"
@@ -15,8 +15,8 @@
 namespace tunesmith {
 namespace {
 
-// Few rows of `left` are multiplied without a block: decoding is then most of the work, and each value
-// is used as it leaves the register, by up to 4 rows.
+// Few rows of `left` are multiplied without a block: dequantizing is then most of the work, and
+// each value is used as it leaves the register, by up to 4 rows.
 inline bool has_few_tokens(const Product& product) {
   return product.transposed && product.rows <= kFewTokens && is_4bit(product.right.type) &&
          product.left.columns > 0 && product.left.columns % 64 == 0;
@@ -44,7 +44,7 @@ const float* row_as_float(const Source<Simd>& from, const Matrix& matrix, int64_
   return to;
 }
 
-// Whether a product of few rows with a plain factor is too small to bring either into blocks.
+// Whether a product of few rows with a plain factor is too small to pack either.
 inline bool is_small(const Product& product) {
   return product.transposed && product.rows <= kFewTokens && !is_4bit(product.right.type) &&
          product.left2.columns == 0 && product.keep == nullptr && product.left.columns > 0 &&
@@ -76,8 +76,8 @@ void fetch_scales_of_row(const Matrix& matrix, int64_t row, float* out) {
   for (int64_t i = matrix.columns / 64; i % (Simd::kGroup / 64) != 0; ++i) out[i] = 0.0f;
 }
 
-// Rows [row, row + kRows) of the product. Simd decodes a group of codes at a time, in an order that
-// suits it; left is brought into the same order.
+// Rows [row, row + kRows) of the product. Simd dequantizes a group of codes at a time, in an order
+// that suits it; left is reordered likewise.
 template <typename Simd, int kRows>
 void multiply_few_rows(const Product& product, int64_t row) {
   constexpr int64_t kLanes = Simd::kLanes, kGroup = Simd::kGroup, kBlocks = kGroup / 64;
@@ -110,9 +110,9 @@ void multiply_few_rows(const Product& product, int64_t row) {
   const Output output = {product};
   parallel_for(product.columns, divide_up(kGrain, depth), [&](int64_t first, int64_t last) {
     // two rows of right at a time, so that one need not wait for the other
-    constexpr int kMost = 2;  // rows of right at a time, which share what is loaded of left
+    constexpr int kMax = 2;  // rows of right at a time, which share what is loaded of left
     Scratch row2(sizeof(float) * rank);
-    Scratch scales(sizeof(float) * kMost * groups * kBlocks);
+    Scratch scales(sizeof(float) * kMax * groups * kBlocks);
     const auto multiply_columns = [&](int64_t n, auto together) {
       constexpr int kTogether = decltype(together)::value;
       for (int c = 0; c < kTogether; ++c) {
@@ -132,10 +132,10 @@ void multiply_few_rows(const Product& product, int64_t row) {
           // two sums for each row of left, so that one need not wait for the other
           typename Simd::V sums[kRows][2];
           for (int m = 0; m < kRows; ++m) sums[m][0] = sums[m][1] = Simd::set(0.0f);
-          Simd::decode_group(at, blocks, codes, [&](int i, typename Simd::V decoded) {
+          Simd::dequantize_group(at, blocks, codes, [&](int i, typename Simd::V dequantized) {
             for (int m = 0; m < kRows; ++m) {
               const auto lanes = Simd::load(values + m * groups * kGroup + i * kLanes);
-              sums[m][i % 2] = Simd::fma(decoded, lanes, sums[m][i % 2]);
+              sums[m][i % 2] = Simd::fma(dequantized, lanes, sums[m][i % 2]);
             }
           });
           const auto scale = Simd::spread(scales.as<float>() + (c * groups + g) * kBlocks);
@@ -162,8 +162,8 @@ void multiply_few_rows(const Product& product, int64_t row) {
       }
     };
     int64_t n = first;
-    for (; n + kMost <= last; n += kMost) {
-      multiply_columns(n, std::integral_constant<int, kMost>());
+    for (; n + kMax <= last; n += kMax) {
+      multiply_columns(n, std::integral_constant<int, kMax>());
     }
     if (n < last) multiply_columns(n, std::integral_constant<int, 1>());
   });

@@ -25,13 +25,13 @@ struct Fp32Arithmetic {
   // not a power of two, so that rows do not fall on the same cache sets
   static constexpr int kRowStride = kDepth + 16;
 
-  static void agree(From&, From&) {}
+  static void agree_on_order(From&, From&) {}
 
   // What a thread holds while it multiplies.
-  struct Session {};
+  struct ThreadState {};
 
-  static void rows(const From& source, int64_t row, int64_t rows, int64_t p, int64_t depth,
-                   float* out) {
+  static void pack_rows(const From& source, int64_t row, int64_t rows, int64_t p, int64_t depth,
+                        float* out) {
     const int64_t next = std::min<int64_t>(kDepth, source.columns() - p - depth);
     for (int64_t r = 0; r < rows; ++r) {
       source.prefetch(row + r, p + depth, next);
@@ -40,8 +40,8 @@ struct Fp32Arithmetic {
   }
 
   // Columns [column, column + columns) to panels two vectors wide, each `stride` from the last.
-  static void panels(const From& source, int64_t p, int64_t depth, int64_t column, int64_t columns,
-                     int64_t stride, float* out) {
+  static void pack_panels(const From& source, int64_t p, int64_t depth, int64_t column,
+                          int64_t columns, int64_t stride, float* out) {
     constexpr int64_t kWidth = 2 * kLanes;
     for (int64_t d = 0; d < depth; ++d) {
       float* row = out + d * kWidth;
@@ -55,8 +55,8 @@ struct Fp32Arithmetic {
   }
 
   // Rows [row, row + rows) to one panel in which they are the lanes.
-  static void panel_of_rows(const From& source, int64_t row, int64_t rows, int64_t width,
-                            float* out) {
+  static void pack_panel_of_rows(const From& source, int64_t row, int64_t rows, int64_t width,
+                                 float* out) {
     constexpr int64_t kChunk = 64;
     alignas(64) float values[2 * kLanes][kChunk];
     for (int64_t r = rows; r < width; ++r) std::fill(values[r], values[r] + kChunk, 0.0f);
@@ -72,8 +72,8 @@ struct Fp32Arithmetic {
     }
   }
 
-  // Adds R rows times Count vectors of a panel, over `depth`, to sums [R][width], or puts them there
-  // where kFresh says that nothing is there yet.
+  // Adds R rows times Count vectors of a panel, over `depth`, to sums [R][width], or puts them
+  // there where kFresh says that nothing is there yet.
   template <bool kFresh, int R, int Count>
   static void tile(int64_t depth, const float* rows, const float* panel, float* sums) {
     using V = typename Simd::V;

@@ -1,13 +1,13 @@
-// Reading numbers as fp32, whatever they are held in, 4-bit codes with their scales included, and storing
-// them.
+// Reading a matrix as fp32, whatever it is held in, 4-bit codes with their scales included.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
 #include "../kernels.h"
-#include "../nf4.h"
-#include "isa.h"
+#include "../four_bit.h"
+#include "elements.h"
+#include "matrix.h"
 #include "parallel.h"
 
 namespace tunesmith {
@@ -19,22 +19,6 @@ inline bool is_4bit(int type) { return type == TUNESMITH_NF4 || type == TUNESMIT
 
 constexpr int64_t round_up(int64_t count, int64_t size) { return divide_up(count, size) * size; }
 
-inline float load_as_float(const void* data, int type, int64_t at) {
-  switch (type) {
-    case TUNESMITH_FLOAT16: return float16_to_float(static_cast<const uint16_t*>(data)[at]);
-    case TUNESMITH_BFLOAT16: return bfloat16_to_float(static_cast<const uint16_t*>(data)[at]);
-    default: return static_cast<const float*>(data)[at];
-  }
-}
-
-inline void store_float(void* data, int type, int64_t at, float value) {
-  switch (type) {
-    case TUNESMITH_FLOAT16: static_cast<uint16_t*>(data)[at] = float_to_float16(value); break;
-    case TUNESMITH_BFLOAT16: static_cast<uint16_t*>(data)[at] = float_to_bfloat16(value); break;
-    default: static_cast<float*>(data)[at] = value;
-  }
-}
-
 inline float scale_of(const Matrix& matrix, int64_t block) {
   return scale_of(block, matrix.absmax, matrix.nested_absmax, matrix.nested_offset, kScales);
 }
@@ -44,14 +28,15 @@ inline void fetch_scales(const Matrix& matrix, int64_t first, int64_t count, flo
   for (int64_t i = 0; i < count; ++i) out[i] = scale_of(matrix, first + i);
 }
 
-// By how many bits an element's index is shifted for that of its block; a block size is a power of 2.
+// By how many bits an element's index is shifted for that of its block; a block size is a power
+// of 2.
 inline int shift_of(const Matrix& matrix) {
   if (!is_4bit(matrix.type) || matrix.blocksize <= 0) return 0;
   return __builtin_ctzll(uint64_t(matrix.blocksize));
 }
 
-// Asks for elements [column, column + count) of a row that will be fetched soon. Blocks are read a
-// little of many rows at a time, which the hardware does not foresee. Inlined always: GCC takes a
+// Prefetches elements [column, column + count) of a row that will be fetched soon. Blocks are read
+// a little of many rows at a time, which the hardware does not foresee. Inlined always: GCC takes a
 // function that only prefetches for one that does nothing.
 [[gnu::always_inline]] inline void prefetch(const Matrix& matrix, int64_t row, int64_t column,
                                             int64_t count) {
@@ -78,14 +63,15 @@ struct InPanels {
 // Fewer scales than this are not worth a second thread.
 constexpr int64_t kScalesGrain = 4096;
 
-// The blocks of a 4-bit matrix and their scales, those of some rows at hand: to fetch them one by one
-// takes as long as to decode what they scale.
+// The blocks of a 4-bit matrix and their scales, those of some rows at hand: to fetch them one by
+// one takes as long as to dequantize what they scale.
 template <typename Simd>
 class Scales {
  public:
   explicit Scales(const Matrix& matrix) : matrix_(matrix), shift_(shift_of(matrix)) {}
 
-  // How many floats the scales of `rows` rows take at most, be they of blocks or of every 64 elements.
+  // How many floats the scales of `rows` rows take at most, be they of blocks or of every 64
+  // elements.
   static int64_t count(const Matrix& matrix, int64_t rows) {
     return is_4bit(matrix.type) ? rows * matrix.columns / 64 + 2 : 0;
   }
@@ -102,9 +88,10 @@ class Scales {
   // Fetches those of all rows, on all threads, to `to`, which has to live as long as they are read.
   void hold_all(int64_t rows, float* to) {
     if (!is_4bit(matrix_.type)) return;
-    parallel_for(block_of(rows * matrix_.columns - 1) + 1, kScalesGrain, [&](int64_t first, int64_t last) {
-      Simd::fetch_scales(matrix_, first, last - first, to + first);
-    });
+    parallel_for(block_of(rows * matrix_.columns - 1) + 1, kScalesGrain,
+                 [&](int64_t first, int64_t last) {
+                   Simd::fetch_scales(matrix_, first, last - first, to + first);
+                 });
     first_ = 0;
     held_ = to;
   }
@@ -153,38 +140,38 @@ class Source {
   }
 
   // Fetches elements [column, column + count) of one row.
-  template <typename Place>
-  void fetch(int64_t row, int64_t column, int64_t count, float* out, Place place) const {
+  template <typename Layout>
+  void fetch(int64_t row, int64_t column, int64_t count, float* out, Layout layout) const {
     const int64_t begin = row * matrix_.columns + column;
     if (is_4bit(matrix_.type)) {
-      decode(begin, count, out, place);
+      dequantize(begin, count, out, layout);
     } else {
-      convert(begin, count, out, place);
+      convert(begin, count, out, layout);
     }
   }
 
  private:
-  template <typename Place>
-  void convert(int64_t begin, int64_t count, float* out, Place place) const {
+  template <typename Layout>
+  void convert(int64_t begin, int64_t count, float* out, Layout layout) const {
     int64_t i = 0;
     for (; i + Simd::kLanes <= count; i += Simd::kLanes) {
       auto values = Simd::load(matrix_.data, matrix_.type, begin + i);
       if (matrix_.keep != nullptr) {
-        values = Simd::kept(values, matrix_.keep + begin + i, matrix_.keep_scale);
+        values = Simd::masked(values, matrix_.keep + begin + i, matrix_.keep_scale);
       }
-      Simd::store(out + place(i), values);
+      Simd::store(out + layout(i), values);
     }
     for (; i < count; ++i) {
-      float value = load_as_float(matrix_.data, matrix_.type, begin + i);
+      float value = load_float(matrix_.data, matrix_.type, begin + i);
       if (matrix_.keep != nullptr) {
         value = matrix_.keep[begin + i] ? value * matrix_.keep_scale : 0.0f;
       }
-      out[place(i)] = value;
+      out[layout(i)] = value;
     }
   }
 
-  template <typename Place>
-  void decode(int64_t begin, int64_t count, float* out, Place place) const {
+  template <typename Layout>
+  void dequantize(int64_t begin, int64_t count, float* out, Layout layout) const {
     const auto* packed = static_cast<const uint8_t*>(matrix_.data);
     for (int64_t i = 0; i < count;) {
       const int64_t block = scales_.block_of(begin + i);
@@ -193,14 +180,14 @@ class Source {
       while (i < end) {
         const int64_t at = begin + i;
         if (at % 2 == 0 && i + 64 <= end && i % Simd::kLanes == 0) {
-          Simd::decode64(packed + at / 2, codes_, scale,
-                         [&](int64_t j) { return out + place(i + j); });
+          Simd::dequantize64(packed + at / 2, codes_, scale,
+                             [&](int64_t j) { return out + layout(i + j); });
           i += 64;
           continue;
         }
         const uint8_t pair = packed[at / 2];
         const unsigned code = at % 2 == 0 ? pair >> 4 : pair & 0xF;
-        out[place(i)] = matrix_.table->values[code] * scale;
+        out[layout(i)] = matrix_.table->values[code] * scale;
         ++i;
       }
     }
@@ -213,7 +200,7 @@ class Source {
   Scales<Simd> scales_;
 };
 
-// How many rows before its turn a row of a panel is asked for.
+// How many rows before its turn a row of a panel is prefetched.
 constexpr int64_t kRowsAhead = 8;
 
 }  // namespace

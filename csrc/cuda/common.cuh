@@ -6,7 +6,7 @@
 #include <cuda_runtime.h>
 
 #include "../kernels.h"
-#include "../nf4.h"
+#include "../four_bit.h"
 #include "launch.cuh"
 
 namespace tunesmith {
@@ -36,13 +36,13 @@ __device__ inline unsigned code_at(const uint8_t* packed, int64_t element) {
   return element % 2 == 0 ? pair >> 4 : pair & 0xFu;
 }
 
-// How a type is kept, as ../formulas.h takes it. An element in memory is a Storage, and 32 bits of memory
-// are a word of one element or two.
+// How a type is held, as ../formulas.h takes it. An element in memory is a Storage, and 32 bits of
+// memory are a word of one element or two.
 struct Float32 {
   using Storage = float;
   static constexpr int kPerWord = 1;
-  static __device__ float to(float value) { return value; }
-  static __device__ float of(float value) { return value; }
+  static __device__ float widen(float value) { return value; }
+  static __device__ float narrow(float value) { return value; }
   static __device__ void unpack(unsigned word, float* out) { *out = float_of(word); }
   static __device__ unsigned pack(const float* from) { return bits_of(*from); }
 };
@@ -50,11 +50,13 @@ struct Float32 {
 struct Float16 {
   using Storage = uint16_t;
   static constexpr int kPerWord = 2;
-  static __device__ float to(uint16_t value) { return __half2float(__ushort_as_half(value)); }
-  static __device__ uint16_t of(float value) { return __half_as_ushort(__float2half_rn(value)); }
+  static __device__ float widen(uint16_t value) { return __half2float(__ushort_as_half(value)); }
+  static __device__ uint16_t narrow(float value) {
+    return __half_as_ushort(__float2half_rn(value));
+  }
   static __device__ void unpack(unsigned word, float* out) {
-    out[0] = to(uint16_t(word));
-    out[1] = to(uint16_t(word >> 16));
+    out[0] = widen(uint16_t(word));
+    out[1] = widen(uint16_t(word >> 16));
   }
   static __device__ unsigned pack(const float* from) {
     const __half2 pair = __floats2half2_rn(from[0], from[1]);
@@ -67,8 +69,8 @@ struct Float16 {
 struct BFloat16 {
   using Storage = uint16_t;
   static constexpr int kPerWord = 2;
-  static __device__ float to(uint16_t value) { return bfloat16_to_float(value); }
-  static __device__ uint16_t of(float value) {
+  static __device__ float widen(uint16_t value) { return bfloat16_to_float(value); }
+  static __device__ uint16_t narrow(float value) {
     return __bfloat16_as_ushort(__float2bfloat16_rn(value));
   }
   static __device__ void unpack(unsigned word, float* out) {
@@ -138,7 +140,7 @@ __device__ void load_some(const typename T::Storage* from, float (&to)[Count]) {
     load_eight<T>(from).unpack(to);
   } else {
 #pragma unroll
-    for (int e = 0; e < Count; ++e) to[e] = T::to(from[e]);
+    for (int e = 0; e < Count; ++e) to[e] = T::widen(from[e]);
   }
 }
 
@@ -151,11 +153,11 @@ __device__ void store_some(const float (&from)[Count], typename T::Storage* to) 
     for (int i = 0; i < 2 / T::kPerWord; ++i) reinterpret_cast<uint4*>(to)[i] = eight.bits[i];
   } else {
 #pragma unroll
-    for (int e = 0; e < Count; ++e) to[e] = T::of(from[e]);
+    for (int e = 0; e < Count; ++e) to[e] = T::narrow(from[e]);
   }
 }
 
-// For decoding, in shared memory.
+// For dequantizing, in shared memory.
 struct Tables {
   float values[16];  // of the codes; in 16 banks, so that lanes never wait for each other
   float dynamic[256];
@@ -167,8 +169,8 @@ __device__ inline void fill(Tables& tables, int type) {
   for (unsigned i = threadIdx.x; i < 256; i += blockDim.x) tables.dynamic[i] = kDynamic.values[i];
 }
 
-// The scale of a block as it lies in memory. It is loaded early and decoded late: decoding a nested
-// one waits for what was loaded.
+// The scale of a block as it lies in memory. It is loaded early and dequantized late: dequantizing
+// a nested one waits for what was loaded.
 struct LoadedScale {
   unsigned absmax;  // its bits, or the code of a nested one
   float nested_absmax;
@@ -180,8 +182,8 @@ __device__ inline LoadedScale load_scale(uint64_t block, const void* __restrict_
   return {static_cast<const uint8_t*>(absmax)[block], nested_absmax[block / kNestedBlocksize]};
 }
 
-__device__ inline float decode(const LoadedScale& scale, bool nested, float offset,
-                               const Tables& tables) {
+__device__ inline float dequantize_scale(const LoadedScale& scale, bool nested, float offset,
+                                         const Tables& tables) {
   if (!nested) return float_of(scale.absmax);
   return __fadd_rn(__fmul_rn(tables.dynamic[scale.absmax], scale.nested_absmax), offset);
 }
@@ -201,9 +203,7 @@ __device__ inline float warp_sum(float value) {
   return value;
 }
 
-__device__ inline int64_t thread_index() {
-  return int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-}
+__device__ inline int64_t thread_index() { return int64_t(blockIdx.x) * blockDim.x + threadIdx.x; }
 
 __device__ inline int64_t thread_count() { return int64_t(gridDim.x) * blockDim.x; }
 

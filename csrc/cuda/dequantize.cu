@@ -1,4 +1,4 @@
-// Dequantizing on CUDA: the bits of the CPU kernels, nested scales decoded on the way.
+// Dequantizing on CUDA: the bits of the CPU kernels, nested scales dequantized on the way.
 #include <type_traits>
 
 #include "common.cuh"
@@ -19,7 +19,7 @@ struct Packed {
   int type;
 };
 
-// What a thread loads before it decodes.
+// What a thread loads before it dequantizes.
 template <int Vectors>
 struct Loaded {
   unsigned codes[Vectors];
@@ -27,7 +27,7 @@ struct Loaded {
 };
 
 // First the elements of that many vectors of 16 bytes of `out`, then one by one what is left. While
-// one tile is decoded, the next is on its way.
+// one tile is dequantized, the next is on its way.
 template <typename T, int Vectors>
 __global__ void __launch_bounds__(kThreads)
     dequantize_kernel(Packed weight, int64_t vectors, typename T::Storage* __restrict__ out) {
@@ -64,11 +64,11 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < Vectors; ++i) {
       const int64_t vector = start + i * int64_t(blockDim.x) + threadIdx.x;
       if (vector >= vectors) break;
-      const float scale = decode(now.scales[i], nested, offset, tables);
+      const float scale = dequantize_scale(now.scales[i], nested, offset, tables);
       float elements[kElements];
 #pragma unroll
       for (int e = 0; e < kElements; ++e) {
-        elements[e] = dequantized(tables.values[code_at(now.codes[i], e)], scale);
+        elements[e] = times_scale(tables.values[code_at(now.codes[i], e)], scale);
       }
       uint4 bits;
       bits.x = T::pack(elements);
@@ -80,9 +80,9 @@ __global__ void __launch_bounds__(kThreads)
   }
 
   for (int64_t i = vectors * kElements + thread_index(); i < weight.numel; i += thread_count()) {
-    const float scale = scale_of(i / weight.blocksize, weight.absmax, weight.nested_absmax, offset,
-                                 kDynamic);
-    out[i] = T::of(dequantized(tables.values[code_at(weight.codes, i)], scale));
+    const float scale =
+        scale_of(i / weight.blocksize, weight.absmax, weight.nested_absmax, offset, kDynamic);
+    out[i] = T::narrow(times_scale(tables.values[code_at(weight.codes, i)], scale));
   }
 }
 
@@ -111,7 +111,6 @@ const char* tunesmith_dequantize_4bit_cuda(const uint8_t* packed, const void* ab
   if (numel == 0) return nullptr;  // CUDA refuses an empty grid
   const Packed weight = {packed, absmax,    nested_absmax,      nested_offset,
                          numel,  blocksize, log2_of(blocksize), type};
-  return for_dtype(dtype, [&](auto element) {
-    return dequantize<decltype(element)>(weight, out, stream);
-  });
+  return for_dtype(
+      dtype, [&](auto element) { return dequantize<decltype(element)>(weight, out, stream); });
 }

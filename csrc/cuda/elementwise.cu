@@ -1,8 +1,8 @@
 // What stands between the products of a layer, one pass over its tensors each: norms, gated units,
 // rotary embedding; and the log-probabilities of labels. The formulas are those of ../formulas.h.
 //
-// Each kernel takes eight elements at a time where rows are made of whole eights and lie at multiples
-// of 16 bytes, and else one.
+// Each kernel takes eight elements at a time where rows are made of whole eights and lie at
+// multiples of 16 bytes, and else one.
 #include <initializer_list>
 #include <type_traits>
 
@@ -15,7 +15,8 @@ namespace {
 constexpr int kWarpsOfBlock = kThreads / kWarp;
 constexpr int64_t kWarpColumns = 1024;  // rows of up to so many are a warp's, longer ones a block's
 
-// Which thread of its row a thread is, and which rows are its own: those of a warp or of all of a block.
+// Which thread of its row a thread is, and which rows are its own: those of a warp or of all of a
+// block.
 template <int Warps>
 struct Rows {
   int lane;
@@ -181,8 +182,8 @@ __global__ void __launch_bounds__(kThreads)
       // back is by the other's sine, and the other way round
       const float into_first = Backward ? -of_sin[1][e] : of_sin[0][e];
       const float into_second = Backward ? -of_sin[0][e] : of_sin[1][e];
-      of_x[0][e] = turned_first<T>(first, second, of_cos[0][e], into_first);
-      of_x[1][e] = turned_second<T>(first, second, of_cos[1][e], into_second);
+      of_x[0][e] = rotated_first<T>(first, second, of_cos[0][e], into_first);
+      of_x[1][e] = rotated_second<T>(first, second, of_cos[1][e], into_second);
     }
     store_some<T>(of_x[0], out + low);
     store_some<T>(of_x[1], out + low + half);
@@ -191,12 +192,12 @@ __global__ void __launch_bounds__(kThreads)
 
 // The sum of e to the power of some logits less the largest of them (arXiv:1805.02867).
 struct LogSum {
-  float most, sum;
+  float running_max, sum;
 
   __device__ void add(const LogSum& other) {
-    const float larger = other.most > most ? other.most : most;
-    sum = sum * exp_of(most - larger) + other.sum * exp_of(other.most - larger);
-    most = larger;
+    const float larger = other.running_max > running_max ? other.running_max : running_max;
+    sum = sum * exp_of(running_max - larger) + other.sum * exp_of(other.running_max - larger);
+    running_max = larger;
   }
 };
 
@@ -206,7 +207,7 @@ constexpr int kLogpsThreads = 512;
 template <typename T, int Count>
 __global__ void __launch_bounds__(kLogpsThreads)
     logps_kernel(typename T::Storage* __restrict__ logits, const int64_t* __restrict__ labels,
-                 int64_t rows, int64_t columns, bool slopes, float* __restrict__ logps) {
+                 int64_t rows, int64_t columns, bool gradients, float* __restrict__ logps) {
   constexpr float kLowest = -3.40282347e38f;
   LogSum* const of_warps = reinterpret_cast<LogSum*>(shared_memory);
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
@@ -214,23 +215,23 @@ __global__ void __launch_bounds__(kLogpsThreads)
     const int64_t label = labels[row];
     const bool known = label >= 0 && label < columns;
     // read by all before any writes: barriers follow
-    const float of_label = known ? T::to(of_row[label]) : float_of(0x7FC00000u);  // NaN
+    const float of_label = known ? T::widen(of_row[label]) : float_of(0x7FC00000u);  // NaN
     LogSum total = {kLowest, 0.0f};
     for (int64_t i = int64_t(threadIdx.x) * Count; i < columns; i += kLogpsThreads * Count) {
       float some[Count];
       load_some<T>(of_row + i, some);
-      float most = total.most;
+      float running_max = total.running_max;
 #pragma unroll
-      for (int e = 0; e < Count; ++e) most = some[e] > most ? some[e] : most;
-      total.sum *= exp_of(total.most - most);
-      total.most = most;
+      for (int e = 0; e < Count; ++e) running_max = some[e] > running_max ? some[e] : running_max;
+      total.sum *= exp_of(total.running_max - running_max);
+      total.running_max = running_max;
 #pragma unroll
-      for (int e = 0; e < Count; ++e) total.sum += exp_of(some[e] - most);
+      for (int e = 0; e < Count; ++e) total.sum += exp_of(some[e] - running_max);
     }
 #pragma unroll
     for (int offset = kWarp / 2; offset > 0; offset /= 2) {
       LogSum other;
-      other.most = __shfl_xor_sync(0xFFFFFFFFu, total.most, offset);
+      other.running_max = __shfl_xor_sync(0xFFFFFFFFu, total.running_max, offset);
       other.sum = __shfl_xor_sync(0xFFFFFFFFu, total.sum, offset);
       total.add(other);
     }
@@ -238,17 +239,18 @@ __global__ void __launch_bounds__(kLogpsThreads)
     __syncthreads();
     total = of_warps[0];
     for (int warp = 1; warp < kLogpsThreads / kWarp; ++warp) total.add(of_warps[warp]);
-    __syncthreads();  // the next row may write there
+    __syncthreads();                        // the next row may write there
     const float log_sum = logf(total.sum);  // not added to the largest, beside which it may be lost
-    const float logp = (of_label - total.most) - log_sum;
+    const float logp = (of_label - total.running_max) - log_sum;
     if (threadIdx.x == 0) logps[row] = logp;
-    if (!slopes) continue;
+    if (!gradients) continue;
     for (int64_t i = int64_t(threadIdx.x) * Count; i < columns; i += kLogpsThreads * Count) {
       float some[Count];
       load_some<T>(of_row + i, some);
 #pragma unroll
       for (int e = 0; e < Count; ++e) {
-        some[e] = i + e == label ? 1.0f - exp_of(logp) : -exp_of((some[e] - total.most) - log_sum);
+        some[e] =
+            i + e == label ? 1.0f - exp_of(logp) : -exp_of((some[e] - total.running_max) - log_sum);
       }
       store_some<T>(some, of_row + i);
     }
@@ -292,18 +294,18 @@ const char* for_activation(int activation, bool by_vectors, Use use) {
 using namespace tunesmith;
 
 const char* tunesmith_rms_norm_cuda(const void* x, const void* weight, int dtype, int64_t rows,
-                                    int64_t columns, float eps, bool from_one, void* y, float* scale,
-                                    void* stream) {
+                                    int64_t columns, float eps, bool from_one, void* y,
+                                    float* scale, void* stream) {
   if (rows == 0) return nullptr;  // CUDA refuses an empty grid
   const bool by_vectors = columns % 8 == 0 && all_aligned({x, weight, y});
   return for_dtype(dtype, [&](auto of) {
     using T = decltype(of);
     using Storage = typename T::Storage;
     return for_norm(from_one, columns, by_vectors, [&](auto kind, auto warps, auto count) {
-      return launch(norm_kernel<T, decltype(kind), decltype(warps)::value, decltype(count)::value>, grid_of_rows(rows, warps()),
-                    kThreads, kWarpsOfBlock * sizeof(float), stream, static_cast<const Storage*>(x),
-                    static_cast<const Storage*>(weight), rows, columns, eps,
-                    static_cast<Storage*>(y), scale);
+      return launch(norm_kernel<T, decltype(kind), decltype(warps)::value, decltype(count)::value>,
+                    grid_of_rows(rows, warps()), kThreads, kWarpsOfBlock * sizeof(float), stream,
+                    static_cast<const Storage*>(x), static_cast<const Storage*>(weight), rows,
+                    columns, eps, static_cast<Storage*>(y), scale);
     });
   });
 }
@@ -318,11 +320,11 @@ const char* tunesmith_rms_norm_backward_cuda(const void* grad_y, const void* x, 
     using T = decltype(of);
     using Storage = typename T::Storage;
     return for_norm(from_one, columns, by_vectors, [&](auto kind, auto warps, auto count) {
-      return launch(norm_backward_kernel<T, decltype(kind), decltype(warps)::value, decltype(count)::value>,
-                    grid_of_rows(rows, warps()), kThreads, kWarpsOfBlock * sizeof(float), stream,
-                    static_cast<const Storage*>(grad_y), static_cast<const Storage*>(x),
-                    static_cast<const Storage*>(weight), scale, rows, columns,
-                    static_cast<Storage*>(grad_x));
+      return launch(
+          norm_backward_kernel<T, decltype(kind), decltype(warps)::value, decltype(count)::value>,
+          grid_of_rows(rows, warps()), kThreads, kWarpsOfBlock * sizeof(float), stream,
+          static_cast<const Storage*>(grad_y), static_cast<const Storage*>(x),
+          static_cast<const Storage*>(weight), scale, rows, columns, static_cast<Storage*>(grad_x));
     });
   });
 }
@@ -335,9 +337,10 @@ const char* tunesmith_gated_cuda(const void* gate, const void* up, int dtype, in
     using T = decltype(of);
     using Storage = typename T::Storage;
     return for_activation(activation, by_vectors, [&](auto kind, auto count) {
-      return launch(gated_kernel<T, decltype(kind), decltype(count)::value>, grid_for(numel / count(), kThreads),
-                    kThreads, 0, stream, static_cast<const Storage*>(gate),
-                    static_cast<const Storage*>(up), numel, static_cast<Storage*>(y));
+      return launch(gated_kernel<T, decltype(kind), decltype(count)::value>,
+                    grid_for(numel / count(), kThreads), kThreads, 0, stream,
+                    static_cast<const Storage*>(gate), static_cast<const Storage*>(up), numel,
+                    static_cast<Storage*>(y));
     });
   });
 }
@@ -370,21 +373,21 @@ const char* tunesmith_rotary_cuda(const void* x, const void* cos, const void* si
     using T = decltype(of);
     using Storage = typename T::Storage;
     const auto start = [&](auto back, auto count) {
-      return launch(rotary_kernel<T, decltype(back)::value, decltype(count)::value>, grid_for(pairs / count(), kThreads), kThreads,
-                    0, stream, static_cast<const Storage*>(x), static_cast<const Storage*>(cos),
+      return launch(rotary_kernel<T, decltype(back)::value, decltype(count)::value>,
+                    grid_for(pairs / count(), kThreads), kThreads, 0, stream,
+                    static_cast<const Storage*>(x), static_cast<const Storage*>(cos),
                     static_cast<const Storage*>(sin), tokens, positions, heads, size,
                     static_cast<Storage*>(out));
     };
     const auto with = [&](auto back) {
-      return by_vectors ? start(back, Number<8>{})
-                        : start(back, Number<1>{});
+      return by_vectors ? start(back, Number<8>{}) : start(back, Number<1>{});
     };
     return backward ? with(std::true_type{}) : with(std::false_type{});
   });
 }
 
 const char* tunesmith_logps_cuda(void* logits, const int64_t* labels, int dtype, int64_t rows,
-                                 int64_t columns, bool slopes, float* logps, void* stream) {
+                                 int64_t columns, bool gradients, float* logps, void* stream) {
   if (rows == 0) return nullptr;
   const bool by_vectors = columns % 8 == 0 && is_aligned(logits, 16);
   return for_dtype(dtype, [&](auto of) {
@@ -392,9 +395,9 @@ const char* tunesmith_logps_cuda(void* logits, const int64_t* labels, int dtype,
     const auto start = [&](auto count) {
       return launch(logps_kernel<T, decltype(count)::value>, grid_for(rows, 1), kLogpsThreads,
                     kLogpsThreads / kWarp * sizeof(LogSum), stream,
-                    static_cast<typename T::Storage*>(logits), labels, rows, columns, slopes, logps);
+                    static_cast<typename T::Storage*>(logits), labels, rows, columns, gradients,
+                    logps);
     };
-    return by_vectors ? start(Number<8>{})
-                      : start(Number<1>{});
+    return by_vectors ? start(Number<8>{}) : start(Number<1>{});
   });
 }

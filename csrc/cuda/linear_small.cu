@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kAdapterThreads)
     }
   } else {
     for (int64_t k = threadIdx.x; k < in_features; k += kAdapterThreads) {
-      sum = fmaf(X::to(x[k]), A::to(lora_a[k]), sum);
+      sum = fmaf(X::widen(x[k]), A::widen(lora_a[k]), sum);
     }
   }
   float* warp_sums = reinterpret_cast<float*>(shared_memory);
@@ -58,8 +58,8 @@ __global__ void __launch_bounds__(kThreads)
   add_adapter(linear, s, row, lane, sums);
   for (int64_t k = lane; k < linear.in_features; k += kWarp) {
     const int64_t element = row * linear.in_features + k;
-    const float scale = scale_of(element / linear.blocksize, linear.absmax, linear.nested_absmax,
-                                 offset, kDynamic);
+    const float scale =
+        scale_of(element / linear.blocksize, linear.absmax, linear.nested_absmax, offset, kDynamic);
     const float value = tables.values[code_at(static_cast<const uint8_t*>(linear.weight), element)];
 #pragma unroll
     for (int m = 0; m < kSmallTokens; ++m) {
@@ -107,9 +107,9 @@ const char* launch_by_rows(const tunesmith_linear& linear, const void* x, const 
   if (linear.rank > 0) {
     if (const char* error = ask_device(cudaDevAttrComputeCapabilityMajor, major)) return error;
   }
-  return launch_early(major >= 9, linear_by_pieces_kernel<X, Tokens, Rows>, grid, kThreads, shared_bytes,
-                      stream, linear, static_cast<const typename X::Storage*>(x), s, y,
-                      log2_of(linear.blocksize), is_aligned(x, 16));
+  return launch_early(major >= 9, linear_by_pieces_kernel<X, Tokens, Rows>, grid, kThreads,
+                      shared_bytes, stream, linear, static_cast<const typename X::Storage*>(x), s,
+                      y, log2_of(linear.blocksize), is_aligned(x, 16));
 }
 
 // More rows to a warp use what is read of x more often, but there must be work for every

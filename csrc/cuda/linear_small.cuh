@@ -14,7 +14,7 @@ constexpr int kFours = kPiece / 4;      // float4 of x that meet a piece
 __device__ inline float load_one(const void* from, int dtype, int64_t i) {
   if (dtype == TUNESMITH_FLOAT32) return static_cast<const float*>(from)[i];
   const uint16_t bits = static_cast<const uint16_t*>(from)[i];
-  return dtype == TUNESMITH_FLOAT16 ? Float16::to(bits) : BFloat16::to(bits);
+  return dtype == TUNESMITH_FLOAT16 ? Float16::widen(bits) : BFloat16::widen(bits);
 }
 
 __device__ inline void store_one(float value, void* to, int dtype, int64_t i) {
@@ -22,7 +22,7 @@ __device__ inline void store_one(float value, void* to, int dtype, int64_t i) {
     static_cast<float*>(to)[i] = value;
   } else {
     static_cast<uint16_t*>(to)[i] =
-        dtype == TUNESMITH_FLOAT16 ? Float16::of(value) : BFloat16::of(value);
+        dtype == TUNESMITH_FLOAT16 ? Float16::narrow(value) : BFloat16::narrow(value);
   }
 }
 
@@ -79,7 +79,7 @@ struct Piece {
   LoadedScale scale;
 };
 
-// Four columns of x in shared memory, as they lie in x.
+// Float4 columns of x in shared memory, as they lie in x.
 template <typename X>
 struct StagedFour {
   uint2 words;
@@ -102,16 +102,17 @@ struct StagedFour<Float32> {
 // How many chunks of x are in shared memory at once: all of them, or 32 KB, or one.
 template <typename X, int Tokens>
 __host__ __device__ int64_t staged_chunks(const tunesmith_linear& linear) {
-  constexpr int64_t kFitting = (32 << 10) / (Tokens * kChunk * int64_t(sizeof(typename X::Storage)));
-  constexpr int64_t kMost = kFitting < 1 ? 1 : kFitting;
+  constexpr int64_t kFitting =
+      (32 << 10) / (Tokens * kChunk * int64_t(sizeof(typename X::Storage)));
+  constexpr int64_t kMax = kFitting < 1 ? 1 : kFitting;
   const int64_t chunks = (linear.in_features + kChunk - 1) / kChunk;
-  return chunks < kMost ? chunks : kMost;
+  return chunks < kMax ? chunks : kMax;
 }
 
 // Where the four columns lie that lane `lane` multiplies with codes 4 four to 4 four + 3 of its
 // piece. Neighbouring lanes have neighbouring fours, and so, by the xor, do the threads that write
 // them.
-__device__ inline int place_of(int chunk_and_token, int four, int lane) {
+__device__ inline int slot_of(int chunk_and_token, int four, int lane) {
   return (chunk_and_token * kFours + four) * kWarp + (lane ^ four);
 }
 
@@ -142,8 +143,8 @@ __device__ void stage_vectors(const tunesmith_linear& linear,
       StagedFour<X> fours[2];
       static_assert(sizeof fours == sizeof loaded[i]);
       memcpy(fours, &loaded[i], sizeof fours);
-      staged[place_of(row, four, lane)] = fours[0];
-      staged[place_of(row, four + 1, lane)] = fours[1];
+      staged[slot_of(row, four, lane)] = fours[0];
+      staged[slot_of(row, four + 1, lane)] = fours[1];
     }
   }
 }
@@ -157,8 +158,8 @@ __device__ void stage_elements(const tunesmith_linear& linear,
     const int row = at / kChunk, m = row % Tokens, column = at % kChunk;
     const int64_t k = first + int64_t(row / Tokens) * kChunk + column;
     const bool inside = m < linear.tokens && k < linear.in_features;
-    StagedFour<X>* const place = staged + place_of(row, column % kPiece / 4, column / kPiece);
-    reinterpret_cast<typename X::Storage*>(place)[column % 4] =
+    StagedFour<X>* const slot = staged + slot_of(row, column % kPiece / 4, column / kPiece);
+    reinterpret_cast<typename X::Storage*>(slot)[column % 4] =
         inside ? x[m * linear.in_features + k] : typename X::Storage(0);
   }
 }
@@ -196,7 +197,7 @@ __device__ void multiply(const Piece (&pieces)[Rows], const float (&scales)[Rows
 #pragma unroll
     for (int m = 0; m < Tokens; ++m) {
       float of_x[4];
-      staged[place_of(chunk * Tokens + m, four, lane)].unpack(of_x);
+      staged[slot_of(chunk * Tokens + m, four, lane)].unpack(of_x);
 #pragma unroll
       for (int r = 0; r < Rows; ++r) {
         float& sum = kScaleSums ? unscaled[r][m] : sums[r][m];
@@ -217,7 +218,9 @@ __device__ void multiply(const Piece (&pieces)[Rows], const float (&scales)[Rows
 // A warp takes `Rows` rows of W, chunk by chunk, and loads the next while it multiplies with one.
 // Needs whole pieces in a row, and a block size that is a multiple of a piece.
 template <typename X, int Tokens, int Rows>
-__global__ void __launch_bounds__(kThreads, Tokens <= 2 ? 4 : Tokens <= 4 ? 3 : 1)
+__global__ void __launch_bounds__(kThreads, Tokens <= 2   ? 4
+                                            : Tokens <= 4 ? 3
+                                                          : 1)
     linear_by_pieces_kernel(tunesmith_linear linear, const typename X::Storage* __restrict__ x,
                             const float* __restrict__ s, void* __restrict__ y, int blocksize_log2,
                             bool x_by_vectors) {
@@ -253,11 +256,11 @@ __global__ void __launch_bounds__(kThreads, Tokens <= 2 ? 4 : Tokens <= 4 ? 3 : 
 
   float sums[Rows][Tokens] = {};
   const int64_t chunks = (linear.in_features + kChunk - 1) / kChunk;
-  const int64_t most = staged_chunks<X, Tokens>(linear);
+  const int64_t max_chunks = staged_chunks<X, Tokens>(linear);
   Piece pieces[Rows];
   load(pieces);
-  for (int64_t first = 0; first < chunks; first += most) {
-    const int count = int(chunks - first < most ? chunks - first : most);
+  for (int64_t first = 0; first < chunks; first += max_chunks) {
+    const int count = int(chunks - first < max_chunks ? chunks - first : max_chunks);
     if (first > 0) __syncthreads();  // all are done with the columns before
     if (x_by_vectors) {
       stage_vectors<Tokens>(linear, x, first * kChunk, count, staged);
@@ -265,14 +268,14 @@ __global__ void __launch_bounds__(kThreads, Tokens <= 2 ? 4 : Tokens <= 4 ? 3 : 
       stage_elements<Tokens>(linear, x, first * kChunk, count, staged);
     }
     __syncthreads();
-#pragma unroll (Tokens <= 2 ? 2 : 1)  // by two, loads go to other registers in turn
+#pragma unroll(Tokens <= 2 ? 2 : 1)  // by two, loads go to other registers in turn
     for (int chunk = 0; chunk < count; ++chunk) {
       Piece loading[Rows];
       load(loading);
       float scales[Rows];
 #pragma unroll
       for (int r = 0; r < Rows; ++r) {
-        scales[r] = decode(pieces[r].scale, nested, offset, tables);
+        scales[r] = dequantize_scale(pieces[r].scale, nested, offset, tables);
       }
       multiply(pieces, scales, tables.values, staged, chunk, lane, sums);
 #pragma unroll

@@ -45,13 +45,13 @@ __device__ void quantize_rest(const typename T::Storage* __restrict__ weight, in
                               uint8_t* __restrict__ packed, float* __restrict__ absmax) {
   unsigned largest = 0;
   for (int64_t i = begin + lane; i < end; i += kWarp) {
-    largest = max(largest, magnitude_of(T::to(weight[i])));
+    largest = max(largest, magnitude_of(T::widen(weight[i])));
   }
   const float scale = float_of(warp_max(largest, kWarp));
   if (lane == 0) *absmax = scale;
   const float inverse = inverse_of(scale);
   const auto code_of = [&](int64_t i) {
-    return encode_4bit(__fmul_rn(T::to(weight[i]), inverse), table);
+    return encode_4bit(__fmul_rn(T::widen(weight[i]), inverse), table);
   };
   for (int64_t i = begin + 2 * lane; i < end; i += 2 * kWarp) {
     const unsigned low = i + 1 < end ? code_of(i + 1) : table.zero;

@@ -97,14 +97,14 @@ def attention(
     k: int,
     v: int,
     scale: float,
-    runs: int,
-    run_count: int,
+    segments: int,
+    segment_count: int,
     out: int,
     lse: int,
 ) -> None:
-    """Write out and lse, of the queries of all runs.
+    """Write out and lse, of the queries of all segments.
 
-    `shape` and `runs` are those of `attention_backward`.
+    `shape` and `segments` are those of `attention_backward`.
     """
 
 def attention_backward(
@@ -117,15 +117,16 @@ def attention_backward(
     grad_out: int,
     lse: int,
     scale: float,
-    runs: int,
-    run_count: int,
+    segments: int,
+    segment_count: int,
     grad_q: int,
     grad_k: int,
     grad_v: int,
 ) -> None:
-    """Write the gradients of attention's inputs; `shape` is rows, tokens, heads, key heads, size.
+    """Write the gradients of attention's inputs.
 
-    `runs` is int64 [run_count, 6]: row, start, stop, first key, last key, whether causal.
+    `shape` is rows, tokens, heads, key heads and head size; `segments` is int64
+    [segment_count, 6]: row, start, stop, first key, last key, whether causal.
     """
 
 def attention_decode(
@@ -137,13 +138,13 @@ def attention_decode(
     rows: int,
     heads: int,
     key_heads: int,
-    size: int,
+    head_size: int,
     capacity: int,
     length: int,
     scale: float,
     out: int,
 ) -> None:
-    """Write out [rows, heads, size] for one query a row, over keys [first[row], length)."""
+    """Write out [rows, heads, head size] for one query a row, over keys [first[row], length)."""
 
 def logps(
     logits: int,
@@ -151,11 +152,11 @@ def logps(
     dtype: int,
     rows: int,
     columns: int,
-    slopes: bool,
+    gradients: bool,
     logps: int,
     stream: int | None,
 ) -> None:
-    """Write fp32 logps [rows], and with `slopes` their derivatives over the logits."""
+    """Write fp32 logps [rows], and with `gradients` their derivatives over the logits."""
 
 def rms_norm(
     x: int,
@@ -211,7 +212,7 @@ def rotary(
     tokens: int,
     positions: int,
     heads: int,
-    size: int,
+    head_size: int,
     backward: bool,
     out: int,
     stream: int | None,
@@ -232,7 +233,7 @@ class DecodeLayer:
         rows: int,
         norms: list[Norm],
         linears: list[Linear],
-        size: int,
+        head_size: int,
         scale: float,
         activation: int,
         keys: int,
@@ -241,7 +242,7 @@ class DecodeLayer:
     ) -> None: ...
 
 def decode_layers(
-    layers: list[DecodeLayer], x: int, cos: int, sin: int, first: int, at: int
+    layers: list[DecodeLayer], x: int, cos: int, sin: int, first: int, position: int
 ) -> None:
     """Add to x what all layers add, one after the other. On the CPU."""
 
@@ -253,38 +254,38 @@ class DecoderLayer:
         dtype: int,
         norms: list[Norm],
         linears: list[Linear],
-        size: int,
+        head_size: int,
         scale: float,
         activation: int,
     ) -> None:
         """Of no tokens."""
 
-    def on(
+    def for_tokens(
         self,
         rows: int,
         tokens: int,
         cos: int,
         sin: int,
         positions: int,
-        runs: int,
-        run_count: int,
+        segments: int,
+        segment_count: int,
     ) -> DecoderLayer:
         """Return it for some tokens."""
 
     @property
-    def kept(self) -> int:
+    def activation_bytes(self) -> int:
         """How many bytes the forward pass fills for the backward pass."""
 
-def decoder_layer(layer: DecoderLayer, x: int, kept: int, out: int) -> None:
-    """Write kept, and out unless it is 0. On the CPU."""
+def decoder_layer(layer: DecoderLayer, x: int, activations: int, out: int) -> None:
+    """Write activations, and out unless it is 0. On the CPU."""
 
 def decoder_layer_backward(
-    layer: DecoderLayer, x: int, kept: int, grad_out: int, grad_x: int, grads: list[int]
+    layer: DecoderLayer, x: int, activations: int, grad_out: int, grad_x: int, grads: list[int]
 ) -> None:
     """Write grad_x and the gradients of A and B of each linear layer, those that are not 0."""
 
-def clip_norm(tensors: list[int], numels: list[int], dtype: int, most: float) -> float:
-    """Return the norm of all tensors; scale them if it is more than `most`. On the CPU."""
+def clip_norm(tensors: list[int], numels: list[int], dtype: int, max_norm: float) -> float:
+    """Return the norm of all tensors; scale them if it is more than `max_norm`. On the CPU."""
 
 def linear_small(layer: Linear, x: int, s: int, y: int, stream: int | None) -> None:
     """Do what `linear` does on CUDA, for a 4-bit weight, no mask and few tokens."""
@@ -312,9 +313,9 @@ def float16_to_float32(bits: int) -> float: ...
 def float32_to_float16(value: float) -> int: ...
 def bfloat16_to_float32(bits: int) -> float: ...
 def float32_to_bfloat16(value: float) -> int: ...
-def nf4_encode(scaled: float) -> int: ...
-def nf4_decode(code: int) -> float: ...
-def fp4_encode(scaled: float) -> int: ...
-def fp4_decode(code: int) -> float: ...
-def dynamic_encode(scaled: float) -> int: ...
-def dynamic_decode(code: int) -> float: ...
+def nf4_code(scaled: float) -> int: ...
+def nf4_value(code: int) -> float: ...
+def fp4_code(scaled: float) -> int: ...
+def fp4_value(code: int) -> float: ...
+def dynamic_code(scaled: float) -> int: ...
+def dynamic_value(code: int) -> float: ...

@@ -250,7 +250,7 @@ def random_layer(
     )
 
 
-# up to so many the kernels project into the low rank in fp32, whatever x is (linear.cpp)
+# up to so many the kernels project into the low rank in fp32, whatever x is (csrc/cpu/linear.cpp)
 FEW_TOKENS = 8
 
 # of the largest element: a 16-bit output is rounded once, a bf16 product has factors in bf16

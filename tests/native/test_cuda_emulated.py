@@ -17,7 +17,7 @@ from torch import Tensor
 from tunesmith.ops import four_bit
 from tunesmith.ops.dtypes import DTYPES
 from tunesmith.ops.four_bit import BLOCKSIZES, QUANT_TYPES
-from tunesmith.ops.linear import SMALL_TOKENS
+from tunesmith.ops.frozen import SMALL_TOKENS
 from tunesmith.ops.tables import TABLES
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")

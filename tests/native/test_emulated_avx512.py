@@ -36,8 +36,8 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     """The extension module, with AVX-512 for every CPU."""
     folder = tmp_path_factory.mktemp("emulated_avx512")
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    module = build.CSRC / "module.cpp"
-    jobs = {module: includes, **build.kernels(), build.REAL_POOL: []}
+    bindings = [build.CSRC / "module.cpp", *sorted((build.CSRC / "bindings").glob("*.cpp"))]
+    jobs = {**dict.fromkeys(bindings, includes), **build.kernels(), build.REAL_POOL: []}
     build.compile_all(folder, jobs, ["-O1", "-fPIC", "-fvisibility=hidden"])
     library = folder / "_native.so"
     objects = [str(build.object_of(folder, source)) for source in jobs]

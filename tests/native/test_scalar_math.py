@@ -1,4 +1,4 @@
-"""The arithmetic of nf4.h, which CPU and GPU share, one number at a time against torch."""
+"""The arithmetic that CPU and GPU share (four_bit.h, floats.h), number by number against torch."""
 
 import itertools
 import math
@@ -57,9 +57,9 @@ def test_nan_stays_nan_and_infinity_stays_infinite(native: ModuleType, name: str
 
 
 def test_the_tables_are_those_of_the_reference(native: ModuleType) -> None:
-    assert [native.nf4_decode(code) for code in range(16)] == NF4_CODE.tolist()
-    assert [native.fp4_decode(code) for code in range(16)] == FP4_CODE.tolist()
-    assert [native.dynamic_decode(code) for code in range(256)] == DYNAMIC_MAP.tolist()
+    assert [native.nf4_value(code) for code in range(16)] == NF4_CODE.tolist()
+    assert [native.fp4_value(code) for code in range(16)] == FP4_CODE.tolist()
+    assert [native.dynamic_value(code) for code in range(256)] == DYNAMIC_MAP.tolist()
 
 
 @pytest.mark.parametrize(("name", "table"), [("nf4", NF4_CODE), ("dynamic", DYNAMIC_MAP)])
@@ -80,10 +80,10 @@ def test_a_code_stands_for_itself_and_a_tie_takes_the_lower(
 def test_an_fp4_tie_takes_the_lower_and_zero_the_first_of_its_two_codes(native: ModuleType) -> None:
     codes, values = FP4_ORDER.tolist(), FP4_CODE[FP4_ORDER.int()]
     for code, value in zip(codes, values.tolist(), strict=True):
-        assert native.fp4_encode(value) == (0 if value == 0 else code)
+        assert native.fp4_code(value) == (0 if value == 0 else code)
     middles = (values[:-1] + values[1:]) / 2
     above = torch.nextafter(middles, torch.tensor(2.0))
-    assert [native.fp4_encode(value) for value in middles.tolist()] == codes[:-1]
-    assert [native.fp4_encode(value) for value in above.tolist()] == codes[1:]
-    assert native.fp4_encode(-math.inf) == codes[0]
-    assert native.fp4_encode(math.inf) == codes[-1]
+    assert [native.fp4_code(value) for value in middles.tolist()] == codes[:-1]
+    assert [native.fp4_code(value) for value in above.tolist()] == codes[1:]
+    assert native.fp4_code(-math.inf) == codes[0]
+    assert native.fp4_code(math.inf) == codes[-1]

@@ -226,13 +226,13 @@ def test_layers_can_be_computed_again_in_the_backward_pass(
     held = saved_bytes(model)
     model.base_model.model.activation_checkpointing_enable({"use_reentrant": reentrant})
     seen: list[int] = []
-    own = DecoderLayer.kept_again
+    own = DecoderLayer.recompute
 
     def counted(layer: Any, *args: Any) -> Any:
         seen.append(1)
         return own(layer, *args)
 
-    monkeypatch.setattr(DecoderLayer, "kept_again", counted)
+    monkeypatch.setattr(DecoderLayer, "recompute", counted)
     passes.clear()
     ours, our_gradients = loss_and_gradients(model, BATCHES["packed"])
     assert sorted(passes) == ["backward"] * 2 + ["forward"] * 2

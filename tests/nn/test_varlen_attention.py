@@ -22,7 +22,7 @@ from transformers.models.auto import AutoModelForCausalLM
 
 from tunesmith.data.pack import PackingCollator, PaddingCollator
 from tunesmith.nn import varlen_attention
-from tunesmith.nn.varlen_attention import NAME, runs_of, use
+from tunesmith.nn.varlen_attention import NAME, segments_of, use
 from tunesmith.ops import attention as op
 from tunesmith.ops import native_status
 
@@ -63,13 +63,13 @@ def loss_and_gradients(model: Any, batch: dict[str, Any]) -> tuple[Tensor, list[
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many runs each call of the op was given."""
+    """How many segments each call of the op was given."""
     seen: list[int] = []
     real = op.attention
 
-    def counted(q: Tensor, k: Tensor, v: Tensor, runs: Tensor, scale: float) -> Tensor:
-        seen.append(len(runs))
-        return real(q, k, v, runs, scale)
+    def counted(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float) -> Tensor:
+        seen.append(len(segments))
+        return real(q, k, v, segments, scale)
 
     monkeypatch.setattr(varlen_attention, "attention", counted)
     return seen
@@ -140,17 +140,17 @@ def test_what_is_not_torchs_attention_is_left_alone() -> None:
 def test_a_mask_of_anything_else_has_no_runs() -> None:
     at = torch.arange(6)
     causal = at[:, None] >= at
-    assert runs_of(causal[None, None], 2) is not None
+    assert segments_of(causal[None, None], 2) is not None
     window = causal & (at[:, None] - at < 3)
-    assert runs_of(window[None, None], 1) is None
+    assert segments_of(window[None, None], 1) is None
     holes = causal.clone()
     holes[5, 2] = False
-    assert runs_of(holes[None, None], 1) is None
+    assert segments_of(holes[None, None], 1) is None
     blind = causal.clone()
     blind[3] = False
-    assert runs_of(blind[None, None], 1) is None
-    assert runs_of(causal[None, None].float(), 1) is None
-    assert runs_of(causal[None, None, :3], 1) is None
+    assert segments_of(blind[None, None], 1) is None
+    assert segments_of(causal[None, None].float(), 1) is None
+    assert segments_of(causal[None, None, :3], 1) is None
 
 
 def plain_varlen(

@@ -1,4 +1,4 @@
-"""Attention over runs: kernels agree with the formula in plain PyTorch, and that with autograd."""
+"""Attention over segments: kernels agree with the formula in PyTorch, and that with autograd."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tunesmith.errors import OpError
 from tunesmith.ops import attention as op
 
 # row, start, stop, first key, last key, causal
-RUNS = [
+SEGMENTS = [
     [[0, 0, 7, 0, 6, 1], [0, 7, 20, 7, 19, 1], [1, 0, 17, 0, 16, 1], [1, 17, 20, 0, 16, 0]],
     [[0, 0, 20, 0, 19, 1], [1, 0, 20, 0, 19, 0]],
     [[1, 5, 9, 2, 8, 1]],
@@ -35,10 +35,10 @@ def error(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
-def under_a_mask(q: Tensor, k: Tensor, v: Tensor, runs: Tensor, scale: float) -> Tensor:
+def under_a_mask(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float) -> Tensor:
     """The same by torch's own attention, whose derivative autograd knows."""
     seen = torch.zeros(q.shape[0], 1, q.shape[1], q.shape[1], dtype=torch.bool)
-    for row, start, stop, first, last, causal in runs.tolist():
+    for row, start, stop, first, last, causal in segments.tolist():
         for at in range(start, stop):
             seen[row, 0, at, first : (at if causal else last) + 1] = True
     shared = q.shape[2] // k.shape[2]
@@ -51,13 +51,13 @@ def under_a_mask(q: Tensor, k: Tensor, v: Tensor, runs: Tensor, scale: float) ->
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("runs", RUNS, ids=len)
+@pytest.mark.parametrize("segments", SEGMENTS, ids=len)
 @pytest.mark.parametrize("way", ["op", "reference"])
 def test_output_and_gradients_are_those_under_a_mask(
-    way: str, runs: list[list[int]], shape: tuple[int, ...], dtype: torch.dtype
+    way: str, segments: list[list[int]], shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     q, k, v, grad = tensors(shape, dtype)
-    given = torch.tensor(runs)
+    given = torch.tensor(segments)
     exact = [t.double().requires_grad_() for t in (q, k, v)]
     out = under_a_mask(*exact, given, 0.3)
     expected = [out, *torch.autograd.grad(out, exact, grad.double())]
@@ -80,18 +80,18 @@ def test_every_instruction_set_does_blocks_of_all_sizes(size: int, dtype: torch.
     from tunesmith import _native
 
     kept = _native.isa()
-    runs = torch.tensor(
+    segments = torch.tensor(
         [[0, 0, 129, 0, 128, 1], [0, 150, 500, 129, 499, 1], [0, 500, 530, 129, 499, 0]]
     )
     q, k, v, grad = tensors((1, 530, 2, 1, size), dtype)
     exact = [t.double().requires_grad_() for t in (q, k, v)]
-    out = under_a_mask(*exact, runs, 0.25)
+    out = under_a_mask(*exact, segments, 0.25)
     expected = torch.autograd.grad(out, exact, grad.double())
     try:
         for isa in _native.isas():
             _native.set_isa(isa)
             inputs = [t.clone().requires_grad_() for t in (q, k, v)]
-            found = torch.autograd.grad(op.attention(*inputs, runs, 0.25), inputs, grad)
+            found = torch.autograd.grad(op.attention(*inputs, segments, 0.25), inputs, grad)
             for got, right in zip(found, expected, strict=True):
                 assert error(got, right) <= LIMITS[dtype], isa
     finally:
@@ -103,7 +103,7 @@ def test_a_nan_is_not_lost(size: int, dtype: torch.dtype) -> None:
     q, k, v, grad = (t.requires_grad_() for t in tensors((2, 20, 4, 2, size), dtype))
     with torch.no_grad():
         q[0, 3, 0, 0] = torch.nan
-    out = op.attention(q, k, v, torch.tensor(RUNS[0]), 0.3)
+    out = op.attention(q, k, v, torch.tensor(SEGMENTS[0]), 0.3)
     grads = torch.autograd.grad(out, (q, k, v), grad)
     assert out[0, 3, 0].isnan().all()
     assert grads[0][0, 3, 0].isnan().all()
@@ -112,7 +112,7 @@ def test_a_nan_is_not_lost(size: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("runs", "says"),
+    ("segments", "says"),
     [
         ([[0, 0, 21, 0, 20, 1]], "lies within its row"),
         ([[2, 0, 20, 0, 19, 1]], "lies within its row"),
@@ -121,26 +121,26 @@ def test_a_nan_is_not_lost(size: int, dtype: torch.dtype) -> None:
         ([[0, 0, 5, 0, 4, 1], [0, 5, 9, 4, 8, 1]], "two stretches"),
     ],
 )
-def test_runs_that_do_not_fit_are_refused(runs: list[list[int]], says: str) -> None:
+def test_segments_that_do_not_fit_are_refused(segments: list[list[int]], says: str) -> None:
     q, k, v, _ = tensors((2, 20, 4, 2, 8), torch.float32)
     with pytest.raises(OpError, match=says):
-        op.attention(q, k, v, torch.tensor(runs), 0.3)
+        op.attention(q, k, v, torch.tensor(segments), 0.3)
 
 
 def test_tensors_that_do_not_fit_are_refused() -> None:
     q, k, v, _ = tensors((2, 20, 4, 2, 8), torch.float32)
-    runs = torch.tensor(RUNS[1])
+    segments = torch.tensor(SEGMENTS[1])
     with pytest.raises(OpError, match="divides"):
-        op.attention(q[:, :, :3], k, v, runs, 0.3)
+        op.attention(q[:, :, :3], k, v, segments, 0.3)
     with pytest.raises(OpError, match="one dtype"):
-        op.attention(q, k.bfloat16(), v, runs, 0.3)
-    with pytest.raises(OpError, match=r"runs, 6"):
-        op.attention(q, k, v, runs[:, :5], 0.3)
+        op.attention(q, k.bfloat16(), v, segments, 0.3)
+    with pytest.raises(OpError, match=r"segments, 6"):
+        op.attention(q, k, v, segments[:, :5], 0.3)
 
 
 def test_it_can_be_traced() -> None:
     q, k, v, _ = tensors((2, 20, 4, 2, 8), torch.float32)
-    args = (*(t.requires_grad_() for t in (q, k, v)), torch.tensor(RUNS[1]), 0.3)
+    args = (*(t.requires_grad_() for t in (q, k, v)), torch.tensor(SEGMENTS[1]), 0.3)
     torch.library.opcheck(torch.ops.tunesmith.attention.default, args)
 
 

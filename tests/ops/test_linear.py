@@ -18,6 +18,7 @@ from tunesmith.ops import (
     FrozenLinear,
     LoraWeights,
     dequantize_4bit,
+    frozen,
     linear,
     linear_nf4,
     lora_linear,
@@ -33,7 +34,7 @@ TOKENS = (0, 1, 2, 3, 5, 16, 17, 64, 130)
 SIZES = ((64, 64), (96, 40), (77, 33), (130, 5), (1, 1), (3, 1), (256, 130))  # K, N
 WEIGHTS = ("nf4", "nf4 nested", "fp4", "fp4 nested", "plain")
 
-# up to so many the kernels project into the low rank in fp32, whatever x is (linear.cpp)
+# up to so many the kernels project into the low rank in fp32, whatever x is (csrc/cpu/linear.cpp)
 FEW_TOKENS = 8
 
 # of the largest element; y in 16 bits is rounded once for the base and once for the sum
@@ -616,14 +617,13 @@ def test_the_way_over_cuda_gives_the_formula_too(
         pytest.skip(str(status))
     calls = []
 
-    def linear_small(*args: Any) -> None:
+    def linear_small(stream: int | None, **same: Any) -> None:
         # the CPU's in place of the kernel, which takes the same but for the stream
-        *same, stream = args
         assert stream is None
-        calls.append(same[0])
-        native.kernels.linear(*same, False)
+        calls.append(same["layer"])
+        native.kernels.linear(**same, accumulate=False)
 
-    monkeypatch.setattr(linear, "SMALL_TOKENS", small_tokens)
+    monkeypatch.setattr(frozen, "SMALL_TOKENS", small_tokens)
     monkeypatch.setattr(native.kernels, "linear_small", linear_small)
     tolerance = {torch.float64: 1e-6, torch.float32: 1e-5}.get(dtype, 2e-2)
     on_cuda = flat(linear._linear_cuda, linear._linear_backward_cuda)

@@ -145,7 +145,7 @@ def estimate_step(
     )
     # Korthikanti et al. count 34 bytes a token and hidden unit in 16 bits, without the attention
     # matrix (fused attention does not keep it); what scales is the compute dtype. A fused LoRA
-    # layer keeps its input and s = x At, and no copies of its input; fused norms and gated blocks
+    # layer keeps its input and s = x At, and no copies of its input; fused norms and gated MLPs
     # keep what comes in and nothing in between
     linear_inputs = sum(into for _, into in shapes.linears) / max(1, shapes.layers)
     between = 0.8 if fuses_layers(config, device, adapter=not full) else 4.5

@@ -1,7 +1,7 @@
 """Decoding a token at a time, without what a model ready for training does on the way.
 
 On CUDA `graph_decoder` does it. On the CPU a model whose layers are the usual ones (norm, attention
-with rotary embedding, norm, gated block, each added to what came in) is run layer by layer from its
+with rotary embedding, norm, gated MLP, each added to what came in) is run layer by layer from its
 own weights, with buffers that stay where they are. Whether a model is that is not known by name:
 its parts are looked at, and the last token of each prompt is computed both ways. Where anything
 differs, transformers decodes as ever.
@@ -166,8 +166,8 @@ class _Layer:
 
     def __init__(self, layer: Any, rows: int, capacity: int, dtype: torch.dtype) -> None:
         attention = layer.self_attn
-        self.before = _norm(layer.input_layernorm, dtype)
-        self.after = _norm(layer.post_attention_layernorm, dtype)
+        self.attention_norm = _norm(layer.input_layernorm, dtype)
+        self.mlp_norm = _norm(layer.post_attention_layernorm, dtype)
         self.size, self.scale = int(attention.head_dim), float(attention.scaling)
         self.head_norms = [
             _norm(norm, dtype) if (norm := getattr(attention, name, None)) is not None else None
@@ -176,10 +176,10 @@ class _Layer:
         self.query, self.key, self.value, self.output = (
             _linear(getattr(attention, f"{name}_proj"), rows, dtype) for name in "qkvo"
         )
-        block = fused_layers.gated_block(layer.mlp)
-        if block is None:
-            raise _UnknownError(f"{type(layer.mlp).__name__} is no gated block")
-        self.activation = block
+        activation = fused_layers.gated_mlp(layer.mlp)
+        if activation is None:
+            raise _UnknownError(f"{type(layer.mlp).__name__} is no gated MLP")
+        self.activation = activation
         self.gate, self.up, self.down = (
             _linear(getattr(layer.mlp, f"{name}_proj"), rows, dtype)
             for name in ("gate", "up", "down")
@@ -194,7 +194,7 @@ class _Layer:
     def add_to(self, layers: PreparedLayers) -> bool:
         """Add the layer to those that run in one native call, if it can be one of them."""
         return layers.add(
-            (self.before, *self.head_norms, self.after),
+            (self.attention_norm, *self.head_norms, self.mlp_norm),
             (self.query, self.key, self.value, self.output, self.gate, self.up, self.down),
             self.keys,
             self.values,
@@ -202,23 +202,23 @@ class _Layer:
             self.activation,
         )
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, first: Tensor, at: int) -> None:
-        """Add to x [rows, hidden] what the layer adds; the tokens are the `at`-th of their rows."""
-        h = self.before(x)
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, first: Tensor, position: int) -> None:
+        """Add to x [rows, hidden] what the layer adds for tokens at `position` of their rows."""
+        h = self.attention_norm(x)
         q, k = (
             linear(h, out).view(len(x), 1, -1, self.size)
             for linear, out in ((self.query, self.of_queries), (self.key, self.of_keys))
         )
         of_q, of_k = self.head_norms
         q, k = q if of_q is None else of_q(q), k if of_k is None else of_k(k)
-        self.keys[:, :, at] = rotary(k, cos, sin)[:, 0]
-        self.values[:, :, at] = self.value(h, self.of_values).view(len(x), -1, self.size)
+        self.keys[:, :, position] = rotary(k, cos, sin)[:, 0]
+        self.values[:, :, position] = self.value(h, self.of_values).view(len(x), -1, self.size)
         q = rotary(q, cos, sin)[:, 0]
-        seen = attention_decode(q, self.keys, self.values, first, at + 1, self.scale)
-        self.output(seen.view(len(x), -1), x, accumulate=True)
-        h = self.after(x)
-        inner = gated(self.gate(h, self.of_gate), self.up(h, self.of_up), self.activation)
-        self.down(inner, x, accumulate=True)
+        attention_out = attention_decode(q, self.keys, self.values, first, position + 1, self.scale)
+        self.output(attention_out.view(len(x), -1), x, accumulate=True)
+        h = self.mlp_norm(x)
+        intermediate = gated(self.gate(h, self.of_gate), self.up(h, self.of_up), self.activation)
+        self.down(intermediate, x, accumulate=True)
 
 
 class Decoder:
@@ -277,7 +277,7 @@ class Decoder:
         cos, sin = backbone.rotary_emb(torch.empty((1, 1), dtype=self._dtype), position_ids=every)
         self._cos, self._sin = cos[0], sin[0]  # [capacity, head size]
         self._first = tokens - mask.sum(-1)
-        self._at = tokens
+        self._position = tokens
         self.logits = torch.empty(0)
 
     def step(self, ids: Tensor) -> Tensor:
@@ -286,14 +286,14 @@ class Decoder:
         The next call writes over them.
         """
         x = self._embed(ids).contiguous()
-        at = self._at - self._first
-        cos, sin = self._cos[at], self._sin[at]
+        positions = self._position - self._first
+        cos, sin = self._cos[positions], self._sin[positions]
         if self._at_once is not None:
-            self._at_once(x, cos, sin, self._first, self._at)
+            self._at_once(x, cos, sin, self._first, self._position)
         else:
             for layer in self._layers:
-                layer(x, cos[:, None], sin[:, None], self._first, self._at)
-        self._at += 1
+                layer(x, cos[:, None], sin[:, None], self._first, self._position)
+        self._position += 1
         return self._head(self._norm(x), self._of_head)
 
     def _read(self, model: Any, input_ids: Tensor, mask: Tensor) -> Tensor:
@@ -306,11 +306,11 @@ class Decoder:
         self.logits = read_prompt(model, input_ids, mask, cache)
         compact.remove()
         tokens = input_ids.shape[1]
-        for layer, kept in zip(self._layers, cache.layers, strict=True):
-            if kept.keys.shape[::3] != layer.keys.shape[::3] or kept.keys.shape[2] != tokens:
+        for layer, cached in zip(self._layers, cache.layers, strict=True):
+            if cached.keys.shape[::3] != layer.keys.shape[::3] or cached.keys.shape[2] != tokens:
                 return torch.full_like(self.logits, torch.inf)
-            layer.keys[:, :, :tokens], layer.values[:, :, :tokens] = kept.keys, kept.values
-        self._at = tokens - 1
+            layer.keys[:, :, :tokens], layer.values[:, :, :tokens] = cached.keys, cached.values
+        self._position = tokens - 1
         return self.step(input_ids[:, -1])
 
 

@@ -1,4 +1,4 @@
-"""A decoder layer as one node of autograd's graph: norm, attention, norm, gated block, two sums.
+"""A decoder layer as one node of autograd's graph: norm, attention, norm, gated MLP, two sums.
 
 Between the products of a layer lies a lot of Python: modules, autograd's nodes, PEFT's questions,
 some 5 ms a layer both ways, whatever the number of tokens. Here the layer's kernels follow each
@@ -31,7 +31,7 @@ from tunesmith.ops.dtypes import DTYPES
 from tunesmith.ops.layers import (
     DecoderLayer,
     NormArguments,
-    Places,
+    Positions,
     multiplies_all,
 )
 
@@ -40,7 +40,7 @@ __all__ = ["described", "find", "use"]
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 _HEAD_NORMS = ("q_norm", "k_norm")
 _IN_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_IN_BLOCK = ("gate_proj", "up_proj", "down_proj")
+_IN_MLP = ("gate_proj", "up_proj", "down_proj")
 # what a layer may be called with
 _KNOWN = {
     "attention_mask",
@@ -86,7 +86,7 @@ def _candidates(model: nn.Module, device: str) -> list[_DecoderLayer] | str:
     seen = [_DecoderLayer.recognise(module) for module in model.modules()]
     layers = [each for each in seen if isinstance(each, _DecoderLayer)]
     reasons = [each for each in seen if isinstance(each, str)]
-    return layers or (reasons[0] if reasons else "none is a norm, attention, a norm and a block")
+    return layers or (reasons[0] if reasons else "none is a norm, attention, a norm and an MLP")
 
 
 def described(found: int | str) -> str:
@@ -116,8 +116,8 @@ class _DecoderLayer(fused_layers.Fused):
         present = module.__dict__.get("forward")
         if isinstance(present, cls):
             return present
-        attention, block = (module._modules.get(name) for name in ("self_attn", "mlp"))
-        if attention is None or block is None:
+        attention, mlp = (module._modules.get(name) for name in ("self_attn", "mlp"))
+        if attention is None or mlp is None:
             return None
         name = type(module).__name__
         odd = module._modules.keys() ^ {*_NORMS, "self_attn", "mlp"}
@@ -127,9 +127,9 @@ class _DecoderLayer(fused_layers.Fused):
             return f"a {name} is made otherwise ({', '.join(sorted(odd)) or 'its attention'})"
         if (bound := _bound(getattr(attention, "config", None))) is not None:
             return f"its config has {bound}"
-        activation = fused_layers.gated_block(block)
+        activation = fused_layers.gated_mlp(mlp)
         if activation is None:
-            return f"a {type(block).__name__} is no gated block"
+            return f"a {type(mlp).__name__} is no gated MLP"
         norms = []
         for norm in _norms_of(module):
             found = None if norm is None else fused_layers.norm(norm)
@@ -145,11 +145,11 @@ class _DecoderLayer(fused_layers.Fused):
         if isinstance(given, str):
             self._last = None  # it would hold what the layer has perhaps let go
             return self.stock(hidden_states, *args, **kwargs)
-        layer, places = given
+        layer, positions = given
         if not torch.is_grad_enabled():
-            return layer.forward(hidden_states, places)[0]
+            return layer.forward(hidden_states, positions)[0]
         again = _checkpoints(self.module)
-        return _Node.apply(hidden_states, layer, places, again, *layer.adapters)  # type: ignore[no-untyped-call]
+        return _Node.apply(hidden_states, layer, positions, again, *layer.adapters)  # type: ignore[no-untyped-call]
 
     def disagreement(self) -> str | None:
         """Return why the layer itself does something else; None if it does the same."""
@@ -179,26 +179,26 @@ class _DecoderLayer(fused_layers.Fused):
         given = self._given(x, kwargs)
         if isinstance(given, str):
             return given
-        layer, places = given
-        own, ours = self.stock(x, **kwargs), layer.forward(x, places)[0]
+        layer, positions = given
+        own, ours = self.stock(x, **kwargs), layer.forward(x, positions)[0]
         if not isinstance(own, Tensor) or own.shape != ours.shape or own.dtype != ours.dtype:
             return f"a {name} returns something else than its output"
         return disagreement(ours, own, x.dtype, f"outputs of a {name}")
 
-    def _given(self, x: Tensor, kwargs: dict[str, Any]) -> tuple[DecoderLayer, Places] | str:
+    def _given(self, x: Tensor, kwargs: dict[str, Any]) -> tuple[DecoderLayer, Positions] | str:
         """Return the layer that is to be run on x, and where x's tokens stand; or why it cannot."""
         module = self.module
         # past nn.Module's look-up here and below: it takes longer than all that is asked
-        attention, block = module._modules["self_attn"], module._modules["mlp"]
+        attention, mlp = module._modules["self_attn"], module._modules["mlp"]
         for name, value in kwargs.items():
             if value is not None and value is not False and name not in _KNOWN:
                 return f"it is called with {name}"
         norms = _norms_of(module)
         linears = [
             *(attention._modules[name] for name in _IN_ATTENTION),
-            *(block._modules[name] for name in _IN_BLOCK),
+            *(mlp._modules[name] for name in _IN_MLP),
         ]
-        for each in (attention, block, *norms, *linears):
+        for each in (attention, mlp, *norms, *linears):
             if each is not None and _watched(each):
                 return f"something hooks into a {type(each).__name__}"
         if attention.training and getattr(attention, "attention_dropout", 0.0):
@@ -237,8 +237,8 @@ class _DecoderLayer(fused_layers.Fused):
         rotary = _rotary_of(kwargs, x, attention.head_dim)
         if rotary is None:
             return "it has no rotary embedding of its whole heads"
-        runs = varlen_attention.runs_for(attention, len(x), x.shape[1], kwargs)
-        if runs is None:
+        segments = varlen_attention.segments_for(attention, len(x), x.shape[1], kwargs)
+        if segments is None:
             return "its mask is not one of samples"
         last = self._last
         if last is None or not last.is_made_of(x.dtype, taken, frozen):
@@ -249,7 +249,7 @@ class _DecoderLayer(fused_layers.Fused):
             except OpError as error:  # such as a projection that gives a gate along with queries
                 return f"its parts do not fit together: {error}"
             self._last = last
-        return last, (*rotary, runs)
+        return last, (*rotary, segments)
 
 
 class _Node(torch.autograd.Function):
@@ -258,25 +258,25 @@ class _Node(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         layer: DecoderLayer,
-        places: Places,
+        positions: Positions,
         checkpointing: bool,
         *adapters: Tensor,
     ) -> Tensor:
-        out, kept = layer.forward(x, places)
-        ctx.layer, ctx.places = layer, places
+        out, activations = layer.forward(x, positions)
+        ctx.layer, ctx.positions = layer, positions
         # the layer holds the adapters; saved they are watched for whether somebody writes into them
-        ctx.save_for_backward(x, None if checkpointing else kept, *adapters)
+        ctx.save_for_backward(x, None if checkpointing else activations, *adapters)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         layer: DecoderLayer = ctx.layer
-        x, kept, *_ = ctx.saved_tensors
-        if kept is None:
-            kept = layer.kept_again(x, ctx.places)
+        x, activations, *_ = ctx.saved_tensors
+        if activations is None:
+            activations = layer.recompute(x, ctx.positions)
         need_x, _, _, _, *needs = ctx.needs_input_grad
-        grad_x, of_adapters = layer.backward(grad, x, kept, ctx.places, need_x, needs)
+        grad_x, of_adapters = layer.backward(grad, x, activations, ctx.positions, need_x, needs)
         return grad_x, None, None, None, *of_adapters
 
 

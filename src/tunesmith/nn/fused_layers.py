@@ -23,11 +23,11 @@ from tunesmith.ops import native_status
 from tunesmith.ops.dtypes import DTYPES
 from tunesmith.ops.elementwise import ACTIVATIONS, gated, rms_norm, rotary
 
-__all__ = ["Fused", "described", "find", "gated_block", "norm", "use"]
+__all__ = ["Fused", "described", "find", "gated_mlp", "norm", "use"]
 
 _FEATURES = 48
 _FAST = {device for device in ("cpu", "cuda") if native_status().why_slow_on(device) is None}
-_COUNTED = {"norms": "norms", "gated": "gated blocks"}
+_COUNTED = {"norms": "norms", "gated": "gated MLPs"}
 
 
 def use(model: nn.Module) -> dict[str, int] | str:
@@ -46,7 +46,7 @@ def use(model: nn.Module) -> dict[str, int] | str:
 def find(model: nn.Module, device: str, *, trained: bool = False) -> dict[str, int] | str:
     """Return what of a model, or of its skeleton, can run fused on a device of that type.
 
-    That is how many norms, gated blocks and files of models with a rotary embedding, by the names
+    That is how many norms, gated MLPs and files of models with a rotary embedding, by the names
     "norms", "gated" and "rotary"; or why there are none. With `trained` norms run their own code,
     as they do where their weights are trained, and are counted as "trained".
     """
@@ -60,7 +60,7 @@ def find(model: nn.Module, device: str, *, trained: bool = False) -> dict[str, i
 def described(found: dict[str, int] | str) -> str:
     """Return as a sentence what `find` and `use` return."""
     if isinstance(found, str):
-        return f"norms, gated blocks, rotary embedding: as the model has them ({found})"
+        return f"norms, gated MLPs, rotary embedding: as the model has them ({found})"
     parts = [f"{found[name]} {what}" for name, what in _COUNTED.items() if found[name]]
     parts += ["the rotary embedding"] if found["rotary"] else []
     if found["trained"]:
@@ -89,7 +89,7 @@ def _counts(
         return {**found, "trained": trained}
     if trained:
         return "there are norms only, and their weights are trained"
-    return "nothing in it is a norm, a gated block or a rotary embedding that is known here"
+    return "nothing in it is a norm, a gated MLP or a rotary embedding that is known here"
 
 
 def norm(module: nn.Module) -> tuple[float, bool] | None:
@@ -98,8 +98,8 @@ def norm(module: nn.Module) -> tuple[float, bool] | None:
     return (found.eps, found.from_one) if isinstance(found, _Norm) else None
 
 
-def gated_block(module: nn.Module) -> str | None:
-    """Return the activation of a gated block, a key of `ACTIVATIONS`; None if it is none."""
+def gated_mlp(module: nn.Module) -> str | None:
+    """Return the activation of a gated MLP, a key of `ACTIVATIONS`; None if it is none."""
     found = Fused.of(module)
     return found.activation if isinstance(found, _Gated) else None
 

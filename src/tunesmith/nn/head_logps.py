@@ -60,7 +60,7 @@ class _HeadLogps(torch.autograd.Function):
         size = _whole_tiles(-(-tokens // max(1, chunks)))  # all chunks are of one size
         padded = F.pad(hidden, (0, 0, 0, chunks * size - tokens))
         # what a logp of 1 would send back to each hidden state
-        slopes = torch.empty_like(padded) if ctx.needs_input_grad[0] else None
+        gradients = torch.empty_like(padded) if ctx.needs_input_grad[0] else None
         logits = pooled_empty((size, weight.shape[0]), hidden.dtype, hidden.device)
         for start in range(0, tokens, max(1, size)):
             part = slice(start, start + size)
@@ -69,18 +69,18 @@ class _HeadLogps(torch.autograd.Function):
             else:
                 torch.addmm(bias, padded[part], weight.mT, out=logits)
             wanted = labels[part]
-            logps[part] = logps_(logits[: len(wanted)], wanted, slopes is not None)
-            if slopes is not None:
-                torch.mm(logits, weight, out=slopes[part])
-        if slopes is not None:
-            ctx.save_for_backward(slopes[:tokens])
+            logps[part] = logps_(logits[: len(wanted)], wanted, gradients is not None)
+            if gradients is not None:
+                torch.mm(logits, weight, out=gradients[part])
+        if gradients is not None:
+            ctx.save_for_backward(gradients[:tokens])
         return logps
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (slopes,) = ctx.saved_tensors
-        return (grad[:, None] * slopes).to(slopes.dtype), None, None, None
+        (gradients,) = ctx.saved_tensors
+        return (grad[:, None] * gradients).to(gradients.dtype), None, None, None
 
 
 # A library compiles its product for each number of rows that it has not had lately, which takes

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from tunesmith.errors import OpError
 from tunesmith.ops import native_status
-from tunesmith.ops.attention import attention, check_runs
+from tunesmith.ops.attention import attention, check_segments
 from tunesmith.ops.dtypes import DTYPES
 
-__all__ = ["NAME", "attend", "described", "runs_of", "use", "why_not"]
+__all__ = ["NAME", "attend", "described", "segments_of", "use", "why_not"]
 
 NAME = "tunesmith_varlen"
 """What this is called in transformers' registry of attention functions."""
@@ -96,16 +96,16 @@ def attend(
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    runs = offsets = None
+    segments = offsets = None
     if _suits(query, key, value) and not dropout and not _ASKED_FOR & _given(kwargs):
         if query.device.type == "cpu":
             asked = {**kwargs, "attention_mask": attention_mask}
-            runs = runs_for(module, query.shape[0], query.shape[2], asked)
+            segments = segments_for(module, query.shape[0], query.shape[2], asked)
             if attention_mask is None and not torch.is_grad_enabled():
-                runs = None  # without a backward pass torch's own is as good
+                segments = None  # without a backward pass torch's own is as good
         elif attention_mask is not None:  # without a mask torch's own is as good
             offsets = _remembered(_find_offsets, attention_mask, query.shape[0])
-    if runs is None and offsets is None:
+    if segments is None and offsets is None:
         whole: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, **kwargs
         )
@@ -116,8 +116,8 @@ def attend(
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
     if offsets is not None:
         return _attend_by_offsets(q, k, v, *offsets, scale, _varlen_attn()), None
-    assert runs is not None
-    return attention(q, k, v, runs, scale), None
+    assert segments is not None
+    return attention(q, k, v, segments, scale), None
 
 
 _ASKED_FOR = {"position_bias", "cache", "softcap"}
@@ -140,13 +140,13 @@ def _suits(query: Tensor, key: Tensor, value: Tensor) -> bool:
 _DTYPES = {"cpu": DTYPES, "cuda": (torch.bfloat16, torch.float16)}
 
 
-def runs_for(
+def segments_for(
     module: torch.nn.Module, rows: int, tokens: int, kwargs: dict[str, Any]
 ) -> Tensor | None:
-    """Return the runs that an attention module works on when it is called so, or None."""
+    """Return the segments that an attention module works on when it is called so, or None."""
     mask = kwargs.get("attention_mask")
     if mask is not None:
-        return runs_of(mask, rows)
+        return segments_of(mask, rows)
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     return _whole_rows(rows, tokens) if causal else None
@@ -238,13 +238,13 @@ def _remembered(find: Callable[[Tensor, int], _Found], mask: Tensor, rows: int) 
     return found
 
 
-def runs_of(mask: Tensor, rows: int) -> Tensor | None:
-    """Return the runs that a mask amounts to (see `tunesmith.ops.attention`), or None if to none.
+def segments_of(mask: Tensor, rows: int) -> Tensor | None:
+    """Return the segments that a mask amounts to (see `ops.attention`), or None if to none.
 
     `mask` is bool [rows, 1, queries, keys] or [1, 1, queries, keys], true where a query sees a key,
     with as many keys as queries.
     """
-    return _remembered(_find_runs, mask, rows)
+    return _remembered(_find_segments, mask, rows)
 
 
 def _find_offsets(mask: Tensor, rows: int) -> tuple[Tensor, int] | None:
@@ -252,12 +252,12 @@ def _find_offsets(mask: Tensor, rows: int) -> tuple[Tensor, int] | None:
 
     None where a mask is anything but causal samples that leave no token out.
     """
-    runs = _find_runs(mask, rows)
-    if runs is None:
+    segments = _find_segments(mask, rows)
+    if segments is None:
         return None
     tokens = mask.shape[-1]
     ends = [0]
-    for row, start, stop, first, _, causal in runs.tolist():
+    for row, start, stop, first, _, causal in segments.tolist():
         if not causal or first != start or row * tokens + start != ends[-1]:
             return None
         ends.append(row * tokens + stop)
@@ -267,7 +267,7 @@ def _find_offsets(mask: Tensor, rows: int) -> tuple[Tensor, int] | None:
     return torch.tensor(ends, dtype=torch.int32, device=mask.device), longest
 
 
-def _find_runs(mask: Tensor, rows: int) -> Tensor | None:
+def _find_segments(mask: Tensor, rows: int) -> Tensor | None:
     if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1] != 1:
         return None
     seen = mask[:, 0].expand(rows, -1, -1)  # [rows, queries, keys]
@@ -278,7 +278,7 @@ def _find_runs(mask: Tensor, rows: int) -> Tensor | None:
     at = torch.arange(seen.shape[2], device=mask.device)
     if not torch.equal((at >= first[..., None]) & (at <= last[..., None]), seen):
         return None
-    runs: list[tuple[int, ...]] = []
+    segments: list[tuple[int, ...]] = []
     for row, (firsts, lasts) in enumerate(zip(first.tolist(), last.tolist(), strict=True)):
         start = 0
         while start < len(firsts):
@@ -292,11 +292,11 @@ def _find_runs(mask: Tensor, rows: int) -> Tensor | None:
                 stop += 1
             if (causal and firsts[start] != start) or lasts[start] < firsts[start]:
                 return None  # such as a window's
-            runs.append((row, start, stop, firsts[start], lasts[stop - 1], int(causal)))
+            segments.append((row, start, stop, firsts[start], lasts[stop - 1], int(causal)))
             start = stop
-    found = torch.tensor(runs)
+    found = torch.tensor(segments)
     try:
-        check_runs(found, rows, seen.shape[1])
+        check_segments(found, rows, seen.shape[1])
     except OpError:
         return None
     return found

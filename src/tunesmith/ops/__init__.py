@@ -10,13 +10,8 @@ take its place where there are any. `four_bit` quantizes, `linear` multiplies, `
 """
 
 from tunesmith.ops import attention, elementwise  # registers their ops
-from tunesmith.ops.linear import (
-    FrozenLinear,
-    LoraWeights,
-    frozen_linear,
-    linear_nf4,
-    lora_linear,
-)
+from tunesmith.ops.frozen import FrozenLinear, LoraWeights
+from tunesmith.ops.linear import frozen_linear, linear_nf4, lora_linear
 from tunesmith.ops.native import NativeStatus, native_status
 from tunesmith.ops.weights import (
     KINDS,

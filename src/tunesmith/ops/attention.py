@@ -1,9 +1,9 @@
-"""Attention over runs: queries side by side that see one stretch of keys, with its derivative.
+"""Attention over segments: queries side by side that see one stretch of keys, with its derivative.
 
 Its own op, for torch's backward pass on the CPU is slow, and computes what a mask then throws away.
 `attention_decode` is the same of one query a row, over what a cache holds.
-Layouts are [rows, tokens, heads, head size], as projections leave them. `check_runs` says what runs
-are; the last axis of `runs` is (row, start, stop, first key, last key, causal).
+Layouts are [rows, tokens, heads, head size], as projections leave them. `check_segments` says what
+segments are; the last axis of `segments` is (row, start, stop, first key, last key, causal).
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from tunesmith.errors import OpError
 from tunesmith.ops import native
 from tunesmith.ops.dispatch import below_autograd, call, differentiate, implement
 from tunesmith.ops.dtypes import DTYPES, sum_dtype, word
-from tunesmith.ops.native import CODES, MOST_HEAD_SIZE
+from tunesmith.ops.native import CODES, MAX_HEAD_SIZE
 
-__all__ = ["attention", "attention_decode", "check_runs"]
+__all__ = ["attention", "attention_decode", "check_segments"]
 
 _VECTOR = 16  # fp32 of AVX-512
 
 torch.library.define(
     "tunesmith::attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor runs, float scale) -> (Tensor out, Tensor lse)",
+    "(Tensor q, Tensor k, Tensor v, Tensor segments, float scale) -> (Tensor out, Tensor lse)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 torch.library.define(
     "tunesmith::attention_backward",
-    "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor runs, "
+    "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor segments, "
     "float scale) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
     tags=torch.Tag.pt2_compliant_tag,
 )
@@ -44,15 +44,15 @@ torch.library.define(
 )
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, runs: Tensor, scale: float) -> Tensor:
-    """Return softmax(scale q kᵀ) v, each query over the keys that its run sees.
+def attention(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float) -> Tensor:
+    """Return softmax(scale q kᵀ) v, each query over the keys that its segment sees.
 
     `q` is [rows, tokens, heads, head size], `k` and `v` the same with key heads, of which heads is
-    a multiple; bf16, fp16 or fp32. `runs` is int64 [runs, 6] on the CPU, see `check_runs`. Returns
-    q's shape and dtype; a query of no run gets zeros. Raises OpError for tensors or runs that do
-    not fit together.
+    a multiple; bf16, fp16 or fp32. `segments` is int64 [segments, 6] on the CPU, see
+    `check_segments`. Returns q's shape and dtype; a query of no segment gets zeros. Raises OpError
+    for tensors or segments that do not fit together.
     """
-    out: Tensor = call("attention", q, k, v, runs, scale)[0]
+    out: Tensor = call("attention", q, k, v, segments, scale)[0]
     return out
 
 
@@ -105,25 +105,26 @@ def reference_decode(
     scores = grouped @ keys[:, :, :length].to(sums).mT * scale  # [rows, key heads, shared, keys]
     unseen = torch.arange(length, device=q.device) < first[:, None]
     scores = scores.masked_fill(unseen[:, None, None], -torch.inf)
-    shares = scores.softmax(-1).masked_fill(unseen[:, None, None], 0.0)
-    return (shares @ values[:, :, :length].to(sums)).view(rows, heads, size).to(q.dtype)
+    probabilities = scores.softmax(-1).masked_fill(unseen[:, None, None], 0.0)
+    return (probabilities @ values[:, :, :length].to(sums)).view(rows, heads, size).to(q.dtype)
 
 
-def check_runs(runs: Tensor, rows: int, tokens: int) -> list[tuple[int, ...]]:
-    """Return the runs as tuples: row, start, stop, first key, last key, causal.
+def check_segments(segments: Tensor, rows: int, tokens: int) -> list[tuple[int, ...]]:
+    """Return the segments as tuples: row, start, stop, first key, last key, causal.
 
     Queries [start, stop) see the keys from the first on: up to themselves if causal, else all up to
-    the last. The last query of a causal run is its last key. No query is in two runs, and what two
-    runs see of a row is the same or disjoint, so that they can be worked on at once. Raises OpError
-    otherwise. All layers of a model ask about the same runs: the last answer is kept.
+    the last. The last query of a causal segment is its last key. No query is in two segments, and
+    what two segments see of a row is the same or disjoint, so that they can be worked on at once.
+    Raises OpError otherwise. All layers of a model ask about the same segments: the last answer is
+    kept.
     """
     global _last_checked
-    if runs.is_inference():  # such a tensor does not say whether it was written into
-        return _checked_runs(runs, rows, tokens)
-    asked = (runs._version, rows, tokens)
+    if segments.is_inference():  # such a tensor does not say whether it was written into
+        return _checked_segments(segments, rows, tokens)
+    asked = (segments._version, rows, tokens)
     kept = _last_checked
-    if kept is None or kept[0]() is not runs or kept[1] != asked:
-        kept = (weakref.ref(runs), asked, _checked_runs(runs, rows, tokens))
+    if kept is None or kept[0]() is not segments or kept[1] != asked:
+        kept = (weakref.ref(segments), asked, _checked_segments(segments, rows, tokens))
         _last_checked = kept
     return kept[2]
 
@@ -131,25 +132,33 @@ def check_runs(runs: Tensor, rows: int, tokens: int) -> list[tuple[int, ...]]:
 _last_checked: tuple[weakref.ref[Tensor], tuple[int, int, int], list[tuple[int, ...]]] | None = None
 
 
-def _checked_runs(runs: Tensor, rows: int, tokens: int) -> list[tuple[int, ...]]:
-    if runs.dtype != torch.int64 or runs.dim() != 2 or runs.shape[1] != 6 or runs.is_cuda:
+def _checked_segments(segments: Tensor, rows: int, tokens: int) -> list[tuple[int, ...]]:
+    if (
+        segments.dtype != torch.int64
+        or segments.dim() != 2
+        or segments.shape[1] != 6
+        or segments.is_cuda
+    ):
         raise OpError(
-            f"runs: got {word(runs.dtype)} {list(runs.shape)} on {runs.device}; allowed is int64 "
-            "[runs, 6] on the CPU: row, start, stop, first key, last key, causal"
+            f"segments: got {word(segments.dtype)} {list(segments.shape)} on {segments.device}; "
+            "allowed is int64 [segments, 6] on the CPU: row, start, stop, first key, last key and "
+            "causal"
         )
-    found = [tuple(run) for run in runs.tolist()]
+    found = [tuple(segment) for segment in segments.tolist()]
     ends: dict[int, int] = {}
     stretches: dict[int, set[tuple[int, int]]] = {}
     for row, start, stop, first, last, causal in sorted(found):
         fits = 0 <= row < rows and 0 <= start < stop <= tokens and 0 <= first <= last < tokens
         if not fits or (causal and (last != stop - 1 or first > start)):
             raise OpError(
-                f"runs: got queries [{start}, {stop}) of row {row} on keys {first} to {last}, "
-                f"causal={causal}, among {rows} rows of {tokens} tokens; a run lies within its "
+                f"segments: got queries [{start}, {stop}) of row {row} on keys {first} to {last}, "
+                f"causal={causal}, among {rows} rows of {tokens} tokens; a segment lies within its "
                 "row, and a causal one ends with its last key"
             )
         if start < ends.get(row, 0):
-            raise OpError(f"runs: got query {start} of row {row} twice; allowed is one run each")
+            raise OpError(
+                f"segments: got query {start} of row {row} twice; allowed is one segment each"
+            )
         ends[row] = stop
         stretches.setdefault(row, set()).add((first, last))
     for row, seen in stretches.items():
@@ -157,14 +166,16 @@ def _checked_runs(runs: Tensor, rows: int, tokens: int) -> list[tuple[int, ...]]
         for (_, last), (first, _) in itertools.pairwise(ordered):
             if first <= last:
                 raise OpError(
-                    f"runs: got key {first} of row {row} in two stretches; what two runs see is "
-                    "the same or disjoint"
+                    f"segments: got key {first} of row {row} in two stretches; what two segments "
+                    "see is the same or disjoint"
                 )
     return found
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, runs: Tensor, *like_q: Tensor) -> list[tuple[int, ...]]:
-    """Refuse tensors that do not fit together; return the runs."""
+def check(
+    q: Tensor, k: Tensor, v: Tensor, segments: Tensor, *like_q: Tensor
+) -> list[tuple[int, ...]]:
+    """Refuse tensors that do not fit together; return the segments."""
     if q.dim() != 4 or k.dim() != 4 or q.dtype not in (*DTYPES, torch.float64):
         raise OpError(
             f"attention: got a {word(q.dtype)} {list(q.shape)} and k {list(k.shape)}; allowed is "
@@ -183,17 +194,17 @@ def check(q: Tensor, k: Tensor, v: Tensor, runs: Tensor, *like_q: Tensor) -> lis
                 f"attention: got {word(tensor.dtype)} on {tensor.device} beside "
                 f"{word(q.dtype)} on {q.device}; all tensors are of one dtype on one device"
             )
-    return check_runs(runs, rows, tokens)
+    return check_segments(segments, rows, tokens)
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, runs: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _fake(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     rows, tokens, heads, _ = q.shape
     sums = sum_dtype(q.dtype)
     return torch.empty_like(q), q.new_empty((rows, heads, tokens), dtype=sums)
 
 
 def _fake_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, runs: Tensor,
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segments: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -207,54 +218,62 @@ torch.library.register_fake(
 )
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, runs: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     """Do the op in plain PyTorch; also returns the log-sum-exp, [rows, heads, tokens]."""
-    out, lse = _fake(q, k, v, runs, scale)
+    out, lse = _fake(q, k, v, segments, scale)
     out.zero_()
     lse.fill_(-torch.inf)
-    for run in check(q, k, v, runs):
-        _write_run(q, k, v, run, scale, out, lse)
+    for segment in check(q, k, v, segments):
+        _write_segment(q, k, v, segment, scale, out, lse)
     return out, lse
 
 
 def reference_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, runs: Tensor,
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segments: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of q, k and v, from the formula of FlashAttention (arXiv:2205.14135)."""
     grads = [torch.zeros_like(t, dtype=lse.dtype) for t in (q, k, v)]
     shared = q.shape[2] // k.shape[2]
-    for run in check(q, k, v, runs, grad_out, out):
-        row, start, stop, first, last, _ = run
-        queries, keys, values, mask = _of_run(q, k, v, run, lse.dtype)
+    for segment in check(q, k, v, segments, grad_out, out):
+        row, start, stop, first, last, _ = segment
+        queries, keys, values, mask = _of_segment(q, k, v, segment, lse.dtype)
         grad = grad_out[row, start:stop].to(lse.dtype).transpose(0, 1)  # [heads, queries, size]
         delta = (grad * out[row, start:stop].to(lse.dtype).transpose(0, 1)).sum(-1, keepdim=True)
         scores = (queries @ keys.mT * scale).masked_fill(~mask, -torch.inf)
         p = (scores - lse[row, :, start:stop, None]).exp()
         grad_scores = p * (grad @ values.mT - delta) * scale
-        for at, of_run in ((1, grad_scores.mT @ queries), (2, p.mT @ grad)):
+        for at, of_segment in ((1, grad_scores.mT @ queries), (2, p.mT @ grad)):
             # [key heads, keys, head size]
-            by_key_head = of_run.view(-1, shared, *of_run.shape[1:]).sum(1)
+            by_key_head = of_segment.view(-1, shared, *of_segment.shape[1:]).sum(1)
             grads[at][row, first : last + 1] += by_key_head.transpose(0, 1)
         grads[0][row, start:stop] = (grad_scores @ keys).transpose(0, 1)
     return grads[0].to(q.dtype), grads[1].to(k.dtype), grads[2].to(v.dtype)
 
 
-def _write_run(
-    q: Tensor, k: Tensor, v: Tensor, run: tuple[int, ...], scale: float, out: Tensor, lse: Tensor
+def _write_segment(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segment: tuple[int, ...],
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
 ) -> None:
-    queries, keys, values, mask = _of_run(q, k, v, run, lse.dtype)
+    queries, keys, values, mask = _of_segment(q, k, v, segment, lse.dtype)
     scores = (queries @ keys.mT * scale).masked_fill(~mask, -torch.inf)
-    row, start, stop = run[:3]
+    row, start, stop = segment[:3]
     lse[row, :, start:stop] = scores.logsumexp(-1)
     out[row, start:stop] = (scores.softmax(-1) @ values).transpose(0, 1).to(out.dtype)
 
 
-def _of_run(
-    q: Tensor, k: Tensor, v: Tensor, run: tuple[int, ...], dtype: torch.dtype
+def _of_segment(
+    q: Tensor, k: Tensor, v: Tensor, segment: tuple[int, ...], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return a run's q, k and v, [heads, tokens, head size], and which key each query sees."""
-    row, start, stop, first, last, causal = run
+    """Return a segment's q, k and v, [heads, tokens, head size], and which key each query sees."""
+    row, start, stop, first, last, causal = segment
     queries = q[row, start:stop].to(dtype).transpose(0, 1)
     shared = q.shape[2] // k.shape[2]
     keys, values = (
@@ -266,23 +285,25 @@ def _of_run(
     return queries, keys, values, seen <= (at if causal else last)
 
 
-def by_torch(q: Tensor, k: Tensor, v: Tensor, runs: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Do the op on the CPU with torch's own kernel, run by run."""
-    found = check(q, k, v, runs)
+def by_torch(
+    q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Do the op on the CPU with torch's own kernel, segment by segment."""
+    found = check(q, k, v, segments)
     kernel = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
     if kernel is None or q.dtype == torch.float64:
-        return reference(q, k, v, runs, scale)
-    out, lse = _fake(q, k, v, runs, scale)
-    if sum(run[2] - run[1] for run in found) < q.shape[0] * q.shape[1]:
+        return reference(q, k, v, segments, scale)
+    out, lse = _fake(q, k, v, segments, scale)
+    if sum(segment[2] - segment[1] for segment in found) < q.shape[0] * q.shape[1]:
         out.zero_()
         lse.fill_(-torch.inf)
     shared = q.shape[2] // k.shape[2]
-    for run in found:
-        row, start, stop, first, last, causal = run
+    for segment in found:
+        row, start, stop, first, last, causal = segment
         # torch turns the NaN of less than a vector of keys into zeros (2.13), and its causal is
         # that of a square
         if last - first < _VECTOR or (causal and start > first):
-            _write_run(q, k, v, run, scale, out, lse)
+            _write_segment(q, k, v, segment, scale, out, lse)
             continue
         keys, values = (
             t[row, first : last + 1].transpose(0, 1).repeat_interleave(shared, 0)[None]
@@ -299,8 +320,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         out, lse = below_autograd("attention", *args)
-        q, k, v, runs, ctx.scale = args
-        ctx.save_for_backward(q, k, v, out, lse, runs)
+        q, k, v, segments, ctx.scale = args
+        ctx.save_for_backward(q, k, v, out, lse, segments)
         ctx.mark_non_differentiable(lse)
         return out, lse
 
@@ -308,15 +329,15 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             _no_second_derivative()
-        *saved, runs = ctx.saved_tensors
-        grads = call("attention_backward", grad_out, *saved, runs, ctx.scale)
+        *saved, segments = ctx.saved_tensors
+        grads = call("attention_backward", grad_out, *saved, segments, ctx.scale)
         return (*grads, None, None)
 
 
 def _no_second_derivative() -> NoReturn:
     raise OpError(
-        "got a second backward pass through attention over runs; it has first derivatives only; "
-        "leave create_graph=False, or attn_implementation='sdpa'"
+        "got a second backward pass through attention over segments; it has first derivatives "
+        "only; leave create_graph=False, or attn_implementation='sdpa'"
     )
 
 
@@ -330,15 +351,15 @@ torch.library.impl("tunesmith::attention_decode", "default", reference_decode)
 
 
 def _attention_cpu(
-    q: Tensor, k: Tensor, v: Tensor, runs: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    found = check(q, k, v, runs)
+    found = check(q, k, v, segments)
     tiles = (
         native.kernels.isa() == "amx_bf16" and q.dtype == torch.bfloat16 and q.shape[3] % 32 == 0
     )
     if not tiles:  # torch's is as good elsewhere
-        return by_torch(q, k, v, runs, scale)
-    q, k, v, runs = (tensor.contiguous() for tensor in (q, k, v, runs))
+        return by_torch(q, k, v, segments, scale)
+    q, k, v, segments = (tensor.contiguous() for tensor in (q, k, v, segments))
     shape = [*q.shape[:3], k.shape[2], q.shape[3]]
     whole = _covers(found, q)
     out = torch.empty_like(q) if whole else torch.zeros_like(q)
@@ -346,46 +367,54 @@ def _attention_cpu(
     if not whole:
         lse.fill_(-torch.inf)
     native.kernels.attention(
-        shape, CODES[q.dtype], q.data_ptr(), k.data_ptr(), v.data_ptr(), scale, runs.data_ptr(),
-        len(runs), out.data_ptr(), lse.data_ptr(),
-    )  # fmt: skip
+        shape=shape,
+        dtype=CODES[q.dtype],
+        q=q.data_ptr(),
+        k=k.data_ptr(),
+        v=v.data_ptr(),
+        scale=scale,
+        segments=segments.data_ptr(),
+        segment_count=len(segments),
+        out=out.data_ptr(),
+        lse=lse.data_ptr(),
+    )
     return out, lse
 
 
-def _covers(runs: Sequence[tuple[int, ...]], q: Tensor) -> bool:
-    """Return whether each query is in a run."""
-    return sum(run[2] - run[1] for run in runs) == q.shape[0] * q.shape[1]
+def _covers(segments: Sequence[tuple[int, ...]], q: Tensor) -> bool:
+    """Return whether each query is in a segment."""
+    return sum(segment[2] - segment[1] for segment in segments) == q.shape[0] * q.shape[1]
 
 
 def _attention_backward_cpu(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, runs: Tensor,
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segments: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    found = check(q, k, v, runs, grad_out, out)
+    found = check(q, k, v, segments, grad_out, out)
     if q.dtype == torch.float64:
-        return reference_backward(grad_out, q, k, v, out, lse, runs, scale)
-    q, k, v, out, grad_out, lse, runs = (
-        tensor.contiguous() for tensor in (q, k, v, out, grad_out, lse, runs)
+        return reference_backward(grad_out, q, k, v, out, lse, segments, scale)
+    q, k, v, out, grad_out, lse, segments = (
+        tensor.contiguous() for tensor in (q, k, v, out, grad_out, lse, segments)
     )
-    # a query or key of no run is not written
-    whole = _covers(found, q) and all(run[5] for run in found)
+    # a query or key of no segment is not written
+    whole = _covers(found, q) and all(segment[5] for segment in found)
     new = torch.empty_like if whole else torch.zeros_like
     grad_q, grad_k, grad_v = (new(tensor) for tensor in (q, k, v))
     native.kernels.attention_backward(
-        [*q.shape[:3], k.shape[2], q.shape[3]],
-        CODES[q.dtype],
-        q.data_ptr(),
-        k.data_ptr(),
-        v.data_ptr(),
-        out.data_ptr(),
-        grad_out.data_ptr(),
-        lse.data_ptr(),
-        scale,
-        runs.data_ptr(),
-        len(runs),
-        grad_q.data_ptr(),
-        grad_k.data_ptr(),
-        grad_v.data_ptr(),
+        shape=[*q.shape[:3], k.shape[2], q.shape[3]],
+        dtype=CODES[q.dtype],
+        q=q.data_ptr(),
+        k=k.data_ptr(),
+        v=v.data_ptr(),
+        out=out.data_ptr(),
+        grad_out=grad_out.data_ptr(),
+        lse=lse.data_ptr(),
+        scale=scale,
+        segments=segments.data_ptr(),
+        segment_count=len(segments),
+        grad_q=grad_q.data_ptr(),
+        grad_k=grad_k.data_ptr(),
+        grad_v=grad_v.data_ptr(),
     )
     return grad_q, grad_k, grad_v
 
@@ -394,15 +423,26 @@ def _attention_decode_cpu(
     q: Tensor, keys: Tensor, values: Tensor, first: Tensor, length: int, scale: float
 ) -> Tensor:
     check_decode(q, keys, values, first, length)
-    if q.dtype == torch.float64 or q.shape[2] > MOST_HEAD_SIZE or bool((first < 0).any()):
+    if q.dtype == torch.float64 or q.shape[2] > MAX_HEAD_SIZE or bool((first < 0).any()):
         return reference_decode(q, keys, values, first, length, scale)
     q, keys, values, first = (t.contiguous() for t in (q, keys, values, first))
     rows, heads, size = q.shape
     out = torch.empty_like(q)
     native.kernels.attention_decode(
-        q.data_ptr(), keys.data_ptr(), values.data_ptr(), first.data_ptr(), CODES[q.dtype], rows,
-        heads, keys.shape[1], size, keys.shape[2], length, scale, out.data_ptr(),
-    )  # fmt: skip
+        q=q.data_ptr(),
+        keys=keys.data_ptr(),
+        values=values.data_ptr(),
+        first=first.data_ptr(),
+        dtype=CODES[q.dtype],
+        rows=rows,
+        heads=heads,
+        key_heads=keys.shape[1],
+        head_size=size,
+        capacity=keys.shape[2],
+        length=length,
+        scale=scale,
+        out=out.data_ptr(),
+    )
     return out
 
 

@@ -38,7 +38,7 @@ _SCHEMAS = {
     "gated": "(Tensor gate, Tensor up, str activation) -> Tensor",
     "gated_backward": "(Tensor grad_y, Tensor gate, Tensor up, str activation) "
     "-> (Tensor grad_gate, Tensor grad_up)",
-    "logps_": "(Tensor(a!) logits, Tensor labels, bool slopes) -> Tensor",
+    "logps_": "(Tensor(a!) logits, Tensor labels, bool gradients) -> Tensor",
     "rotary": "(Tensor x, Tensor cos, Tensor sin, bool backward) -> Tensor",
 }
 for _op, _schema in _SCHEMAS.items():
@@ -67,16 +67,16 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return y
 
 
-def logps_(logits: Tensor, labels: Tensor, slopes: bool) -> Tensor:
+def logps_(logits: Tensor, labels: Tensor, gradients: bool) -> Tensor:
     """Return log_softmax(logits)[label] of each row: fp32 [rows].
 
     `logits` is [rows, classes] without gaps in bf16, fp16 or fp32; `labels` int64 [rows] from 0 to
-    classes - 1. With `slopes` the derivative of each result by its logits, onehot - softmax, is
+    classes - 1. With `gradients` the derivative of each result by its logits, onehot - softmax, is
     written over them; otherwise they stay. Sums are fp32 or exacter. Has no derivative itself.
     Raises OpError for what does not fit together; a label that is none is an error on the CPU and
     gives NaN on a CUDA device, which would have to be waited for to look at it.
     """
-    logps: Tensor = call("logps_", logits, labels, slopes)
+    logps: Tensor = call("logps_", logits, labels, gradients)
     return logps
 
 
@@ -224,16 +224,16 @@ def reference_rotary(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Ten
     return x * cos + torch.cat((-high, low), dim=-1) * sin
 
 
-def reference_logps_(logits: Tensor, labels: Tensor, slopes: bool) -> Tensor:
+def reference_logps_(logits: Tensor, labels: Tensor, gradients: bool) -> Tensor:
     """Do the op in plain PyTorch."""
     check_logps(logits, labels)
-    shares = _sums(logits).log_softmax(dim=1)
+    logps_of_all = _sums(logits).log_softmax(dim=1)
     wanted = labels[:, None]
-    logps = shares.gather(1, wanted)
-    if slopes:
-        slope = shares.exp_().neg_()
-        slope.scatter_add_(1, wanted, torch.ones_like(logps))
-        logits.copy_(slope)
+    logps = logps_of_all.gather(1, wanted)
+    if gradients:
+        gradient = logps_of_all.exp_().neg_()
+        gradient.scatter_add_(1, wanted, torch.ones_like(logps))
+        logits.copy_(gradient)
     return logps.squeeze(1)
 
 
@@ -248,7 +248,7 @@ torch.library.register_fake(
 )
 torch.library.register_fake(
     "tunesmith::logps_",
-    lambda logits, labels, slopes: logits.new_empty(len(logits), dtype=_sums(logits).dtype),
+    lambda logits, labels, gradients: logits.new_empty(len(logits), dtype=_sums(logits).dtype),
 )
 torch.library.register_fake(
     "tunesmith::gated", lambda gate, up, activation: gate.new_empty(gate.shape)
@@ -338,11 +338,11 @@ for _op, _implementation in (
 # --- by the kernels
 
 
-def _logps(logits: Tensor, labels: Tensor, slopes: bool) -> Tensor:
+def _logps(logits: Tensor, labels: Tensor, gradients: bool) -> Tensor:
     check_logps(logits, labels)
     rows, classes = logits.shape
     if logits.dtype == torch.float64 or not logits.numel():
-        return reference_logps_(logits, labels, slopes)
+        return reference_logps_(logits, labels, gradients)
     if logits.device.type == "cpu":  # elsewhere to look at them is to wait for them
         least, most = labels.aminmax()
         if least < 0 or most >= classes:
@@ -354,9 +354,15 @@ def _logps(logits: Tensor, labels: Tensor, slopes: bool) -> Tensor:
     logps = logits.new_empty(rows, dtype=torch.float32)
     with stream_of(logits) as stream:
         native.kernels.logps(
-            logits.data_ptr(), labels.data_ptr(), CODES[logits.dtype], rows, classes, slopes,
-            logps.data_ptr(), stream,
-        )  # fmt: skip
+            logits=logits.data_ptr(),
+            labels=labels.data_ptr(),
+            dtype=CODES[logits.dtype],
+            rows=rows,
+            columns=classes,
+            gradients=gradients,
+            logps=logps.data_ptr(),
+            stream=stream,
+        )
     return logps
 
 
@@ -371,9 +377,17 @@ def native_rms_norm(x: Tensor, weight: Tensor, eps: float, from_one: bool) -> tu
     y, scale = empty_like(x), x.new_empty(rows, dtype=torch.float32)
     with stream_of(x) as stream:
         native.kernels.rms_norm(
-            x.data_ptr(), weight.data_ptr(), CODES[x.dtype], rows, columns, eps, from_one,
-            y.data_ptr(), scale.data_ptr(), stream,
-        )  # fmt: skip
+            x=x.data_ptr(),
+            weight=weight.data_ptr(),
+            dtype=CODES[x.dtype],
+            rows=rows,
+            columns=columns,
+            eps=eps,
+            from_one=from_one,
+            y=y.data_ptr(),
+            scale=scale.data_ptr(),
+            stream=stream,
+        )
     return y, scale
 
 
@@ -388,9 +402,17 @@ def _rms_norm_backward(
     grad_x = empty_like(x)
     with stream_of(x) as stream:
         native.kernels.rms_norm_backward(
-            grad_y.data_ptr(), x.data_ptr(), weight.data_ptr(), scale.data_ptr(), CODES[x.dtype],
-            x.numel() // columns, columns, from_one, grad_x.data_ptr(), stream,
-        )  # fmt: skip
+            grad_y=grad_y.data_ptr(),
+            x=x.data_ptr(),
+            weight=weight.data_ptr(),
+            scale=scale.data_ptr(),
+            dtype=CODES[x.dtype],
+            rows=x.numel() // columns,
+            columns=columns,
+            from_one=from_one,
+            grad_x=grad_x.data_ptr(),
+            stream=stream,
+        )
     return grad_x
 
 
@@ -402,9 +424,14 @@ def _gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     y = empty_like(gate)
     with stream_of(gate) as stream:
         native.kernels.gated(
-            gate.data_ptr(), up.data_ptr(), CODES[gate.dtype], gate.numel(), CODES[activation],
-            y.data_ptr(), stream,
-        )  # fmt: skip
+            gate=gate.data_ptr(),
+            up=up.data_ptr(),
+            dtype=CODES[gate.dtype],
+            numel=gate.numel(),
+            activation=CODES[activation],
+            y=y.data_ptr(),
+            stream=stream,
+        )
     return y
 
 
@@ -418,9 +445,16 @@ def _gated_backward(
     grad_gate, grad_up = empty_like(gate), empty_like(up)
     with stream_of(gate) as stream:
         native.kernels.gated_backward(
-            grad_y.data_ptr(), gate.data_ptr(), up.data_ptr(), CODES[gate.dtype], gate.numel(),
-            CODES[activation], grad_gate.data_ptr(), grad_up.data_ptr(), stream,
-        )  # fmt: skip
+            grad_y=grad_y.data_ptr(),
+            gate=gate.data_ptr(),
+            up=up.data_ptr(),
+            dtype=CODES[gate.dtype],
+            numel=gate.numel(),
+            activation=CODES[activation],
+            grad_gate=grad_gate.data_ptr(),
+            grad_up=grad_up.data_ptr(),
+            stream=stream,
+        )
     return grad_gate, grad_up
 
 
@@ -433,9 +467,18 @@ def _rotary(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
     out = empty_like(x)
     with stream_of(x) as stream:
         native.kernels.rotary(
-            x.data_ptr(), cos.data_ptr(), sin.data_ptr(), CODES[x.dtype], rows * tokens,
-            len(cos) * tokens, heads, size, backward, out.data_ptr(), stream,
-        )  # fmt: skip
+            x=x.data_ptr(),
+            cos=cos.data_ptr(),
+            sin=sin.data_ptr(),
+            dtype=CODES[x.dtype],
+            tokens=rows * tokens,
+            positions=len(cos) * tokens,
+            heads=heads,
+            head_size=size,
+            backward=backward,
+            out=out.data_ptr(),
+            stream=stream,
+        )
     return out
 
 

@@ -153,8 +153,7 @@ torch.library.register_fake(
 
 
 def _fake_dequantize_4bit(*args: Any) -> Tensor:
-    *packed, dtype = args
-    weight = Packed(*packed)
+    weight, dtype = Packed._make(args[:-1]), args[-1]
     return weight.packed.new_empty(tuple(weight.shape), dtype=dtype)
 
 
@@ -285,8 +284,7 @@ def reference_quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def reference_dequantize_4bit(*args: Any) -> Tensor:
     """Dequantize what `Packed` is made of into a dtype, the last argument."""
-    *packed, dtype = args
-    weight = Packed(*packed)
+    weight, dtype = Packed._make(args[:-1]), args[-1]
     weight.check(dtype)
     return dequantize_by_torch(weight, dtype)
 
@@ -391,8 +389,7 @@ def _quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _dequantize_4bit(*args: Any) -> Tensor:
-    *packed, dtype = args
-    weight = Packed(*packed)
+    weight, dtype = Packed._make(args[:-1]), args[-1]
     weight.check(dtype)
     return dequantize_by_kernel(weight, dtype)
 

@@ -18,13 +18,13 @@ from tunesmith.errors import OpError
 from tunesmith.ops import attention, elementwise, linear, native
 from tunesmith.ops.dtypes import DTYPES, word
 from tunesmith.ops.four_bit import dequantize_by_kernel
-from tunesmith.ops.linear import FrozenLinear
-from tunesmith.ops.native import CODES, MOST_HEAD_SIZE, empty_like, pointer, pooled_empty
+from tunesmith.ops.frozen import FrozenLinear, check_linear
+from tunesmith.ops.native import CODES, MAX_HEAD_SIZE, empty_like, pointer, pooled_empty
 
 __all__ = [
     "DecoderLayer",
     "NormArguments",
-    "Places",
+    "Positions",
     "PreparedLayers",
     "PreparedLinear",
     "PreparedNorm",
@@ -52,16 +52,16 @@ NormArguments = tuple[Tensor, float, bool]
 """What the op rms_norm takes after x."""
 
 
-Places = tuple[Tensor, Tensor, Tensor]
-"""Where tokens stand: cos and sin, [rows or 1, tokens, head size], and runs (`ops.attention`)."""
+Positions = tuple[Tensor, Tensor, Tensor]
+"""Where tokens stand: cos and sin [rows or 1, tokens, head size], and segments of attention."""
 
 
 class DecoderLayer:
     """A decoder layer on the CPU; its tensors are held, and never written.
 
-    h = norm(x), then attention, added to x; and h = norm(x), then a gated block, added to x. There
-    is no derivative but `backward`. What is written into a tensor shows in the next call. Raises
-    OpError for parts that do not fit together.
+    h = norm(x), then attention, added to x; and h = norm(x), then an MLP with a gated unit, added
+    to x. There is no derivative but `backward`. What is written into a tensor shows in the next
+    call. Raises OpError for parts that do not fit together.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class DecoderLayer:
         """Take x's dtype and the layer's parts.
 
         `norms` are that before attention, those of queries and of keys, which may be None, and that
-        before the gated unit. `linears` are of query, key, value, output, gate, up and down;
+        before the MLP. `linears` are of query, key, value, output, gate, up and down;
         `multiplies_all` takes them. `activation` is a key of `elementwise.ACTIVATIONS`.
         """
         self.dtype, self.head_size = dtype, head_size
@@ -103,40 +103,43 @@ class DecoderLayer:
         mine = self._made_of
         return len(mine) == len(others) and all(map(operator.is_, mine, others))
 
-    def forward(self, x: Tensor, places: Places) -> tuple[Tensor, Tensor]:
-        """Return the output for x [rows, tokens, features], and what `backward` takes besides x."""
+    def forward(self, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+        """Return the output for x [rows, tokens, features], and the activations."""
         out = empty_like(x)
-        return out, self._run(x, places, out)
+        return out, self._run(x, positions, out)
 
-    def kept_again(self, x: Tensor, places: Places) -> Tensor:
-        """Return what `forward` kept; its last product is left out."""
-        return self._run(x, places, None)
+    def recompute(self, x: Tensor, positions: Positions) -> Tensor:
+        """Return the activations that `forward` kept; its last product is left out."""
+        return self._run(x, positions, None)
 
-    def _run(self, x: Tensor, places: Places, out: Tensor | None) -> Tensor:
-        x, places = x.contiguous(), _compact_places(places)
-        layer = self._on(x, places)
-        kept = pooled_empty((layer.kept,), torch.uint8, x.device)
-        native.kernels.decoder_layer(layer, x.data_ptr(), kept.data_ptr(), pointer(out))
-        return kept
+    def _run(self, x: Tensor, positions: Positions, out: Tensor | None) -> Tensor:
+        x, positions = x.contiguous(), _compact_positions(positions)
+        layer = self._for(x, positions)
+        activations = pooled_empty((layer.activation_bytes,), torch.uint8, x.device)
+        native.kernels.decoder_layer(
+            layer=layer, x=x.data_ptr(), activations=activations.data_ptr(), out=pointer(out)
+        )
+        return activations
 
     def backward(
         self,
         grad: Tensor,
         x: Tensor,
-        kept: Tensor,
-        places: Places,
+        activations: Tensor,
+        positions: Positions,
         need_x: bool,
         needs: Sequence[bool],
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """Return the gradient of x, or None if it needs none, and those of `adapters`."""
-        x, grad, kept = x.contiguous(), grad.contiguous(), kept.contiguous()
-        places = _compact_places(places)
-        layer = self._on(x, places)
+        x, grad, activations = x.contiguous(), grad.contiguous(), activations.contiguous()
+        positions = _compact_positions(positions)
+        layer = self._for(x, positions)
         elementwise.check_alike("decoder_layer", x, grad)
-        if grad.shape != x.shape or kept.shape != (layer.kept,) or kept.dtype != torch.uint8:
+        kept = (activations.dtype, tuple(activations.shape))
+        if grad.shape != x.shape or kept != (torch.uint8, (layer.activation_bytes,)):
             raise OpError(
-                f"decoder_layer: got a gradient {list(grad.shape)} and {kept.numel()} bytes for x "
-                f"{list(x.shape)}; pass what came of the forward pass of the same x"
+                f"decoder_layer: got a gradient {list(grad.shape)} and {activations.numel()} bytes "
+                f"for x {list(x.shape)}; pass what came of the forward pass of the same x"
             )
         grad_x = empty_like(x) if need_x else None
         grads = [
@@ -148,15 +151,20 @@ class DecoderLayer:
             pointer(next(given)) if each.rank else 0 for each in self._linears for _ in "ab"
         ]
         native.kernels.decoder_layer_backward(
-            layer, x.data_ptr(), kept.data_ptr(), grad.data_ptr(), pointer(grad_x), pointers
+            layer=layer,
+            x=x.data_ptr(),
+            activations=activations.data_ptr(),
+            grad_out=grad.data_ptr(),
+            grad_x=pointer(grad_x),
+            grads=pointers,
         )
         return grad_x, grads
 
-    def _on(self, x: Tensor, places: Places) -> native.kernels.DecoderLayer:
-        """Check x and its places, and return the layer as the kernels take it for them."""
+    def _for(self, x: Tensor, positions: Positions) -> native.kernels.DecoderLayer:
+        """Check x and its positions, and return the layer as the kernels take it for them."""
         if self._copied or self._memory() != self._prepared_for:
             self._prepare()
-        cos, sin, runs = places
+        cos, sin, segments = positions
         if x.dtype != self.dtype or x.dim() != 3 or x.shape[2] != self._hidden:
             raise OpError(
                 f"decoder_layer: got {word(x.dtype)} {list(x.shape)}; this layer takes "
@@ -168,11 +176,16 @@ class DecoderLayer:
         fits = cos.shape == sin.shape and cos.shape in ((rows, tokens, size), (1, tokens, size))
         if not fits or size % 2:  # it says what does not
             elementwise.check_rotary(x.new_empty((rows, tokens, 0, size)), cos, sin)
-        attention.check_runs(runs, rows, tokens)
-        return self._layer.on(
-            rows, tokens, cos.data_ptr(), sin.data_ptr(), len(cos) * tokens, runs.data_ptr(),
-            len(runs),
-        )  # fmt: skip
+        attention.check_segments(segments, rows, tokens)
+        return self._layer.for_tokens(
+            rows=rows,
+            tokens=tokens,
+            cos=cos.data_ptr(),
+            sin=sin.data_ptr(),
+            positions=len(cos) * tokens,
+            segments=segments.data_ptr(),
+            segment_count=len(segments),
+        )
 
     def _memory(self) -> list[object]:
         """Return where its parameters lie, and how: that changes where .data is assigned."""
@@ -203,21 +216,25 @@ class DecoderLayer:
         for each in linears:
             if each.bias is not None:
                 each = each._replace(bias=each.bias.to(dtype))
-            linear.check(torch.empty((0, each.in_features), dtype=dtype), each)
+            check_linear(torch.empty((0, each.in_features), dtype=dtype), each)
             each = each.compact(weight_too=True)
             held += [*each[:4], each.bias, each.lora_a, each.lora_b]
             made.append(linear.native_linear(each, 0, dtype))  # of no tokens yet
         norms = []
         for norm, features in zip(self._norms, (hidden, size, size, hidden), strict=True):
-            if norm is None:
-                norms.append(native.kernels.Norm(0, 0.0, False))
-                continue
-            elementwise.check_rms_norm(torch.empty((0, features), dtype=dtype), norm[0])
-            weight = norm[0].contiguous()
-            held.append(weight)
-            norms.append(native.kernels.Norm(weight.data_ptr(), *norm[1:]))
+            weight, eps, from_one = norm or (None, 0.0, False)
+            if weight is not None:
+                elementwise.check_rms_norm(torch.empty((0, features), dtype=dtype), weight)
+                weight = weight.contiguous()
+                held.append(weight)
+            norms.append(_native_norm(weight, eps, from_one))
         self._layer = native.kernels.DecoderLayer(
-            CODES[dtype], norms, made, size, self._scaling, CODES[self._activation]
+            dtype=CODES[dtype],
+            norms=norms,
+            linears=made,
+            head_size=size,
+            scale=self._scaling,
+            activation=CODES[self._activation],
         )
         own = set(map(id, self._made_of))
         # of a copy nobody says when the original is written
@@ -226,6 +243,13 @@ class DecoderLayer:
         self._aliases = [each.detach() for each in held if each is not None]
         self._parameters = [each for each in self._made_of if isinstance(each, nn.Parameter)]
         self._prepared_for = self._memory()
+
+
+def _native_norm(
+    weight: Tensor | None, eps: float = 0.0, from_one: bool = False
+) -> native.kernels.Norm:
+    """Return a norm as the kernels take it, or the one that says that there is none."""
+    return native.kernels.Norm(weight=pointer(weight), eps=eps, from_one=from_one)
 
 
 def _all_of(
@@ -238,9 +262,9 @@ def _all_of(
         yield from each
 
 
-def _compact_places(places: Places) -> Places:
-    cos, sin, runs = places
-    return cos.contiguous(), sin.contiguous(), runs.contiguous()
+def _compact_positions(positions: Positions) -> Positions:
+    cos, sin, segments = positions
+    return cos.contiguous(), sin.contiguous(), segments.contiguous()
 
 
 class PreparedLinear:
@@ -251,7 +275,7 @@ class PreparedLinear:
     """
 
     def __init__(self, tokens: int, dtype: torch.dtype, layer: FrozenLinear) -> None:
-        linear.check(torch.empty((tokens, layer.in_features), dtype=dtype), layer)
+        check_linear(torch.empty((tokens, layer.in_features), dtype=dtype), layer)
         self._held = layer = layer.compact()
         self.out_features = layer.out_features
         self._dtype = dtype
@@ -282,7 +306,11 @@ class PreparedLinear:
             accumulate = True
         if self._layer is not None:
             native.kernels.linear(
-                self._layer, x.data_ptr(), self._s.data_ptr(), out.data_ptr(), accumulate
+                layer=self._layer,
+                x=x.data_ptr(),
+                s=self._s.data_ptr(),
+                y=out.data_ptr(),
+                accumulate=accumulate,
             )
         return out
 
@@ -319,45 +347,50 @@ class PreparedLayers:
         scale: float,
         activation: str,
     ) -> bool:
-        """Add a layer: x += attention(norm(x)), then x += gated block(norm(x)).
+        """Add a layer: x += attention(norm(x)), then x += MLP(norm(x)).
 
         `norms` are that before attention, those of each head of the queries and keys, None for
-        none, and that before the block; `linears` those of query, key, value, output, gate, up and
+        none, and that before the MLP; `linears` those of query, key, value, output, gate, up and
         down; `keys` and `values` the cache, [rows, key heads, capacity, head size]. Returns False,
         and adds nothing, where a part of it is not for one native call.
         """
         layers = [each.in_one_call for each in linears]
         rows, _, capacity, size = keys.shape
-        if None in layers or size > MOST_HEAD_SIZE or size % 2:
+        if None in layers or size > MAX_HEAD_SIZE or size % 2:
             return False
         self._layers.append(
             native.kernels.DecodeLayer(
-                CODES[keys.dtype],
-                rows,
-                [
-                    native.kernels.Norm(0, 0.0, False)
+                dtype=CODES[keys.dtype],
+                rows=rows,
+                norms=[
+                    _native_norm(None)
                     if norm is None
-                    else native.kernels.Norm(norm.weight.data_ptr(), norm.eps, norm.from_one)
+                    else _native_norm(norm.weight, norm.eps, norm.from_one)
                     for norm in norms
                 ],
-                [layer for layer in layers if layer is not None],
-                size,
-                scale,
-                CODES[activation],
-                keys.data_ptr(),
-                values.data_ptr(),
-                capacity,
+                linears=[layer for layer in layers if layer is not None],
+                head_size=size,
+                scale=scale,
+                activation=CODES[activation],
+                keys=keys.data_ptr(),
+                values=values.data_ptr(),
+                capacity=capacity,
             )
         )
         self._held.append((norms, linears, keys, values))
         return True
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, first: Tensor, at: int) -> None:
-        """Add to x [rows, hidden] what all layers add; the tokens are the `at`-th of their rows.
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, first: Tensor, position: int) -> None:
+        """Add to x [rows, hidden] what all layers add; the tokens are at `position` of their rows.
 
         `cos` and `sin` are [rows, head size], `first` int64 [rows], the first token of each row
-        that is none of padding; all without gaps, and `at` below the caches' capacity.
+        that is none of padding; all without gaps, and `position` below the caches' capacity.
         """
         native.kernels.decode_layers(
-            self._layers, x.data_ptr(), cos.data_ptr(), sin.data_ptr(), first.data_ptr(), at
+            layers=self._layers,
+            x=x.data_ptr(),
+            cos=cos.data_ptr(),
+            sin=sin.data_ptr(),
+            first=first.data_ptr(),
+            position=position,
         )

@@ -13,31 +13,33 @@ import functools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.errors import OpError
-from tunesmith.ops import native
+from tunesmith.ops import frozen, native
 from tunesmith.ops.dispatch import below_autograd, call, differentiate, implement
-from tunesmith.ops.dtypes import DTYPES, sum_dtype, word, words
+from tunesmith.ops.dtypes import DTYPES, sum_dtype
 from tunesmith.ops.four_bit import (
-    QUANT_TYPES,
     Packed,
     dequantize_by_kernel,
     dequantize_by_torch,
 )
+from tunesmith.ops.frozen import (
+    FrozenLinear,
+    GradientsOf,
+    check_linear,
+    check_linear_backward,
+    s_dtype,
+)
 from tunesmith.ops.machine import cpu_flags, cpu_multiplies_bf16
-from tunesmith.ops.native import CODES, compact, empty_like, pointer, stream_of
+from tunesmith.ops.native import CODES, empty_like, pointer, stream_of
 from tunesmith.ops.weights import Weight4Bit
 
 __all__ = [
-    "SMALL_TOKENS",
-    "FrozenLinear",
-    "LoraWeights",
-    "check",
     "dense_weight",
     "frozen_linear",
     "in_one_call",
@@ -47,116 +49,6 @@ __all__ = [
     "reference_linear",
     "reference_linear_backward",
 ]
-
-
-class LoraWeights(NamedTuple):
-    """An adapter: y gains scaling x Aᵀ Bᵀ (LoRA, arXiv:2106.09685). A plain tuple serves as well.
-
-    Both matrices have one dtype of bf16, fp16 and fp32, which need not be x's.
-    """
-
-    a: Tensor
-    """A [rank, in_features]."""
-    b: Tensor
-    """B [out_features, rank]."""
-    scaling: float
-    """alpha / rank, in LoRA's terms."""
-
-
-class FrozenLinear(NamedTuple):
-    """A linear layer with a frozen weight, and the adapter beside it.
-
-    The fields are what the ops `linear` and `linear_backward` take, in the order of their schemas.
-    Nothing is checked before an op is called with them.
-    """
-
-    weight: Tensor
-    """uint8 [ceil(out_features in_features / 2)] in 4 bits, else [out_features, in_features]."""
-    absmax: Tensor | None
-    """The scales of a weight in 4 bits, as `Weight4Bit` has them; None for a plain one."""
-    nested_absmax: Tensor | None
-    nested_offset: Tensor | None
-    out_features: int
-    in_features: int
-    blocksize: int
-    """0 for a plain weight."""
-    quant_type: str
-    """"nf4" or "fp4", and "" for a plain weight."""
-    bias: Tensor | None = None
-    """[out_features] in x's dtype."""
-    lora_a: Tensor | None = None
-    """A [rank, in_features], bf16, fp16 or fp32; None without an adapter, and so is B."""
-    lora_b: Tensor | None = None
-    """B [out_features, rank] in A's dtype."""
-    scaling: float = 1.0
-    """alpha / rank, in LoRA's terms."""
-    keep: Tensor | None = None
-    """Dropout's mask of the adapter's input, bool in x's shape; None keeps everything."""
-    keep_scale: float = 1.0
-    """What is kept is multiplied by."""
-
-    @classmethod
-    def packed(cls, w: Weight4Bit, bias: Tensor | None = None) -> FrozenLinear:
-        """Return a layer with a weight in 4 bits."""
-        if len(w.shape) != 2:
-            raise OpError(
-                f"got a weight of shape {list(w.shape)}; allowed is [out_features, in_features]; "
-                f"reshape it before it is quantized"
-            )
-        parts = (w.packed, w.absmax, w.nested_absmax, w.nested_offset)
-        return cls(*parts, w.shape[0], w.shape[1], w.blocksize, w.quant_type, bias)
-
-    @classmethod
-    def plain(cls, weight: Tensor, bias: Tensor | None = None) -> FrozenLinear:
-        """Return a layer with a plain weight."""
-        if weight.dim() != 2:
-            raise OpError(
-                f"got a weight of shape {list(weight.shape)}; allowed is "
-                f"[out_features, in_features]; reshape it"
-            )
-        return cls(weight, None, None, None, weight.shape[0], weight.shape[1], 0, "", bias)
-
-    def with_lora(self, lora: tuple[Tensor, Tensor, float]) -> FrozenLinear:
-        """Return the layer with an adapter: A, B and scaling."""
-        a, b, scaling = lora
-        return self._replace(lora_a=a, lora_b=b, scaling=scaling)
-
-    @property
-    def rank(self) -> int:
-        """The adapter's rank, 0 without one."""
-        return 0 if self.lora_a is None else self.lora_a.shape[0]
-
-    @property
-    def in_4_bits(self) -> Packed:
-        """The weight, which is in 4 bits."""
-        assert self.absmax is not None
-        parts = (self.weight, self.absmax, self.nested_absmax, self.nested_offset)
-        shape = (self.out_features, self.in_features)
-        return Packed(*parts, shape, self.blocksize, self.quant_type)
-
-    def weight_pointers(self) -> tuple[int, int, int, int]:
-        """Return where the weight, its scales, theirs and the offset begin in memory."""
-        return (
-            self.weight.data_ptr(),
-            pointer(self.absmax),
-            pointer(self.nested_absmax),
-            pointer(self.nested_offset),
-        )
-
-    def compact(self, *, weight_too: bool = False) -> FrozenLinear:
-        """Return the layer with its tensors in row-major order without gaps; the weight if asked.
-
-        Most callers look at the weight first, and leave one with gaps to a library.
-        """
-        return self._replace(
-            weight=self.weight.contiguous() if weight_too else self.weight,
-            absmax=compact(self.absmax),
-            nested_absmax=compact(self.nested_absmax),
-            bias=compact(self.bias),
-            lora_a=compact(self.lora_a),
-            lora_b=compact(self.lora_b),
-            keep=compact(self.keep),
-        )
 
 
 _LAYER = (
@@ -172,9 +64,6 @@ _SCHEMAS = {
 }
 for _op, _schema in _SCHEMAS.items():
     torch.library.define(f"tunesmith::{_op}", _schema, tags=torch.Tag.pt2_compliant_tag)
-
-SMALL_TOKENS = 16
-"""Up to this many rows of x, CUDA multiplies with a 4-bit weight without dequantizing it first."""
 
 
 def linear_nf4(
@@ -253,61 +142,45 @@ def _for_cuda(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor
 
     Tensor cores take x in 16 bits; cast here, it is cast once for both ways.
     """
-    if x.shape.numel() <= SMALL_TOKENS * x.shape[-1]:
+    if x.shape.numel() <= frozen.SMALL_TOKENS * x.shape[-1]:
         return lora_a, lora_b
     return lora_a.to(x.dtype), lora_b.to(x.dtype)
-
-
-def _s_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype of s = x Aᵀ [tokens, rank] as `linear` returns it for x [..., in_features].
-
-    It is `sum_dtype`, but x's own where CUDA has more than a few tokens: there a tensor core sums
-    in fp32, and takes and leaves 16 bits.
-    """
-    if x.device.type == "cuda" and math.prod(x.shape[:-1]) > SMALL_TOKENS:
-        return x.dtype
-    return sum_dtype(x.dtype)
 
 
 # --- what the ops are to torch: flat arguments, shapes, derivative
 
 Forward = Callable[[Tensor, FrozenLinear], tuple[Tensor, Tensor]]
-Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
+Backward = Callable[[GradientsOf], tuple[Tensor, Tensor, Tensor]]
 
 
 def _flat(forward: Forward) -> Callable[..., tuple[Tensor, Tensor]]:
     """Return a function of the arguments that the schema of `linear` lists."""
-    return lambda x, *args: forward(x, FrozenLinear(*args))
+    return lambda x, *args: forward(x, FrozenLinear._make(args))
 
 
 def _flat_backward(backward: Backward) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """Return a function of the arguments that the schema of `linear_backward` lists."""
-    return lambda grad_y, x, s, *args: backward(grad_y, x, s, FrozenLinear(*args[:-3]), *args[-3:])
+    return lambda grad_y, x, s, *args: backward(
+        GradientsOf(grad_y, x, s, FrozenLinear._make(args[:-3]), *args[-3:])
+    )
 
 
 def _fake_linear(x: Tensor, layer: FrozenLinear) -> tuple[Tensor, Tensor]:
     # a mixture of devices can come here by way of a single tensor on the meta device
-    check(x, layer)
+    check_linear(x, layer)
     y = x.new_empty((*x.shape[:-1], layer.out_features))
-    return y, x.new_empty((math.prod(x.shape[:-1]), layer.rank), dtype=_s_dtype(x))
+    return y, x.new_empty((math.prod(x.shape[:-1]), layer.rank), dtype=s_dtype(x))
 
 
-def _fake_linear_backward(
-    grad_y: Tensor,
-    x: Tensor | None,
-    s: Tensor | None,
-    layer: FrozenLinear,
-    need_x: bool,
-    need_a: bool,
-    need_b: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check_backward(grad_y, x, s, layer, need_a, need_b)
+def _fake_linear_backward(given: GradientsOf) -> tuple[Tensor, Tensor, Tensor]:
+    check_linear_backward(given)
+    grad_y, layer = given.grad_y, given.layer
     grad_x, grad_a, grad_b = (grad_y.new_empty(0) for _ in range(3))
-    if need_x:
+    if given.need_x:
         grad_x = grad_y.new_empty((*grad_y.shape[:-1], layer.in_features))
-    if layer.lora_a is not None and need_a:
+    if layer.lora_a is not None and given.need_a:
         grad_a = layer.lora_a.new_empty(layer.lora_a.shape)
-    if layer.lora_b is not None and need_b:
+    if layer.lora_b is not None and given.need_b:
         grad_b = layer.lora_b.new_empty(layer.lora_b.shape)
     return grad_x, grad_a, grad_b
 
@@ -326,7 +199,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-        layer = FrozenLinear(*args)
+        layer = FrozenLinear._make(args)
         need_x, need_a, need_b = (ctx.needs_input_grad[i] for i in (0, _A, _B))
         if ctx.needs_input_grad[_WEIGHT]:
             raise OpError(
@@ -388,133 +261,6 @@ differentiate("linear", _Linear)
 differentiate("linear_backward", _LinearBackward)
 
 
-# --- what is refused
-
-
-def check(x: Tensor, layer: FrozenLinear) -> None:
-    """Refuse arguments of `linear` that do not fit together."""
-    _check_input("x", x, layer.in_features)
-    _check_weight(x, layer)
-    if layer.bias is not None:
-        _check_tensor("bias", layer.bias, (x.dtype,), (layer.out_features,), x.device)
-    _check_adapter(x, layer)
-    if layer.keep is None:
-        return
-    if layer.lora_a is None:
-        raise OpError(
-            "got a dropout mask without an adapter; dropout acts on the adapter's input only; "
-            "pass lora, or leave dropout at 0"
-        )
-    _check_tensor("keep", layer.keep, (torch.bool,), x.shape, x.device)
-
-
-def _check_backward(
-    grad_y: Tensor,
-    x: Tensor | None,
-    s: Tensor | None,
-    layer: FrozenLinear,
-    need_a: bool,
-    need_b: bool,
-) -> None:
-    """Refuse arguments of `linear_backward` that do not fit together."""
-    _check_input("grad_y", grad_y, layer.out_features)
-    leading = grad_y.shape[:-1]
-    shape = (*leading, layer.in_features)
-    _check_weight(grad_y, layer)
-    _check_adapter(grad_y, layer)
-    if layer.keep is not None:
-        _check_tensor("keep", layer.keep, (torch.bool,), shape, grad_y.device)
-    if not (need_a or need_b):
-        return
-    if layer.lora_a is None:
-        raise OpError("got need_a or need_b without an adapter; pass lora_a and lora_b")
-    if need_a:
-        if x is None:
-            raise OpError("got need_a without x, from which grad_a is made; pass x")
-        _check_tensor("x", x, (grad_y.dtype,), shape, grad_y.device)
-    if need_b:
-        if s is None:
-            raise OpError("got need_b without s, from which grad_b is made; pass linear's s")
-        s_shape = (math.prod(leading), layer.rank)
-        _check_tensor("s", s, (_s_dtype(grad_y),), s_shape, grad_y.device)
-
-
-def _check_input(name: str, x: Tensor, features: int) -> None:
-    if x.dim() == 0 or x.layout != torch.strided or x.shape[-1] != features:
-        raise OpError(
-            f"{name}: got a {word(x.layout)} tensor of shape {list(x.shape)}; allowed is a dense "
-            f"tensor [..., {features}]; reshape it, or pass what this layer is for"
-        )
-    if x.dtype not in DTYPES and x.dtype != torch.float64:
-        raise OpError(
-            f"{name}: got dtype {word(x.dtype)}; allowed are {words(DTYPES)}, float64; cast it"
-        )
-
-
-def _check_weight(x: Tensor, layer: FrozenLinear) -> None:
-    weight, quant_type = layer.weight, layer.quant_type
-    if weight.device != x.device:
-        raise OpError(
-            f"weight: got a tensor on {weight.device}, but the input is on {x.device}; all "
-            f"tensors of a product must be on one device; move one of them"
-        )
-    if quant_type != "":
-        if layer.absmax is None:
-            raise OpError(
-                f"got no absmax for a weight in {quant_type}; only a plain weight has none; pass "
-                f"the parts as quantize_{quant_type} returned them"
-            )
-        layer.in_4_bits.check()
-        return
-    if not (layer.absmax is layer.nested_absmax is layer.nested_offset is None):
-        raise OpError(
-            "got scales for a plain weight; only a 4-bit weight has them; name its quant_type: "
-            + " or ".join(QUANT_TYPES)
-        )
-    shape = (layer.out_features, layer.in_features)
-    _check_tensor("weight", weight, _plain_dtypes(x), shape, x.device)
-
-
-def _check_adapter(x: Tensor, layer: FrozenLinear) -> None:
-    lora_a, lora_b = layer.lora_a, layer.lora_b
-    if lora_a is None and lora_b is None:
-        return
-    if lora_a is None or lora_b is None:
-        raise OpError("got only one of lora_a and lora_b; an adapter has both; pass both or none")
-    rank = lora_a.shape[0] if lora_a.dim() else 0
-    if rank == 0:
-        raise OpError(
-            f"lora_a: got shape {list(lora_a.shape)}; allowed is [rank, {layer.in_features}] with "
-            f"a rank of 1 or more; leave the adapter out if there is none"
-        )
-    _check_tensor("lora_a", lora_a, _plain_dtypes(x), (rank, layer.in_features), x.device)
-    # one dtype for both, so that a kernel knows one
-    _check_tensor("lora_b", lora_b, (lora_a.dtype,), (layer.out_features, rank), x.device)
-
-
-def _plain_dtypes(x: Tensor) -> tuple[torch.dtype, ...]:
-    return (*DTYPES, torch.float64) if x.dtype == torch.float64 else DTYPES
-
-
-def _check_tensor(
-    name: str,
-    tensor: Tensor,
-    dtypes: tuple[torch.dtype, ...],
-    shape: tuple[int, ...],
-    device: torch.device,
-) -> None:
-    if tensor.dtype not in dtypes or tensor.shape != shape:
-        raise OpError(
-            f"{name}: got {word(tensor.dtype)} {list(tensor.shape)}; allowed here is "
-            f"{' or '.join(map(word, dtypes))} {list(shape)}; cast or reshape it"
-        )
-    if tensor.device != device:
-        raise OpError(
-            f"{name}: got a tensor on {tensor.device}, but the input is on {device}; all tensors "
-            f"of a product must be on one device; move one of them"
-        )
-
-
 # --- in PyTorch
 
 
@@ -524,33 +270,23 @@ def reference_linear(x: Tensor, layer: FrozenLinear) -> tuple[Tensor, Tensor]:
     s [tokens, rank] is fp32, and so is all arithmetic of the adapter; fp64 for an x in fp64. A
     kernel may round the adapter's factors to bf16 for an x in bf16, as PyTorch's autocast does.
     """
-    check(x, layer)
-    dense = dense_weight(layer, x.dtype, dequantize_by_torch)
-    return _by_library(x, layer, dense, sum_dtype(x.dtype))
+    check_linear(x, layer)
+    return _by_library(x, layer, dequantize_by_torch, sum_dtype(x.dtype))
 
 
-def reference_linear_backward(
-    grad_y: Tensor,
-    x: Tensor | None,
-    s: Tensor | None,
-    layer: FrozenLinear,
-    need_x: bool,
-    need_a: bool,
-    need_b: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def reference_linear_backward(given: GradientsOf) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of `linear` by x, A and B, each empty unless it is needed.
 
     grad_x has x's dtype, grad_a and grad_b that of the adapter.
     """
-    _check_backward(grad_y, x, s, layer, need_a, need_b)
-    dense = dense_weight(layer, grad_y.dtype, dequantize_by_torch) if need_x else None
-    sums = sum_dtype(grad_y.dtype)
-    return _by_library_backward(grad_y, x, s, layer, dense, need_a, need_b, sums)
+    check_linear_backward(given)
+    return _by_library_backward(given, dequantize_by_torch, sum_dtype(given.grad_y.dtype))
 
 
-def dense_weight(
-    layer: FrozenLinear, dtype: torch.dtype, dequantize: Callable[[Packed, torch.dtype], Tensor]
-) -> Tensor:
+Dequantize = Callable[[Packed, torch.dtype], Tensor]
+
+
+def dense_weight(layer: FrozenLinear, dtype: torch.dtype, dequantize: Dequantize) -> Tensor:
     """Return the weight, 4-bit or plain, as a plain one [out_features, in_features] in `dtype`."""
     if layer.absmax is None:
         return layer.weight.to(dtype)
@@ -560,19 +296,17 @@ def dense_weight(
 
 
 def _by_library(
-    x: Tensor, layer: FrozenLinear, dense: Tensor, dtype: torch.dtype
+    x: Tensor, layer: FrozenLinear, dequantize: Dequantize, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Do what `linear` does with W [out_features, in_features] at hand in x's dtype.
-
-    `dtype` is that of the adapter's products.
-    """
+    """Do what `linear` does with a dense W; `dtype` is that of the adapter's products."""
+    dense = dense_weight(layer, x.dtype, dequantize)
     bias, scaling = layer.bias, layer.scaling
     *leading, in_features = x.shape
     x = x.reshape(math.prod(leading), in_features)
     with _no_autocast(x.device):
         if layer.lora_a is None or layer.lora_b is None:
             y = F.linear(x, dense, bias)  # [tokens, out_features]
-            s = x.new_empty((len(x), 0), dtype=_s_dtype(x))
+            s = x.new_empty((len(x), 0), dtype=s_dtype(x))
         else:
             s = _dropped(x, layer, dtype) @ layer.lora_a.to(dtype).t()  # [tokens, rank]
             b = layer.lora_b.to(dtype).t()
@@ -585,21 +319,16 @@ def _by_library(
                 y.addmm_(x, dense.t())
             else:
                 y = F.linear(x, dense, bias).add_(_product(s, b, scaling))
-            s = s.to(_s_dtype(x))
+            s = s.to(s_dtype(x))
     return y.view(*leading, dense.shape[0]), s
 
 
 def _by_library_backward(
-    grad_y: Tensor,
-    x: Tensor | None,
-    s: Tensor | None,
-    layer: FrozenLinear,
-    dense: Tensor | None,
-    need_a: bool,
-    need_b: bool,
-    dtype: torch.dtype,
+    given: GradientsOf, dequantize: Dequantize, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Do what `linear_backward` does with W at hand, or None where grad_x is not needed."""
+    """Do what `linear_backward` does likewise; W is dense only where grad_x is needed."""
+    grad_y, x, s, layer, need_x, need_a, need_b = given
+    dense = dense_weight(layer, grad_y.dtype, dequantize) if need_x else None
     lora_a, lora_b, scaling = layer.lora_a, layer.lora_b, layer.scaling
     *leading, out_features = grad_y.shape
     tokens = math.prod(leading)
@@ -703,20 +432,21 @@ def native_linear(
     weight and bias are left out: the adapter is all there is.
     """
     code = CODES[dtype]
-    if not weight:
-        type_code, blocksize, parts = code, 0, (0, 0, 0, 0)
-    else:
-        type_code = CODES[layer.quant_type or layer.weight.dtype]
-        blocksize, parts = layer.blocksize, layer.weight_pointers()
     lora_a = layer.lora_a
+    # what is no weight is plain
+    weight_type = (layer.quant_type or layer.weight.dtype) if weight else dtype
+    # by position, in the order of the struct: to name them takes 2 µs of a call's 30
     return native.kernels.Linear(
         tokens,
         layer.in_features,
         layer.out_features,
         code,
-        type_code,
-        *parts,
-        blocksize,
+        CODES[weight_type],
+        layer.weight.data_ptr() if weight else 0,
+        pointer(layer.absmax),
+        pointer(layer.nested_absmax),
+        pointer(layer.nested_offset),
+        layer.blocksize if weight else 0,
         pointer(layer.bias) if weight else 0,
         layer.rank,
         code if lora_a is None else CODES[lora_a.dtype],
@@ -729,12 +459,11 @@ def native_linear(
 
 
 def _linear_cpu(x: Tensor, layer: FrozenLinear) -> tuple[Tensor, Tensor]:
-    check(x, layer)
+    check_linear(x, layer)
     *leading, in_features = x.shape
     tokens, out_features = math.prod(leading), layer.out_features
     if x.dtype == torch.float64 or tokens * in_features * out_features == 0:
-        dense = dense_weight(layer, x.dtype, dequantize_by_kernel)
-        return _by_library(x, layer, dense, sum_dtype(x.dtype))
+        return _by_library(x, layer, dequantize_by_kernel, sum_dtype(x.dtype))
     x = x.reshape(tokens, in_features).contiguous()
     layer = layer.compact()
     s = x.new_empty((tokens, layer.rank), dtype=torch.float32)
@@ -747,25 +476,23 @@ def _linear_cpu(x: Tensor, layer: FrozenLinear) -> tuple[Tensor, Tensor]:
             y = F.linear(x, dense, layer.bias).view(*leading, out_features)
     if own or layer.rank:
         prepared = native_linear(layer, tokens, x.dtype, weight=own)
-        native.kernels.linear(prepared, x.data_ptr(), s.data_ptr(), y.data_ptr(), not own)
+        native.kernels.linear(
+            layer=prepared,
+            x=x.data_ptr(),
+            s=s.data_ptr(),
+            y=y.data_ptr(),
+            accumulate=not own,
+        )
     return y, s
 
 
-def _linear_backward_cpu(
-    grad_y: Tensor,
-    x: Tensor | None,
-    s: Tensor | None,
-    layer: FrozenLinear,
-    need_x: bool,
-    need_a: bool,
-    need_b: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check_backward(grad_y, x, s, layer, need_a, need_b)
+def _linear_backward_cpu(given: GradientsOf) -> tuple[Tensor, Tensor, Tensor]:
+    check_linear_backward(given)
+    grad_y, x, s, layer, need_x, need_a, need_b = given
     *leading, out_features = grad_y.shape
     tokens, in_features, dtype = math.prod(leading), layer.in_features, grad_y.dtype
     if dtype == torch.float64 or tokens * in_features * out_features == 0:
-        dense = dense_weight(layer, dtype, dequantize_by_kernel) if need_x else None
-        return _by_library_backward(grad_y, x, s, layer, dense, need_a, need_b, sum_dtype(dtype))
+        return _by_library_backward(given, dequantize_by_kernel, sum_dtype(dtype))
     grad_y = grad_y.reshape(tokens, out_features).contiguous()
     layer = layer.compact()
     grad_x = grad_a = grad_b = None
@@ -784,14 +511,14 @@ def _linear_backward_cpu(
             grad_x = (grad_y @ dense).view(*leading, in_features)
     if own or (layer.lora_a is not None and (need_x or need_a or need_b)):
         native.kernels.linear_backward(
-            native_linear(layer, tokens, dtype, weight=own),
-            pointer(x) if need_a else 0,
-            pointer(s) if need_b else 0,
-            grad_y.data_ptr(),
-            pointer(grad_x),
-            pointer(grad_a),
-            pointer(grad_b),
-            not own,
+            layer=native_linear(layer, tokens, dtype, weight=own),
+            x=pointer(x) if need_a else 0,
+            s=pointer(s) if need_b else 0,
+            grad_y=grad_y.data_ptr(),
+            grad_x=pointer(grad_x),
+            grad_a=pointer(grad_a),
+            grad_b=pointer(grad_b),
+            accumulate=not own,
         )
     return (
         grad_y.new_empty(0) if grad_x is None else grad_x,
@@ -801,42 +528,34 @@ def _linear_backward_cpu(
 
 
 def _linear_cuda(x: Tensor, layer: FrozenLinear) -> tuple[Tensor, Tensor]:
-    check(x, layer)
+    check_linear(x, layer)
     *leading, in_features = x.shape
     tokens, out_features = math.prod(leading), layer.out_features
     small = (
         layer.quant_type != ""
         and layer.keep is None
         and x.dtype != torch.float64
-        and tokens <= SMALL_TOKENS
+        and tokens <= frozen.SMALL_TOKENS
         and tokens * in_features * out_features > 0
     )
     if not small:
         # the adapter's products in x's dtype: a tensor core sums them in fp32
-        return _by_library(x, layer, dense_weight(layer, x.dtype, dequantize_by_kernel), x.dtype)
+        return _by_library(x, layer, dequantize_by_kernel, x.dtype)
     x = x.reshape(tokens, in_features).contiguous()
     layer = layer.compact(weight_too=True)
     s = x.new_empty((tokens, layer.rank), dtype=torch.float32)
     y = x.new_empty((tokens, out_features))
     prepared = native_linear(layer, tokens, x.dtype)
     with stream_of(x) as stream:
-        native.kernels.linear_small(prepared, x.data_ptr(), s.data_ptr(), y.data_ptr(), stream)
+        native.kernels.linear_small(
+            layer=prepared, x=x.data_ptr(), s=s.data_ptr(), y=y.data_ptr(), stream=stream
+        )
     return y.view(*leading, out_features), s
 
 
-def _linear_backward_cuda(
-    grad_y: Tensor,
-    x: Tensor | None,
-    s: Tensor | None,
-    layer: FrozenLinear,
-    need_x: bool,
-    need_a: bool,
-    need_b: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check_backward(grad_y, x, s, layer, need_a, need_b)
-    dtype = grad_y.dtype
-    dense = dense_weight(layer, dtype, dequantize_by_kernel) if need_x else None
-    return _by_library_backward(grad_y, x, s, layer, dense, need_a, need_b, dtype)
+def _linear_backward_cuda(given: GradientsOf) -> tuple[Tensor, Tensor, Tensor]:
+    check_linear_backward(given)
+    return _by_library_backward(given, dequantize_by_kernel, given.grad_y.dtype)
 
 
 if CODES:

@@ -25,7 +25,7 @@ from tunesmith.ops.machine import check_environment
 
 __all__ = [
     "CODES",
-    "MOST_HEAD_SIZE",
+    "MAX_HEAD_SIZE",
     "NativeStatus",
     "compact",
     "empty_like",
@@ -124,7 +124,7 @@ if _why_not:
 _POOLED_NBYTES = 1 << 20
 
 # what the decoding kernels have room for
-MOST_HEAD_SIZE = 512
+MAX_HEAD_SIZE = 512
 
 
 def implement_on_all(implementations: dict[str, Callable[..., Any]]) -> None:

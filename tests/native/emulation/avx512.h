@@ -151,7 +151,8 @@ inline __m512i ternarylogic_epi32(__m512i a, __m512i b, __m512i c, int table) {
   return make<__m512i, uint32_t>([&](int i) {
     uint32_t out = 0;
     for (int bit = 0; bit < 32; ++bit) {
-      const unsigned row = (x.at[i] >> bit & 1) << 2 | (y.at[i] >> bit & 1) << 1 | (z.at[i] >> bit & 1);
+      const unsigned row =
+          (x.at[i] >> bit & 1) << 2 | (y.at[i] >> bit & 1) << 1 | (z.at[i] >> bit & 1);
       out |= uint32_t(table >> row & 1) << bit;
     }
     return out;
@@ -258,7 +259,8 @@ inline __m512 scalef_ps(__m512 a, __m512 b) {
   });
 }
 
-// Within each lane of 128 bits, elements of a and b by turns, from the lower or the upper half of it.
+// Within each lane of 128 bits, elements of a and b by turns, from the lower or the upper half of
+// it.
 template <typename T>
 __m512i unpack(__m512i a, __m512i b, int half) {
   constexpr int kOfLane = 16 / sizeof(T);
@@ -354,7 +356,8 @@ static inline __m512 emulated_dpbf16_ps(__m512 sums, __m512i a, __m512i b) {
   const auto s = lanes<float>(sums);
   const auto x = lanes<uint16_t>(a), y = lanes<uint16_t>(b);
   const auto value = [](uint16_t bits) {
-    const uint32_t wide = (bits & 0x7F80) == 0 ? uint32_t(bits & 0x8000) << 16 : uint32_t(bits) << 16;
+    const uint32_t wide =
+        (bits & 0x7F80) == 0 ? uint32_t(bits & 0x8000) << 16 : uint32_t(bits) << 16;
     float out;
     memcpy(&out, &wide, sizeof out);
     return out;
@@ -366,8 +369,8 @@ static inline __m512 emulated_dpbf16_ps(__m512 sums, __m512i a, __m512i b) {
 }
 
 // AMX: eight tiles of 16 rows of 64 bytes. A load or store touches the configured part alone, and
-// what lies outside reads as zero, as on a CPU. Products are those of dpbf16, a pair of each row at a
-// time.
+// what lies outside reads as zero, as on a CPU. Products are those of dpbf16, a pair of each row at
+// a time.
 namespace emulated {
 namespace {
 

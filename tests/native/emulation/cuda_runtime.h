@@ -2,9 +2,9 @@
 //
 // The .cu files are compiled as C++ with this folder first on the include path, and linked with
 // emulation.cpp. Threads of a block are fibers: each runs until it waits for others, in an order
-// that the test chooses. What a device would get wrong silently is an error here; emulation.cpp says
-// what it finds.
-// There is no allocation and no synchronization with the host: the kernels must not need any.
+// that the test chooses. What a device would get wrong silently is an error here; emulation.cpp
+// says what it finds. There is no allocation and no synchronization with the host: the kernels must
+// not need any.
 #pragma once
 
 #include <cmath>
@@ -136,8 +136,7 @@ template <typename... Params>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
                                Params... params) {
   return emulation::launch(reinterpret_cast<const void*>(kernel), config->gridDim, config->blockDim,
-                           config->dynamicSmemBytes, config->stream,
-                           [=] { kernel(params...); });
+                           config->dynamicSmemBytes, config->stream, [=] { kernel(params...); });
 }
 
 template <typename... Params>

@@ -389,9 +389,9 @@ extern "C" {
 // large ones, of which only what is touched takes up memory.
 void* emulation_allocate(size_t size, size_t misaligned) {
   const size_t page = to_pages(1), inside = to_pages(size + misaligned + 16);
-  auto* mapped = static_cast<unsigned char*>(
-      mmap(nullptr, inside + 2 * page, PROT_READ | PROT_WRITE,
-           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  auto* mapped =
+      static_cast<unsigned char*>(mmap(nullptr, inside + 2 * page, PROT_READ | PROT_WRITE,
+                                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   if (mapped == MAP_FAILED) return nullptr;
   unsigned char* const end = mapped + page + inside;
   unsigned char* const begin = end - (size + misaligned + 15) / 16 * 16 + misaligned;
@@ -426,5 +426,4 @@ int emulation_launches(void* stream, int* on_another, size_t* shared_bytes) {
   most_shared_used = 0;
   return count;
 }
-
 }

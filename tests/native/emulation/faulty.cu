@@ -56,9 +56,7 @@ __global__ void writes_behind(float* data) { data[threadIdx.x + 1] = 1; }
 // one element, so that the rest of 16 bytes is a guard
 __global__ void writes_beside(float* data) { data[1 + threadIdx.x % 2] = 1; }
 
-__global__ void misaligned(float* data) {
-  reinterpret_cast<uint4*>(data + 1)->x = threadIdx.x;
-}
+__global__ void misaligned(float* data) { reinterpret_cast<uint4*>(data + 1)->x = threadIdx.x; }
 
 __global__ void local_index(float* data) {
   float local[4] = {};

@@ -1,4 +1,4 @@
-// Attention over runs, forward and backward, and for one query a row, against their formulas.
+// Attention over segments, forward and backward, and for one query a row, against their formulas.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -18,7 +18,9 @@ namespace {
 
 float scale_of(Input& input) { return input.pick<float>({0.125f, 1.0f, 0.0f, -0.5f}); }
 
-bool comparable(std::initializer_list<const Tensor*> tensors) { return fuzz::largest(tensors) < 1e3; }
+bool comparable(std::initializer_list<const Tensor*> tensors) {
+  return fuzz::largest(tensors) < 1e3;
+}
 
 void decode(Input& input) {
   const int dtype = input.dtype();
@@ -57,12 +59,14 @@ void decode(Input& input) {
         most_size = std::max(most_size, score.size);
       }
       double whole = 0;
-      for (int64_t key = begin; key < length; ++key) whole += std::exp(scores[size_t(key)].value - most);
+      for (int64_t key = begin; key < length; ++key)
+        whole += std::exp(scores[size_t(key)].value - most);
       const double off = (2 * double(size + 8) * most_size + double(length) + 64) * kUnit;
       for (int64_t d = 0; d < size; ++d) {
         Sum exact;
         for (int64_t key = begin; key < length; ++key) {
-          exact.add(std::exp(scores[size_t(key)].value - most) / whole * values[cache + key * size + d]);
+          exact.add(std::exp(scores[size_t(key)].value - most) / whole *
+                    values[cache + key * size + d]);
         }
         check_close("out", head * size + d, out[head * size + d], exact.value,
                     2 * off * exact.size + 0x1p-120, dtype);
@@ -71,28 +75,29 @@ void decode(Input& input) {
   });
 }
 
-// Runs over `tokens` tokens of each row, in `one` stretch or several: some see themselves, some share the
-// keys of a stretch.
-std::vector<tunesmith_run> draw_runs(Input& input, int64_t rows, int64_t tokens, bool one) {
-  std::vector<tunesmith_run> runs;
+// Segments of `tokens` tokens of each row, in `one` stretch or several: some see themselves, some
+// share the keys of a stretch.
+std::vector<tunesmith_segment> draw_segments(Input& input, int64_t rows, int64_t tokens, bool one) {
+  std::vector<tunesmith_segment> segments;
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t start = 0; start < tokens;) {
       const int64_t stop = one ? tokens : start + 1 + input.up_to(tokens - start - 1);
       const unsigned form = input.byte() % 8;
       if (form < 4) {
-        runs.push_back({row, start, stop, start, stop - 1, 1});
+        segments.push_back({row, start, stop, start, stop - 1, 1});
       } else if (form < 5) {  // the first of them are seen, and do not look
         const int64_t late = start + input.up_to(stop - start - 1);
-        runs.push_back({row, late, stop, start, stop - 1, 1});
-      } else if (form < 7) {  // two runs on the same keys, the second sees all of them
+        segments.push_back({row, late, stop, start, stop - 1, 1});
+      } else if (form < 7) {  // two segments on the same keys, the second sees all of them
         const int64_t middle = start + input.up_to(stop - start);
-        if (middle > start) runs.push_back({row, start, middle, start, stop - 1, 0});
-        if (middle < stop) runs.push_back({row, middle, stop, start, stop - 1, input.byte() % 2});
+        if (middle > start) segments.push_back({row, start, middle, start, stop - 1, 0});
+        if (middle < stop)
+          segments.push_back({row, middle, stop, start, stop - 1, input.byte() % 2});
       }  // else a gap
       start = stop;
     }
   }
-  return runs;
+  return segments;
 }
 
 void forward(Input& input) {
@@ -103,14 +108,17 @@ void forward(Input& input) {
   const int64_t key_heads = 1 + input.up_to(1), heads = key_heads * (1 + input.up_to(2));
   const int64_t size = by_tiles ? 32 * (1 + input.up_to(2)) : 1 + input.up_to(40);
   const float scale = scale_of(input);
-  const std::vector<tunesmith_run> runs = draw_runs(input, rows, tokens, input.one_in(4));
+  const std::vector<tunesmith_segment> segments =
+      draw_segments(input, rows, tokens, input.one_in(4));
   const auto tensor = [&](int64_t of_heads) {
-    return Tensor(dtype, rows * tokens * of_heads * size, input.up_to(3)).fill(input.random(), kind);
+    return Tensor(dtype, rows * tokens * of_heads * size, input.up_to(3))
+        .fill(input.random(), kind);
   };
   const Tensor q = tensor(heads), k = tensor(key_heads), v = tensor(key_heads);
-  const tunesmith_attention job = {rows,     tokens,   heads,   key_heads, size,    dtype,
-                                   q.data(), k.data(), v.data(), nullptr,  nullptr, nullptr,
-                                   scale,    runs.data(), int64_t(runs.size())};
+  const tunesmith_attention job = {
+      rows,    tokens,   heads,    key_heads,       size,
+      dtype,   q.data(), k.data(), v.data(),        nullptr,
+      nullptr, nullptr,  scale,    segments.data(), int64_t(segments.size())};
   const int64_t misaligned = input.up_to(3);
   const bool compared = comparable({&q, &k, &v});
 
@@ -118,15 +126,16 @@ void forward(Input& input) {
     const Tensor out(dtype, q.count(), misaligned), lse(TUNESMITH_FLOAT32, rows * heads * tokens);
     tunesmith_attention_cpu(&job, out.data(), lse.floats());
     std::vector<bool> written(size_t(rows * heads * tokens));
-    for (const tunesmith_run& run : runs) {
-      for (int64_t i = 0; i < heads * (run.stop - run.start); ++i) {
-        const int64_t head = i % heads, query = run.start + i / heads;
-        const int64_t begin = run.first_key, end = (run.causal ? query : run.last_key) + 1;
-        const int64_t at = ((run.row * tokens + query) * heads + head) * size;
+    for (const tunesmith_segment& segment : segments) {
+      for (int64_t i = 0; i < heads * (segment.stop - segment.start); ++i) {
+        const int64_t head = i % heads, query = segment.start + i / heads;
+        const int64_t begin = segment.first_key,
+                      end = (segment.causal ? query : segment.last_key) + 1;
+        const int64_t at = ((segment.row * tokens + query) * heads + head) * size;
         const auto at_key = [&](int64_t key) {
-          return ((run.row * tokens + key) * key_heads + head / (heads / key_heads)) * size;
+          return ((segment.row * tokens + key) * key_heads + head / (heads / key_heads)) * size;
         };
-        written[size_t((run.row * tokens + query) * heads + head)] = true;
+        written[size_t((segment.row * tokens + query) * heads + head)] = true;
         if (!compared) continue;
         std::vector<Sum> scores;
         double most = -INFINITY, most_size = 0, whole = 0;
@@ -140,13 +149,14 @@ void forward(Input& input) {
         for (const Sum& score : scores) whole += std::exp(score.value - most);
         // a score is scaled down by a rounded log of two, and each sum scaled once a turn
         const double off = (2 * double(size + 16) * most_size + 2 * double(tokens) + 64) * kUnit;
-        const int64_t of_lse = (run.row * heads + head) * tokens + query;
+        const int64_t of_lse = (segment.row * heads + head) * tokens + query;
         const double its_lse = most + std::log(whole);
         check_close("lse", of_lse, lse[of_lse], its_lse, off + 8 * kUnit * std::fabs(its_lse),
                     TUNESMITH_FLOAT32);
         for (int64_t d = 0; d < size; ++d) {
           Sum exact;
-          double rounding = 0;  // shares are rounded to what the products take: a small one to a fixed unit
+          double rounding =
+              0;  // shares are rounded to what the products take: a small one to a fixed unit
           for (int64_t key = begin; key < end; ++key) {
             const double p = std::exp(scores[size_t(key - begin)].value - most) / whole;
             exact.add(p * v[at_key(key) + d]);
@@ -159,7 +169,8 @@ void forward(Input& input) {
     }
     for (int64_t i = 0; i < rows * tokens * heads; ++i) {
       if (written[size_t(i)]) continue;
-      if (!out.untouched(i * size, (i + 1) * size)) fuzz::fail("out of %lld was written", (long long)i);
+      if (!out.untouched(i * size, (i + 1) * size))
+        fuzz::fail("out of %lld was written", (long long)i);
     }
   });
 }
@@ -169,13 +180,17 @@ void backward(Input& input) {
   const fuzz::Kind kind = input.kind();
   const bool by_tiles = input.one_in(3);  // heads of whole tiles, and enough tokens for several
   const int64_t rows = input.up_to(by_tiles ? 1 : 3);
-  const int64_t tokens = 1 + input.up_to(by_tiles ? (input.one_in(8) ? 140 : 70) : input.one_in(4) ? 50 : 20);
+  const int64_t tokens = 1 + input.up_to(by_tiles          ? (input.one_in(8) ? 140 : 70)
+                                         : input.one_in(4) ? 50
+                                                           : 20);
   const int64_t key_heads = 1 + input.up_to(1), heads = key_heads * (1 + input.up_to(2));
   const int64_t size = by_tiles ? 32 * (1 + input.up_to(1)) : 1 + input.up_to(40);
   const float scale = scale_of(input);
-  const std::vector<tunesmith_run> runs = draw_runs(input, rows, tokens, input.one_in(4));
+  const std::vector<tunesmith_segment> segments =
+      draw_segments(input, rows, tokens, input.one_in(4));
   const auto tensor = [&](int64_t of_heads) {
-    return Tensor(dtype, rows * tokens * of_heads * size, input.up_to(3)).fill(input.random(), kind);
+    return Tensor(dtype, rows * tokens * of_heads * size, input.up_to(3))
+        .fill(input.random(), kind);
   };
   const Tensor q = tensor(heads), k = tensor(key_heads), v = tensor(key_heads);
   const Tensor out = tensor(heads), grad_out = tensor(heads);
@@ -198,31 +213,31 @@ void backward(Input& input) {
     sum.value += factor * number;
     sum.size += (off + sums * std::fabs(factor)) * std::fabs(number);
   };
-  for (const tunesmith_run& run : runs) {
+  for (const tunesmith_segment& segment : segments) {
     for (int64_t head = 0; head < heads; ++head) {
       const int64_t key_head = head / (heads / key_heads);
-      for (int64_t query = run.start; query < run.stop; ++query) {
-        const int64_t at_q = at(run.row, query, heads, head);
-        const int64_t seen = (run.causal ? query : run.last_key) + 1;
+      for (int64_t query = segment.start; query < segment.stop; ++query) {
+        const int64_t at_q = at(segment.row, query, heads, head);
+        const int64_t seen = (segment.causal ? query : segment.last_key) + 1;
         std::vector<Sum> scores;
         double most = -INFINITY, whole = 0;
-        for (int64_t key = run.first_key; key < seen; ++key) {
-          scores.push_back(dot(q, at_q, k, at(run.row, key, key_heads, key_head), scale));
+        for (int64_t key = segment.first_key; key < seen; ++key) {
+          scores.push_back(dot(q, at_q, k, at(segment.row, key, key_heads, key_head), scale));
           most = std::max(most, scores.back().value);
         }
         for (const Sum& score : scores) whole += std::exp(score.value - most);
-        float& its_lse = lse.floats()[(run.row * heads + head) * tokens + query];
+        float& its_lse = lse.floats()[(segment.row * heads + head) * tokens + query];
         its_lse = float(most + std::log(whole));
         const Sum delta = dot(out, at_q, grad_out, at_q, 1);
         for (int64_t d = 0; d < size; ++d) of_query[size_t(at_q + d)] = true;
-        for (int64_t key = run.first_key; key <= run.last_key; ++key) {
-          const int64_t at_k = at(run.row, key, key_heads, key_head);
+        for (int64_t key = segment.first_key; key <= segment.last_key; ++key) {
+          const int64_t at_k = at(segment.row, key, key_heads, key_head);
           for (int64_t d = 0; d < size; ++d) of_key[size_t(at_k + d)] = true;
           if (key >= seen || !compared) continue;
-          const Sum& score = scores[size_t(key - run.first_key)];
+          const Sum& score = scores[size_t(key - segment.first_key)];
           const double p = std::exp(score.value - double(its_lse));
-          const double off_p = p * (wide * score.size + 16 * kUnit + 2 * kUnit * std::fabs(its_lse)) +
-                               0x1p-124;
+          const double off_p =
+              p * (wide * score.size + 16 * kUnit + 2 * kUnit * std::fabs(its_lse)) + 0x1p-124;
           const Sum flow = dot(grad_out, at_q, v, at_k, 1);
           const double slope = p * (flow.value - delta.value) * scale;
           const double reach = (flow.size + delta.size) * std::fabs(scale);
@@ -238,10 +253,21 @@ void backward(Input& input) {
       }
     }
   }
-  const tunesmith_attention job = {rows,       tokens,          heads,        key_heads,     size,  dtype,
-                                   q.data(),   k.data(),        v.data(),     out.data(),
-                                   grad_out.data(), lse.floats(), scale, runs.data(),
-                                   int64_t(runs.size())};
+  const tunesmith_attention job = {rows,
+                                   tokens,
+                                   heads,
+                                   key_heads,
+                                   size,
+                                   dtype,
+                                   q.data(),
+                                   k.data(),
+                                   v.data(),
+                                   out.data(),
+                                   grad_out.data(),
+                                   lse.floats(),
+                                   scale,
+                                   segments.data(),
+                                   int64_t(segments.size())};
   const int64_t misaligned = input.up_to(3);
 
   fuzz::with_every_isa([&] {
@@ -254,7 +280,8 @@ void backward(Input& input) {
         if (!written[size_t(i)]) {
           if (!ours.untouched(i, i + 1)) fuzz::fail("%s[%lld] was written", what, (long long)i);
         } else if (compared) {
-          check_close(what, i, ours[i], exact[size_t(i)].value, exact[size_t(i)].size + 0x1p-120, dtype);
+          check_close(what, i, ours[i], exact[size_t(i)].value, exact[size_t(i)].size + 0x1p-120,
+                      dtype);
         }
       }
     };

@@ -50,32 +50,32 @@ SMALLER = (
     ("product.h", "kTokens = 512", "kTokens = 64"),
     ("product.h", "kTokensOfFewRows = 128", "kTokensOfFewRows = 20"),
     ("product.h", "kBlockColumns = 256", "kBlockColumns = 64"),
-    ("isa.h", "kLarge = int64_t(1) << 24", "kLarge = int64_t(1) << 9"),
+    ("jobs.h", "kLarge = int64_t(1) << 24", "kLarge = int64_t(1) << 9"),
     ("attention.cpp", "kQueries = 128, kKeys = 256", "kQueries = 12, kKeys = 20"),
-    ("attention_forward_amx.cpp", "kKeys = 128", "kKeys = 32"),
-    ("attention_amx.cpp", "kQueries = 128, kKeys = 64", "kQueries = 64, kKeys = 64"),
+    ("amx/attention_forward.cpp", "kKeys = 128", "kKeys = 32"),
+    ("amx/attention_backward.cpp", "kQueries = 128, kKeys = 64", "kQueries = 64, kKeys = 64"),
 )
 
 # the longest to compile first
 PORTABLE = (
-    "product_scalar",
+    "scalar/product",
     "attention",
-    "decode",
+    "decode_layer",
     "decoder_layer",
     "dispatch",
-    "gradients",
+    "clip_norm",
     "linear",
     "parallel",
-    "scalar",
+    "scalar/kernels",
 )
-AVX2 = ("product_avx2", "avx2")
+AVX2 = ("avx2/product", "avx2/kernels")
 AVX512 = (
-    "attention_amx",
-    "attention_forward_amx",
-    "product_amx",
-    "product_avx512_bf16",
-    "product_avx512",
-    "avx512",
+    "amx/attention_backward",
+    "amx/attention_forward",
+    "amx/product",
+    "avx512/product_bf16",
+    "avx512/product",
+    "avx512/kernels",
 )
 
 
@@ -85,7 +85,7 @@ def has_avx2() -> bool:
 
 
 def kernels(csrc: Path = CSRC) -> dict[Path, list[str]]:
-    """Return the files of csrc/cpu but for the pool, each with its flags; AVX-512 is emulated."""
+    """Return the sources of csrc/cpu but for the pool, each with its flags; AVX-512 is emulated."""
     emulated = f'-DTUNESMITH_EMULATED_AVX512="{EMULATED_AVX512}"'
     x86 = ["-DTUNESMITH_X86", emulated] if has_avx2() else []
     avx2 = [*x86, "-mavx2", "-mfma", "-mf16c"]

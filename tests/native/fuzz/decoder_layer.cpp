@@ -1,5 +1,6 @@
-// A decoder layer, forward and backward: that it stays within its memory whatever its shape, and that what
-// is asked for does not change what is written. What its parts make of numbers is for the other targets.
+// A decoder layer, forward and backward: that it stays within its memory whatever its shape, and
+// that what is asked for does not change what is written. What its parts make of numbers is for the
+// other targets.
 #include <algorithm>
 #include <cstring>
 #include <deque>
@@ -21,17 +22,17 @@ class Drawn {
     layer.dtype = input.dtype();
     layer.rows = input.up_to(2);
     layer.tokens = 1 + input.up_to(input.one_in(4) ? 70 : 12);
-    layer.size = input.one_in(3) ? 32 : 2 * (1 + input.up_to(7));
+    layer.head_size = input.one_in(3) ? 32 : 2 * (1 + input.up_to(7));
     layer.scale = input.pick<float>({0.25f, 1.0f, -0.5f});
     layer.activation = input.pick<int>({TUNESMITH_SILU, TUNESMITH_GELU_TANH});
     hidden = 1 + input.up_to(40);
     const int64_t key_heads = 1 + input.up_to(1), heads = key_heads * (1 + input.up_to(2));
-    const int64_t width = heads * layer.size, key_width = key_heads * layer.size;
+    const int64_t width = heads * layer.head_size, key_width = key_heads * layer.head_size;
     const int64_t inner = 1 + input.up_to(50);
-    layer.before = norm(hidden, true);
-    layer.after = norm(hidden, true);
-    layer.query_norm = norm(layer.size, input.one_in(3));
-    layer.key_norm = norm(layer.size, input.one_in(3));
+    layer.attention_norm = norm(hidden, true);
+    layer.mlp_norm = norm(hidden, true);
+    layer.query_norm = norm(layer.head_size, input.one_in(3));
+    layer.key_norm = norm(layer.head_size, input.one_in(3));
     layer.query = linear(hidden, width);
     layer.key = linear(hidden, key_width);
     layer.value = linear(hidden, key_width);
@@ -39,16 +40,17 @@ class Drawn {
     layer.gate = linear(hidden, inner);
     layer.up = linear(hidden, inner);
     layer.down = linear(inner, hidden);
-    layer.positions = input.one_in(2) ? layer.tokens : std::max<int64_t>(1, layer.rows) * layer.tokens;
-    layer.cos = tensor(layer.dtype, layer.positions * layer.size).data();
-    layer.sin = tensor(layer.dtype, layer.positions * layer.size).data();
+    layer.positions =
+        input.one_in(2) ? layer.tokens : std::max<int64_t>(1, layer.rows) * layer.tokens;
+    layer.cos = tensor(layer.dtype, layer.positions * layer.head_size).data();
+    layer.sin = tensor(layer.dtype, layer.positions * layer.head_size).data();
     for (int64_t row = 0; row < layer.rows; ++row) {
       const int64_t start = input.one_in(4) ? input.up_to(layer.tokens - 1) : 0;
       const bool causal = !input.one_in(4);
-      runs_.push_back({row, start, layer.tokens, causal ? 0 : start, layer.tokens - 1, causal});
+      segments_.push_back({row, start, layer.tokens, causal ? 0 : start, layer.tokens - 1, causal});
     }
-    layer.runs = runs_.data();
-    layer.run_count = int64_t(runs_.size());
+    layer.segments = segments_.data();
+    layer.segment_count = int64_t(segments_.size());
   }
 
   const Tensor& tensor(int type, int64_t count) {
@@ -71,7 +73,8 @@ class Drawn {
 
  private:
   std::vector<const tunesmith_linear*> linears() const {
-    return {&layer.query, &layer.key, &layer.value, &layer.output, &layer.gate, &layer.up, &layer.down};
+    return {&layer.query, &layer.key, &layer.value, &layer.output,
+            &layer.gate,  &layer.up,  &layer.down};
   }
 
   tunesmith_norm norm(int64_t features, bool there) {
@@ -106,11 +109,13 @@ class Drawn {
   Input& input_;
   Kind kind_;
   std::deque<Tensor> tensors_;
-  std::vector<tunesmith_run> runs_;
+  std::vector<tunesmith_segment> segments_;
 };
 
 void check_same(const char* what, const Tensor& first, const Tensor& second) {
-  if (first.nbytes() == second.nbytes() && std::memcmp(first.data(), second.data(), first.nbytes()) == 0) return;
+  if (first.nbytes() == second.nbytes() &&
+      std::memcmp(first.data(), second.data(), first.nbytes()) == 0)
+    return;
   fuzz::fail("%s depends on what else is asked for", what);
 }
 
@@ -128,25 +133,26 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const uint64_t left_out = input.byte() << 8 | input.byte();
 
   fuzz::with_every_isa([&] {
-    const int64_t nbytes = tunesmith_decoder_layer_kept(&layer);
-    const Tensor kept(Tensor::kBytes, nbytes), again(Tensor::kBytes, nbytes);
+    const int64_t nbytes = tunesmith_decoder_layer_activation_bytes(&layer);
+    const Tensor activations(Tensor::kBytes, nbytes), again(Tensor::kBytes, nbytes);
     const Tensor out(layer.dtype, numel, misaligned);
-    tunesmith_decoder_layer_cpu(&layer, x.data(), kept.data(), out.data());
+    tunesmith_decoder_layer_cpu(&layer, x.data(), activations.data(), out.data());
     tunesmith_decoder_layer_cpu(&layer, x.data(), again.data(), nullptr);
-    check_same("what is kept", kept, again);
+    check_same("what is kept", activations, again);
 
-    const auto backward = [&](const Tensor* grad_x, const std::vector<Tensor>& grads, uint64_t without) {
+    const auto backward = [&](const Tensor* grad_x, const std::vector<Tensor>& grads,
+                              uint64_t without) {
       void* asked_for[14];
       for (size_t i = 0; i < 14; ++i) {
         asked_for[i] = grads[i].count() == 0 || (without >> i & 1) != 0 ? nullptr : grads[i].data();
       }
-      tunesmith_decoder_layer_backward_cpu(&layer, x.data(), kept.data(), grad_out.data(),
+      tunesmith_decoder_layer_backward_cpu(&layer, x.data(), activations.data(), grad_out.data(),
                                            grad_x == nullptr ? nullptr : grad_x->data(), asked_for);
     };
     const Tensor grad_x(layer.dtype, numel, misaligned);
     const std::vector<Tensor> all = drawn.adapters(), some = drawn.adapters();
     backward(&grad_x, all, 0);
-    check_same("what was kept", kept, again);
+    check_same("what was kept", activations, again);
     backward(nullptr, some, left_out);
     for (size_t i = 0; i < all.size(); ++i) {
       if (some[i].count() == 0) continue;

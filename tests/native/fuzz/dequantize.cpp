@@ -1,7 +1,7 @@
 // dequantize_4bit: the bits of a plain loop, on every instruction set.
 #include <vector>
 
-#include "../../../csrc/nf4.h"
+#include "../../../csrc/four_bit.h"
 #include "check.h"
 #include "input.h"
 #include "memory.h"
@@ -19,8 +19,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   if (chance == 255 && input.byte() < 128) numel += 1 << 16;
   const int64_t blocksize = input.blocksize();
   const int type = input.type_4bit(), dtype = input.dtype();
-  const auto packed = Tensor(Tensor::kBytes, (numel + 1) / 2, input.up_to(3))
-                          .fill(input.random(), fuzz::kTame);
+  const auto packed =
+      Tensor(Tensor::kBytes, (numel + 1) / 2, input.up_to(3)).fill(input.random(), fuzz::kTame);
   const fuzz::Scales scales(input, numel, blocksize, input.kind());
   const int64_t misaligned = input.up_to(3);
   const tunesmith::FourBitTable table =

@@ -40,7 +40,8 @@ void norm(Input& input) {
   const float eps = input.pick<float>({1e-6f, 1e-5f, 1e-12f});
   const bool from_one = input.one_in(3);
   const Tensor x = drawn.tensor(input, rows * columns), weight = drawn.tensor(input, columns);
-  const Tensor grad_y = drawn.tensor(input, rows * columns), plus = drawn.tensor(input, rows * columns);
+  const Tensor grad_y = drawn.tensor(input, rows * columns),
+               plus = drawn.tensor(input, rows * columns);
   const bool adds = input.one_in(2);
   const int64_t misaligned = input.up_to(3);
   const double sums = double(columns + 32) * kUnit;
@@ -48,10 +49,11 @@ void norm(Input& input) {
   fuzz::with_every_isa([&] {
     const Tensor y(drawn.dtype, rows * columns, misaligned), scale(TUNESMITH_FLOAT32, rows);
     const Tensor grad_x(drawn.dtype, rows * columns, misaligned);
-    tunesmith_rms_norm_cpu(x.data(), weight.data(), drawn.dtype, rows, columns, eps, from_one, y.data(),
-                           scale.floats());
-    tunesmith_rms_norm_backward_cpu(grad_y.data(), x.data(), weight.data(), scale.floats(), drawn.dtype,
-                                    rows, columns, from_one, adds ? plus.data() : nullptr, grad_x.data());
+    tunesmith_rms_norm_cpu(x.data(), weight.data(), drawn.dtype, rows, columns, eps, from_one,
+                           y.data(), scale.floats());
+    tunesmith_rms_norm_backward_cpu(grad_y.data(), x.data(), weight.data(), scale.floats(),
+                                    drawn.dtype, rows, columns, from_one,
+                                    adds ? plus.data() : nullptr, grad_x.data());
     if (!comparable(drawn, {&x, &weight, &grad_y, &plus})) return;
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t begin = row * columns;
@@ -76,10 +78,12 @@ void norm(Input& input) {
                     drawn.dtype);
         const double back = inflow - x[begin + i] * share * along;
         const double off = std::fabs(x[begin + i]) * share * (lost + 4 * sums * size) +
-                           drawn.lost(inflow) + 4 * kUnit * std::fabs(grad_y[begin + i]) * factor_size;
+                           drawn.lost(inflow) +
+                           4 * kUnit * std::fabs(grad_y[begin + i]) * factor_size;
         const double more = adds ? plus[begin + i] : 0;
         check_close("grad_x", begin + i, grad_x[begin + i], exact * back + more,
-                    exact * off + 4 * sums * exact * std::fabs(back) + 2 * kUnit * std::fabs(more) + 0x1p-120,
+                    exact * off + 4 * sums * exact * std::fabs(back) + 2 * kUnit * std::fabs(more) +
+                        0x1p-120,
                     drawn.dtype);
       }
     }
@@ -99,8 +103,8 @@ void gated(Input& input) {
     const Tensor y(drawn.dtype, numel, misaligned), grad_gate(drawn.dtype, numel, misaligned);
     const Tensor grad_up(drawn.dtype, numel);
     tunesmith_gated_cpu(gate.data(), up.data(), drawn.dtype, numel, activation, y.data());
-    tunesmith_gated_backward_cpu(grad_y.data(), gate.data(), up.data(), drawn.dtype, numel, activation,
-                                 grad_gate.data(), grad_up.data());
+    tunesmith_gated_backward_cpu(grad_y.data(), gate.data(), up.data(), drawn.dtype, numel,
+                                 activation, grad_gate.data(), grad_up.data());
     if (!comparable(drawn, {&gate, &up, &grad_y})) return;
     const double linear = 2 * std::sqrt(2 / M_PI), cubic = linear * 0.044715;
     for (int64_t i = 0; i < numel; ++i) {
@@ -110,20 +114,23 @@ void gated(Input& input) {
       const double inner_slope = silu ? 1 : linear + 3 * cubic * x * x;
       const double active = x * sigmoid(inner), rest = sigmoid(-inner);
       const double slope = sigmoid(inner) * (1 + x * rest * inner_slope);
-      // what is off in an exponent counts as far as the sigmoid is neither 0 nor 1; e^87 is the most
+      // what is off in an exponent counts as far as the sigmoid is neither 0 nor 1; e^87 is the
+      // most
       const double unit = (16 + 6 * std::min(std::fabs(inner), 90.0) * rest) * kUnit;
       const double held = std::fabs(x) * 0x1p-125;
       const double off_active = std::fabs(active) * unit + held;
       check_close("y", i, y[i], active * up[i],
                   (off_active + drawn.lost(active)) * std::fabs(up[i]) * (1 + kUnit), drawn.dtype);
       check_close("grad_up", i, grad_up[i], active * grad_y[i],
-                  (off_active + drawn.lost(active)) * std::fabs(grad_y[i]) * (1 + kUnit), drawn.dtype);
+                  (off_active + drawn.lost(active)) * std::fabs(grad_y[i]) * (1 + kUnit),
+                  drawn.dtype);
       const double inflow = grad_y[i] * up[i];
       const double slope_size = sigmoid(inner) * (1 + std::fabs(x) * rest * inner_slope);
       const double off_slope = slope_size * 3 * unit + held * (1 + inner_slope);
-      check_close("grad_gate", i, grad_gate[i], inflow * slope,
-                  std::fabs(inflow) * off_slope + drawn.lost(inflow) * (std::fabs(slope) + off_slope),
-                  drawn.dtype);
+      check_close(
+          "grad_gate", i, grad_gate[i], inflow * slope,
+          std::fabs(inflow) * off_slope + drawn.lost(inflow) * (std::fabs(slope) + off_slope),
+          drawn.dtype);
     }
   });
 }
@@ -135,12 +142,13 @@ void rotary(Input& input) {
   const int64_t positions = input.one_in(2) ? tokens : input.up_to(12) + 1;
   const bool backward = input.one_in(2);
   const Tensor x = drawn.tensor(input, tokens * heads * size);
-  const Tensor cos = drawn.tensor(input, positions * size), sin = drawn.tensor(input, positions * size);
+  const Tensor cos = drawn.tensor(input, positions * size),
+               sin = drawn.tensor(input, positions * size);
 
   fuzz::with_every_isa([&] {
     const Tensor out(drawn.dtype, x.count(), misaligned);
-    tunesmith_rotary_cpu(x.data(), cos.data(), sin.data(), drawn.dtype, tokens, positions, heads, size,
-                         backward, out.data());
+    tunesmith_rotary_cpu(x.data(), cos.data(), sin.data(), drawn.dtype, tokens, positions, heads,
+                         size, backward, out.data());
     if (!comparable(drawn, {&x, &cos, &sin})) return;
     for (int64_t at = 0; at < x.count(); ++at) {
       const int64_t i = at % size, angle = at / (heads * size) % positions * size;

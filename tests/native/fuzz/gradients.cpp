@@ -51,7 +51,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
       if (factor >= 1.0f) {
         if (!fuzz::same(before, after)) fuzz::fail("element %lld changed", (long long)i);
       } else {
-        fuzz::check_close("scaled", i, after, before * double(factor), 2 * kUnit * std::fabs(before), dtype);
+        fuzz::check_close("scaled", i, after, before * double(factor),
+                          2 * kUnit * std::fabs(before), dtype);
       }
     }
   }

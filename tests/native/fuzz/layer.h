@@ -7,7 +7,7 @@
 #include <cstring>
 #include <optional>
 
-#include "../../../csrc/nf4.h"
+#include "../../../csrc/four_bit.h"
 #include "input.h"
 #include "memory.h"
 #include "scales.h"
@@ -17,8 +17,10 @@ namespace fuzz {
 class Layer {
  public:
   explicit Layer(Input& input)
-      : dtype(input.dtype()), adapter_dtype(input.dtype()),
-        rank(input.one_in(3) ? 0 : input.up_to(40)), scaling(float(input.byte()) / 64 - 1),
+      : dtype(input.dtype()),
+        adapter_dtype(input.dtype()),
+        rank(input.one_in(3) ? 0 : input.up_to(40)),
+        scaling(float(input.byte()) / 64 - 1),
         mixed_(input.one_in(8)) {
     choose_sizes(input);
     blocksize_ = input.blocksize();
@@ -103,20 +105,22 @@ class Layer {
     return std::isfinite(largest_) && terms() * std::pow(std::max(1.0, largest_), 4) < 1e37;
   }
 
-  // Whether the instruction set in use rounds factors to bf16: the weight and what belongs to the adapter.
+  // Whether the instruction set in use rounds factors to bf16: the weight and what belongs to the
+  // adapter.
   bool narrow() const {
     return dtype == TUNESMITH_BFLOAT16 && std::strstr(tunesmith_isa(), "bf16") != nullptr;
   }
 
   // Fails unless `actual` is what a sum of `terms` terms in fp32, rounded to `type`, may be.
-  // `narrow` is the part of its size that is made of products with a factor rounded to bf16, once for
-  // each factor.
+  // `narrow` is the part of its size that is made of products with a factor rounded to bf16, once
+  // for each factor.
   void compare(const char* what, int64_t at, double actual, const Sum& sum, int64_t terms,
                double narrow, int type) const {
     const double underflow = this->terms() * 0x1p-126 * std::pow(std::max(1.0, largest_), 3);
     double limit = double(terms + 32) * 0x1p-24 * sum.size + 0x1p-8 * narrow + underflow;
     limit += half_unit(std::fabs(sum.value) + limit, type);
-    if (std::fabs(actual - sum.value) <= limit || is_overflow(actual, sum.value, limit, type)) return;
+    if (std::fabs(actual - sum.value) <= limit || is_overflow(actual, sum.value, limit, type))
+      return;
     fail("%s[%lld] is %.9g, not %.9g within %.3g (tokens %lld, in %lld, out %lld, rank %lld)", what,
          static_cast<long long>(at), actual, sum.value, limit, static_cast<long long>(tokens),
          static_cast<long long>(in), static_cast<long long>(out), static_cast<long long>(rank));

@@ -27,9 +27,8 @@ std::vector<Sum> grad_s_of(const Layer& layer, const Tensor& grad_y) {
   return out;
 }
 
-std::vector<Sum> grad_x_of(const Layer& layer, const Tensor& grad_y,
-                           const std::vector<Sum>& grad_s, const Tensor* before,
-                           std::vector<double>& narrow) {
+std::vector<Sum> grad_x_of(const Layer& layer, const Tensor& grad_y, const std::vector<Sum>& grad_s,
+                           const Tensor* before, std::vector<double>& narrow) {
   std::vector<Sum> out(layer.tokens * layer.in);
   narrow.resize(out.size());
   for (int64_t m = 0; m < layer.tokens; ++m) {
@@ -117,11 +116,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     const Tensor grad_a(layer.adapter_dtype, layer.rank * layer.in, misaligned);
     const Tensor grad_b(layer.adapter_dtype, layer.out * layer.rank, misaligned);
     // what is not needed need not be there
-    tunesmith_linear_backward_cpu(&linear, need_a ? layer.x->data() : nullptr,
-                                  need_b ? s.floats() : nullptr, grad_y.data(),
-                                  need_x ? grad_x.data() : nullptr,
-                                  need_a ? grad_a.data() : nullptr,
-                                  need_b ? grad_b.data() : nullptr, accumulate);
+    tunesmith_linear_backward_cpu(
+        &linear, need_a ? layer.x->data() : nullptr, need_b ? s.floats() : nullptr, grad_y.data(),
+        need_x ? grad_x.data() : nullptr, need_a ? grad_a.data() : nullptr,
+        need_b ? grad_b.data() : nullptr, accumulate);
     if (!layer.comparable()) return;
     const int64_t depth = layer.out + layer.rank;
     if (need_x) compare(layer, "grad_x", grad_x, expected_x, depth, layer.dtype, narrow_x);

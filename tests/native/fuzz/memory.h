@@ -31,7 +31,10 @@ class Tensor {
     std::memcpy(data_, other.data_, nbytes());
   }
   Tensor(Tensor&& other) noexcept
-      : type_(other.type_), count_(other.count_), gap_(other.gap_), memory_(other.memory_),
+      : type_(other.type_),
+        count_(other.count_),
+        gap_(other.gap_),
+        memory_(other.memory_),
         data_(other.data_) {
     other.memory_ = nullptr;
   }
@@ -84,9 +87,7 @@ class Tensor {
   static constexpr size_t kAlignment = 64;
   static constexpr size_t kFew = 64;
 
-  static size_t size_of(int type) {
-    return type == kBytes ? 1 : type == TUNESMITH_FLOAT32 ? 4 : 2;
-  }
+  static size_t size_of(int type) { return type == kBytes ? 1 : type == TUNESMITH_FLOAT32 ? 4 : 2; }
 
   int type_;
   int64_t count_;

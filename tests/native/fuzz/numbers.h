@@ -1,5 +1,5 @@
-// The three float types in double precision, worked out apart from csrc/nf4.h, and sums with what they
-// may be off by.
+// The three float types in double precision, worked out apart from csrc/four_bit.h, and sums with
+// what they may be off by.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 namespace fuzz {
 
 struct Format {
-  int precision;  // bits, with the one that is not stored
+  int precision;    // bits, with the one that is not stored
   int least, most;  // exponents of the smallest and the largest normal number
 };
 
@@ -36,8 +36,8 @@ inline double read(const uint8_t* data, int dtype, int64_t at) {
   const double sign = bits & 0x8000 ? -1.0 : 1.0;
   if (exponent == (1 << (15 - mantissa_bits)) - 1) return mantissa ? NAN : sign * INFINITY;
   const int implied = exponent == 0 ? 0 : 1 << mantissa_bits;
-  return sign * std::ldexp(implied + mantissa,
-                           format.least - mantissa_bits + std::max(exponent - 1, 0));
+  return sign *
+         std::ldexp(implied + mantissa, format.least - mantissa_bits + std::max(exponent - 1, 0));
 }
 
 // To nearest, ties to even; too large becomes Inf.

@@ -1,6 +1,6 @@
 // The pool: blocks of its own for each caller, aligned, kept as they are, and no more waiting than
-// TUNESMITH_POOL_MB allows; and a thread's scratch memory beside it, given back in any order. With a
-// second thread, and across a fork, at times.
+// TUNESMITH_POOL_MB allows; and a thread's scratch memory beside it, given back in any order. With
+// a second thread, and across a fork, at times.
 //
 // Linked with --wrap=mmap,--wrap=munmap: what the pool has mapped is counted here.
 #include <sys/mman.h>
@@ -123,7 +123,8 @@ void give_back(const std::vector<Block>& blocks) {
   for (const Block& block : blocks) block.give_back();
 }
 
-// A child has the blocks of its parent, and a pool that works, whatever the parent's threads were at.
+// A child has the blocks of its parent, and a pool that works, whatever the parent's threads were
+// at.
 void check_fork(Input& input, const std::vector<Block>& blocks) {
   std::atomic<bool> stop{false};
   std::thread busy([&stop] {
@@ -185,7 +186,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     fuzz::fail("%lld bytes wait, of %lld", static_cast<long long>(waiting),
                static_cast<long long>(limit()));
   }
-  if (Block::take(SIZE_MAX, chance % 2 == 0) != nullptr || tunesmith_take(SIZE_MAX / 4) != nullptr) {
+  if (Block::take(SIZE_MAX, chance % 2 == 0) != nullptr ||
+      tunesmith_take(SIZE_MAX / 4) != nullptr) {
     fuzz::fail("more memory than there can be was handed out");
   }
   tunesmith_give_back(nullptr);

@@ -3,7 +3,7 @@
 #include <cmath>
 #include <vector>
 
-#include "../../../csrc/nf4.h"
+#include "../../../csrc/four_bit.h"
 #include "check.h"
 #include "input.h"
 #include "memory.h"
@@ -26,7 +26,8 @@ void put_on_midpoints(const Tensor& weight, int64_t blocksize, const tunesmith::
                       fuzz::Random random) {
   for (int64_t i = 0; i < weight.count(); ++i) {
     const float midpoint = table.midpoints[random.bits() % 15];
-    const float beside[] = {midpoint, std::nextafter(midpoint, 2.0f), std::nextafter(midpoint, -2.0f)};
+    const float beside[] = {midpoint, std::nextafter(midpoint, 2.0f),
+                            std::nextafter(midpoint, -2.0f)};
     weight.floats()[i] = i % blocksize == 0 ? 1.0f : beside[random.bits() % 3];
   }
 }

@@ -3,7 +3,7 @@
 
 #include <optional>
 
-#include "../../../csrc/nf4.h"
+#include "../../../csrc/four_bit.h"
 #include "input.h"
 #include "memory.h"
 
@@ -31,8 +31,8 @@ class Scales {
       : absmax_(Tensor(nested ? Tensor::kBytes : TUNESMITH_FLOAT32, blocks, input.up_to(3))
                     .fill(input.random(), kind)) {
     if (!nested) return;
-    nested_.emplace(Tensor(TUNESMITH_FLOAT32, (blocks + 255) / 256, input.up_to(3))
-                        .fill(input.random(), kind));
+    nested_.emplace(
+        Tensor(TUNESMITH_FLOAT32, (blocks + 255) / 256, input.up_to(3)).fill(input.random(), kind));
     offset_.emplace(Tensor(TUNESMITH_FLOAT32, 1, input.up_to(3)).fill(input.random(), kind));
   }
 

@@ -104,12 +104,18 @@ def test_a_million_executions_are_clean(targets: Path) -> None:
     [
         (
             "dequantize",
-            "scalar.cpp",
+            "scalar/kernels.cpp",
             "if (i + 1 < end)",
             "if (i + 1 <= end)",
             "heap-buffer-overflow",
         ),
-        ("dequantize", "scalar.cpp", "job.nested_offset, kDynamic", "0.0f, kDynamic", "WRONG"),
+        (
+            "dequantize",
+            "scalar/kernels.cpp",
+            "job.nested_offset, kDynamic",
+            "0.0f, kDynamic",
+            "WRONG",
+        ),
         (
             "linear",
             "linear.cpp",
@@ -120,19 +126,19 @@ def test_a_million_executions_are_clean(targets: Path) -> None:
         ("attention", "attention.cpp", "into_queries.accumulate = true;", "", "WRONG"),
         (
             "attention",
-            "attention_amx.cpp",
+            "amx/attention_backward.cpp",
             "paired(rounded_grads[0], rounded_grads[1])",
             "paired(rounded_grads[1], rounded_grads[0])",
             "WRONG",
         ),
         (
             "attention",
-            "attention_forward_amx.cpp",
-            "scale_totals(totals + i, smaller)",
+            "amx/attention_forward.cpp",
+            "scale_totals(totals + i, rescale)",
             "scale_totals(totals + i, _mm512_set1_ps(1.0f))",
             "WRONG",
         ),
-        ("attention", "softmax.h", "total[d] *= smaller;", "", "WRONG"),
+        ("attention", "softmax.h", "running_out[d] *= rescale;", "", "WRONG"),
         (
             "decoder_layer",
             "decoder_layer.cpp",
@@ -141,7 +147,7 @@ def test_a_million_executions_are_clean(targets: Path) -> None:
             "AddressSanitizer",
         ),
         ("elementwise", "../formulas.h", "+ 3.0f * kCubic", "+ 2.0f * kCubic", "WRONG"),
-        ("gradients", "gradients.cpp", "norm + 1e-6f", "norm + 1e-1f", "WRONG"),
+        ("gradients", "clip_norm.cpp", "norm + 1e-6f", "norm + 1e-1f", "WRONG"),
         ("logps", "softmax.h", "begin += kSummedAtOnce", "begin += kSummedAtOnce + 1", "WRONG"),
         ("pool", "pool.cpp", "if (size < total ||", "if (", "AddressSanitizer"),
     ],
@@ -155,7 +161,7 @@ def test_a_fault_in_a_kernel_is_found_and_its_input_printed(
     assert text.count(old) == 1, f"{old!r} is {text.count(old)} times in {file}"
     faulty.write_text(text.replace(old, new))
     # what a header says is compiled into the plain C++ of one instruction set, which is enough
-    source = faulty if faulty.suffix == ".cpp" else csrc / "cpu" / "scalar.cpp"
+    source = faulty if faulty.suffix == ".cpp" else csrc / "cpu" / "scalar/kernels.cpp"
 
     flags = build.kernels(csrc).get(source, [])
     build.compile_all(tmp_path, {source: flags}, build.SANITIZED)

@@ -1,8 +1,8 @@
-// AMX: the shape of its tiles, and setting them up (Intel 64 and IA-32 Architectures Software Developer's
-// Manual, volume 1, chapter 18).
+// AMX: the shape of its tiles, and setting them up (Intel 64 and IA-32 Architectures Software
+// Developer's Manual, volume 1, chapter 18).
 #pragma once
 
-#include "avx512.h"
+#include "../avx512/vectors.h"
 
 namespace tunesmith {
 namespace {
@@ -20,8 +20,8 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {};
 };
 
-// Tiles 0 to 3, of sums, get so many rows and lanes; 4 and 5, left factors, the rows; 6 and 7, right
-// factors, the lanes.
+// Tiles 0 to 3, of sums, get so many rows and lanes; 4 and 5, left factors, the rows; 6 and 7,
+// right factors, the lanes.
 inline void set_up_tiles(int rows, int lanes) {
   TileConfig config;
   for (int tile = 0; tile < 8; ++tile) {

@@ -1,14 +1,13 @@
 // The kernels with AVX2 and F16C: 64 elements at a time. A short last block goes to scalar.cpp.
 //
-// Compiled with its own flags; nothing here may run, nor be linked from elsewhere, on a CPU without.
-#include "avx2.h"
+// Compiled with its own flags; nothing here may run, nor be linked from elsewhere, on a CPU
+// without.
+#include "vectors.h"
 
 #include <type_traits>
 
-#include "blocks.h"
-#include "elementwise.h"
-#include "products.h"
-#include "softmax.h"
+#include "../quantize_blocks.h"
+#include "../isa_table.h"
 
 namespace tunesmith {
 namespace {
@@ -20,8 +19,8 @@ float absmax_of(const float* weight, int64_t count) {
   for (int64_t i = 0; i < count; i += 8) {
     largest = _mm256_max_epu32(largest, _mm256_and_si256(load_bits(weight + i), magnitude));
   }
-  __m128i four = _mm_max_epu32(_mm256_castsi256_si128(largest),
-                               _mm256_extracti128_si256(largest, 1));
+  __m128i four =
+      _mm_max_epu32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
   four = _mm_max_epu32(four, _mm_shuffle_epi32(four, _MM_SHUFFLE(1, 0, 3, 2)));
   four = _mm_max_epu32(four, _mm_shuffle_epi32(four, _MM_SHUFFLE(2, 3, 0, 1)));
   return float_of(uint32_t(_mm_cvtsi128_si32(four)));
@@ -34,8 +33,8 @@ float absmax_of_halves(const uint16_t* weight, int64_t count) {
   for (int64_t i = 0; i < count; i += 16) {
     largest = _mm256_max_epu16(largest, _mm256_and_si256(load_bits(weight + i), magnitude));
   }
-  const __m128i eight = _mm_max_epu16(_mm256_castsi256_si128(largest),
-                                      _mm256_extracti128_si256(largest, 1));
+  const __m128i eight =
+      _mm_max_epu16(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
   // the instruction finds the smallest, so it is given the complements
   const __m128i least = _mm_minpos_epu16(_mm_xor_si128(eight, _mm_set1_epi16(-1)));
   return T::widen(uint16_t(~_mm_cvtsi128_si32(least)));
@@ -50,9 +49,9 @@ float absmax_of_block(const typename T::Storage* weight, int64_t count) {
   }
 }
 
-// The code search of nf4.h for 8 numbers: four comparisons, each with the midpoint in the middle of
-// what is left. A comparison gives 0 or -1, so what is found of a code is kept negated, and the
-// tables lie in the order in which a negated prefix, taken modulo 8, looks them up.
+// The code search of four_bit.h for 8 numbers: four comparisons, each with the midpoint in the
+// middle of what is left. A comparison gives 0 or -1, so what is found of a code is kept negated,
+// and the tables lie in the order in which a negated prefix, taken modulo 8, looks them up.
 struct CodeSearch {
   __m256 half, quarter_low, quarter_high, eighths, sixteenths;
 
@@ -114,38 +113,38 @@ void quantize_blocks(const QuantizeJob& job, int64_t first, int64_t last) {
   }
 }
 
-// Stores a vector, with kPast past the caches: `at` is then aligned.
-template <bool kPast>
+// Stores a vector, with kStreaming past the caches: `at` is then aligned.
+template <bool kStreaming>
 void put(float* at, __m256 values) {
-  if (kPast) {
+  if (kStreaming) {
     _mm256_stream_ps(at, values);
   } else {
     _mm256_storeu_ps(at, values);
   }
 }
-template <bool kPast>
+template <bool kStreaming>
 void put(uint16_t* at, __m256i values) {
-  if (kPast) {
+  if (kStreaming) {
     _mm256_stream_si256(reinterpret_cast<__m256i*>(at), values);
   } else {
     store_bits(at, values);
   }
 }
 
-template <typename T, bool kPast>
+template <typename T, bool kStreaming>
 void dequantize_block(const uint8_t* packed, int64_t count, const BytePlanes& planes, float scale,
                       float* out) {
   const __m256 scales = _mm256_set1_ps(scale);
   for (int64_t i = 0; i < count; i += 64) {
-    decode64(packed + i / 2, planes, scales, [&](int64_t j, __m256 eight) {
-      // adding 0 as in dequantized()
-      put<kPast>(out + i + j, _mm256_add_ps(eight, _mm256_setzero_ps()));
+    dequantize64(packed + i / 2, planes, scales, [&](int64_t j, __m256 eight) {
+      // adding 0 as in times_scale()
+      put<kStreaming>(out + i + j, _mm256_add_ps(eight, _mm256_setzero_ps()));
     });
   }
 }
 
 // 16-bit values are looked up a byte at a time, already rounded.
-template <typename T, bool kPast>
+template <typename T, bool kStreaming>
 void dequantize_block(const uint8_t* packed, int64_t count, const FourBitTable& table, float scale,
                       uint16_t* out) {
   const BlockValues values(table, scale);
@@ -166,28 +165,27 @@ void dequantize_block(const uint8_t* packed, int64_t count, const FourBitTable& 
     const __m256i a1 = _mm256_unpackhi_epi8(a_low, a_high);  // 8-15, 40-47
     const __m256i b0 = _mm256_unpacklo_epi8(b_low, b_high);  // 16-23, 48-55
     const __m256i b1 = _mm256_unpackhi_epi8(b_low, b_high);  // 24-31, 56-63
-    put<kPast>(out + i, _mm256_permute2x128_si256(a0, a1, 0x20));
-    put<kPast>(out + i + 16, _mm256_permute2x128_si256(b0, b1, 0x20));
-    put<kPast>(out + i + 32, _mm256_permute2x128_si256(a0, a1, 0x31));
-    put<kPast>(out + i + 48, _mm256_permute2x128_si256(b0, b1, 0x31));
+    put<kStreaming>(out + i, _mm256_permute2x128_si256(a0, a1, 0x20));
+    put<kStreaming>(out + i + 16, _mm256_permute2x128_si256(b0, b1, 0x20));
+    put<kStreaming>(out + i + 32, _mm256_permute2x128_si256(a0, a1, 0x31));
+    put<kStreaming>(out + i + 48, _mm256_permute2x128_si256(b0, b1, 0x31));
   }
 }
 
 struct Avx2Blocks {
   static constexpr size_t kAlignment = sizeof(__m256);
   template <typename T>
-  using Lookup =
-      std::conditional_t<std::is_same_v<T, Float32>, BytePlanes, const FourBitTable&>;
+  using Lookup = std::conditional_t<std::is_same_v<T, Float32>, BytePlanes, const FourBitTable&>;
 
   template <typename T>
   static void quantize(const QuantizeJob& job, int64_t first, int64_t end) {
     quantize_blocks<T>(job, first, end);
   }
 
-  template <typename T, bool kPast>
+  template <typename T, bool kStreaming>
   static void dequantize(const uint8_t* packed, int64_t count, const Lookup<T>& lookup, float scale,
                          typename T::Storage* out) {
-    dequantize_block<T, kPast>(packed, count, lookup, scale, out);
+    dequantize_block<T, kStreaming>(packed, count, lookup, scale, out);
   }
 
   static void fence() { _mm_sfence(); }
@@ -195,7 +193,6 @@ struct Avx2Blocks {
 
 }  // namespace
 
-const Isa avx2_isa = {"avx2",           quantize<Avx2Blocks>, dequantize<Avx2Blocks>, multiply_avx2,
-                      softmax_forward, softmax_backward, norm,                 gated,                  rotary, decode, logps, nullptr, nullptr};
+const Isa avx2_isa = make_isa("avx2", quantize<Avx2Blocks>, dequantize<Avx2Blocks>, multiply_avx2);
 
 }  // namespace tunesmith

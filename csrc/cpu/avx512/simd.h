@@ -1,10 +1,10 @@
 // 16 fp32 at a time, for the products of both AVX-512 files.
 #pragma once
 
-#include "avx512.h"
-#include "product.h"
-#include "product_few.h"
-#include "product_fp32.h"
+#include "vectors.h"
+#include "../product.h"
+#include "../product_few.h"
+#include "../product_fp32.h"
 
 namespace tunesmith {
 namespace {
@@ -45,10 +45,11 @@ struct Avx512 {
 
   // Writes the transpose of kLanes x kLanes floats; the rows are as far apart as the strides say.
   static void transpose(const float* from, int64_t stride, float* to, int64_t to_stride) {
-    tunesmith::transpose(from, stride, [&](int64_t i, __m512i row) { store_bits(to + i * to_stride, row); });
+    tunesmith::transpose(from, stride,
+                         [&](int64_t i, __m512i row) { store_bits(to + i * to_stride, row); });
   }
 
-  static V kept(V values, const uint8_t* keep, float keep_scale) {
+  static V masked(V values, const uint8_t* keep, float keep_scale) {
     const __m512i words =
         _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(keep)));
     return _mm512_maskz_mul_ps(_mm512_test_epi32_mask(words, words), values, set(keep_scale));
@@ -71,7 +72,7 @@ struct Avx512 {
   }
 
   template <typename At>
-  static void decode64(const uint8_t* packed, const FourBitTable& table, float scale, At at) {
+  static void dequantize64(const uint8_t* packed, const FourBitTable& table, float scale, At at) {
     const V values = scaled_values(table, scale);
     for (int j = 0; j < 64; j += 16) {
       store(at(j), _mm512_permutexvar_ps(codes_of(packed + j / 2), values));
@@ -82,12 +83,12 @@ struct Avx512 {
   static constexpr int64_t kGroup = 128;
   static int64_t source(int64_t at) { return at % 16 * 8 + at / 16; }
   template <typename Use>
-  static void decode_group(const uint8_t* packed, int64_t blocks, const FourBitTable& table,
-                           Use use) {
+  static void dequantize_group(const uint8_t* packed, int64_t blocks, const FourBitTable& table,
+                               Use use) {
     const V values = _mm512_loadu_ps(table.values);
     // a row may end after half a group
-    const __m512i words = blocks == 2 ? load_bits(packed)
-                                      : _mm512_zextsi256_si512(load_half_bits(packed));
+    const __m512i words =
+        blocks == 2 ? load_bits(packed) : _mm512_zextsi256_si512(load_half_bits(packed));
     for (int i = 0; i < 8; ++i) {
       const int shift = i / 2 * 8 + (i % 2 == 0 ? 4 : 0);  // the high nibble comes first
       use(i, _mm512_permutexvar_ps(_mm512_srli_epi32(words, shift), values));

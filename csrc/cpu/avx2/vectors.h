@@ -1,16 +1,21 @@
-// What the files for AVX2, FMA and F16C share. Only they may include it: it compiles with their flags.
+// What the files for AVX2, FMA and F16C share. Only they may include it: it compiles with their
+// flags.
 #pragma once
 
 #include <immintrin.h>
 
-#include "../nf4.h"
+#include "../../four_bit.h"
 
 namespace tunesmith {
 namespace {
 
-inline __m256i load_bits(const void* at) { return _mm256_loadu_si256(static_cast<const __m256i*>(at)); }
+inline __m256i load_bits(const void* at) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(at));
+}
 
-inline void store_bits(void* at, __m256i bits) { _mm256_storeu_si256(static_cast<__m256i*>(at), bits); }
+inline void store_bits(void* at, __m256i bits) {
+  _mm256_storeu_si256(static_cast<__m256i*>(at), bits);
+}
 
 inline __m128i load_half_bits(const void* at) {
   return _mm_loadu_si128(static_cast<const __m128i*>(at));
@@ -52,7 +57,7 @@ struct BlockValues {
 
   BlockValues(const FourBitTable& table, float scale) {
     const __m256 scales = _mm256_set1_ps(scale);
-    // adding 0 as in dequantized()
+    // adding 0 as in times_scale()
     const __m256 zero = _mm256_setzero_ps();
     low = _mm256_add_ps(_mm256_mul_ps(_mm256_loadu_ps(table.values), scales), zero);
     high = _mm256_add_ps(_mm256_mul_ps(_mm256_loadu_ps(table.values + 8), scales), zero);
@@ -68,8 +73,8 @@ inline void split(__m256i pairs, __m256i& a, __m256i& b) {
   b = _mm256_unpackhi_epi8(even, odd);
 }
 
-// What 16 codes stand for in fp32, a byte of each float in each plane: a byte shuffle looks up 32 codes
-// at a time, where a shuffle of floats takes two and a blend for 8.
+// What 16 codes stand for in fp32, a byte of each float in each plane: a byte shuffle looks up 32
+// codes at a time, where a shuffle of floats takes two and a blend for 8.
 struct BytePlanes {
   __m256i planes[4];
 
@@ -100,10 +105,11 @@ struct BytePlanes {
   }
 };
 
-// Calls store(j, vector) for the 64 values of 32 bytes of codes times `scale`, each for the 8 elements
-// from j on.
+// Calls store(j, vector) for the 64 values of 32 bytes of codes times `scale`, each for the 8
+// elements from j on.
 template <typename Store>
-inline void decode64(const uint8_t* packed, const BytePlanes& planes, __m256 scale, Store store) {
+inline void dequantize64(const uint8_t* packed, const BytePlanes& planes, __m256 scale,
+                         Store store) {
   __m256i halves[2];
   split(load_bits(packed), halves[0], halves[1]);
   // so that the halves of a vector are neighbours

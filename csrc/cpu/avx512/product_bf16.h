@@ -3,7 +3,7 @@
 // A 4-bit weight is rounded to bf16 as dequantizing rounds it.
 #pragma once
 
-#include "product_avx512.h"
+#include "simd.h"
 
 namespace tunesmith {
 namespace {
@@ -43,17 +43,18 @@ struct Avx512Bf16 : Avx512 {
 
 // Whether a product is one of bf16: a factor is, and the other is to be rounded to it.
 inline bool multiplies_pairs(const Product& product) {
-  const bool narrow = product.left.type == TUNESMITH_BFLOAT16 || product.right.type == TUNESMITH_BFLOAT16;
+  const bool narrow =
+      product.left.type == TUNESMITH_BFLOAT16 || product.right.type == TUNESMITH_BFLOAT16;
   return narrow && !product.exact;
 }
 
-// A group is 64 codes, 4 in each of 16 words: vector 0 holds the first of every word and then the second
-// of every word, vector 1 the third and the fourth. Decoding into that order saves the shuffles that the
-// natural one takes; the other factor is brought into it once.
+// A group is 64 codes, 4 in each of 16 words: vector 0 holds the first of every word and then the
+// second of every word, vector 1 the third and the fourth. Dequantizing into that order saves the
+// shuffles that the natural one takes; the other factor is brought into it once.
 constexpr int64_t kGroup = 64;
 constexpr int kGroupVectors = 2;
 
-// As many groups as a cache line holds are decoded together.
+// As many groups as a cache line holds are dequantized together.
 constexpr int kLineGroups = 2;
 constexpr int64_t kLine = kLineGroups * kGroup;
 
@@ -61,29 +62,30 @@ constexpr int64_t source(int64_t at) { return at % 16 * 4 + at / 16; }
 
 // Calls use(i, vector) for the two vectors of a group.
 template <typename Use>
-inline void decode_group(const uint8_t* packed, const FourBitTable& table, float scale, Use use) {
+inline void dequantize_group(const uint8_t* packed, const FourBitTable& table, float scale,
+                             Use use) {
   const __m512i words = twice(load_half_bits(packed));
   const __m512i values = twice(rounded_values(table, scale));
   const auto shifts = [](int first, int second) {
-    return _mm512_inserti64x4(_mm512_set1_epi16(int16_t(first)),
-                              _mm256_set1_epi16(int16_t(second)), 1);
+    return _mm512_inserti64x4(_mm512_set1_epi16(int16_t(first)), _mm256_set1_epi16(int16_t(second)),
+                              1);
   };
   // the high nibble comes first
   use(0, _mm512_permutexvar_epi16(_mm512_srlv_epi16(words, shifts(4, 0)), values));
   use(1, _mm512_permutexvar_epi16(_mm512_srlv_epi16(words, shifts(12, 8)), values));
 }
 
-// What vectors of 32 words are read from: one number for each place.
+// What vectors of 32 words are read from: one number for each.
 template <int64_t kCount>
-struct Places {
+struct Indices {
   alignas(64) uint16_t at[kCount];
 };
 
-template <int64_t kCount, typename Place>
-constexpr Places<kCount> places_of(Place place) {
-  Places<kCount> places = {};
-  for (int64_t i = 0; i < kCount; ++i) places.at[i] = uint16_t(place(i));
-  return places;
+template <int64_t kCount, typename Layout>
+constexpr Indices<kCount> indices_of(Layout layout) {
+  Indices<kCount> indices = {};
+  for (int64_t i = 0; i < kCount; ++i) indices.at[i] = uint16_t(layout(i));
+  return indices;
 }
 
 // The codes of two rows' groups, and what they stand for side by side.
@@ -99,16 +101,16 @@ class PairsOfGroups {
   __m512i quarter(int q) const {
     // a word holds 4 codes; those of the second row go to every other place
     static constexpr auto kWords =
-        places_of<4 * 32>([](int64_t i) { return i % 2 * 16 + i / 32 * 4 + i % 32 / 8; });
+        indices_of<4 * 32>([](int64_t i) { return i % 2 * 16 + i / 32 * 4 + i % 32 / 8; });
     // the high nibble comes first
     static constexpr auto kShifts =
-        places_of<32>([](int64_t i) { return i % 8 / 4 * 8 + (i % 4 < 2 ? 4 : 0); });
+        indices_of<32>([](int64_t i) { return i % 8 / 4 * 8 + (i % 4 < 2 ? 4 : 0); });
     const __m512i words = _mm512_permutexvar_epi16(load_bits(kWords.at + 32 * q), words_);
     const __m512i codes = _mm512_srlv_epi16(words, load_bits(kShifts.at));
     // the fifth bit of an index says which row it is of
-    const __m512i places = _mm512_or_si512(_mm512_and_si512(codes, _mm512_set1_epi32(~0x100010)),
-                                           _mm512_set1_epi32(0x10 << 16));
-    return _mm512_permutexvar_epi16(places, both_);
+    const __m512i indices = _mm512_or_si512(_mm512_and_si512(codes, _mm512_set1_epi32(~0x100010)),
+                                            _mm512_set1_epi32(0x10 << 16));
+    return _mm512_permutexvar_epi16(indices, both_);
   }
 
  private:
@@ -118,8 +120,7 @@ class PairsOfGroups {
 // A matrix, ready to be read as bf16.
 class BFloat16Source {
  public:
-  explicit BFloat16Source(const Matrix& matrix)
-      : matrix_(matrix), scales_(matrix) {}
+  explicit BFloat16Source(const Matrix& matrix) : matrix_(matrix), scales_(matrix) {}
 
   int64_t columns() const { return matrix_.columns; }
   bool grouped() const { return grouped_; }
@@ -139,7 +140,7 @@ class BFloat16Source {
   void fetch(int64_t row, int64_t column, int64_t count, uint16_t* out) const {
     const int64_t begin = row * matrix_.columns + column;
     if (is_4bit(matrix_.type)) {
-      decode(begin, count, out);
+      dequantize(begin, count, out);
     } else if (lies_ready()) {
       memcpy(out, at(row, column), size_t(count) * 2);
     } else {
@@ -147,8 +148,9 @@ class BFloat16Source {
     }
   }
 
-  // Calls use(i, pairs) for every 16 of columns [column, column + columns), of rows `row` and `row` + 1;
-  // without `second` zeros are in that one's place. For what can be grouped, and multiples of 16.
+  // Calls use(i, pairs) for every 16 of columns [column, column + columns), of rows `row` and `row`
+  // + 1; without `second` zeros are in that one's place. For what can be grouped, and multiples
+  // of 16.
   template <typename Use>
   void fetch_pairs(int64_t row, bool second, int64_t column, int64_t columns, Use use) const {
     const int64_t begin = row * matrix_.columns + column;
@@ -171,7 +173,8 @@ class BFloat16Source {
     }
   }
 
-  // Fetches the scales of rows [row, row + rows) to `to`, which has to live as long as they are read.
+  // Fetches the scales of rows [row, row + rows) to `to`, which has to live as long as they are
+  // read.
   void hold_scales(int64_t row, int64_t rows, float* to) {
     if (!grouped_) return scales_.hold(row, rows, to);
     fetch_scales<Avx512>(matrix_, row, rows, to);
@@ -186,14 +189,14 @@ class BFloat16Source {
     return static_cast<const uint8_t*>(matrix_.data) + (row * matrix_.columns + column) / 2;
   }
 
-  // Fetches kGroups groups from `column` on of rows [row, row + rows), whose scales are held: vector v
-  // of row r goes to place(r, v). On the way what lies at `next` is asked for, and `stride` further for
-  // each row.
+  // Fetches kGroups groups from `column` on of rows [row, row + rows), whose scales are held:
+  // vector v of row r goes to layout(r, v). On the way what lies at `next` is prefetched, and
+  // `stride` further for each row.
   //
   // A function of its own, for in the midst of a product the compiler runs out of registers.
-  template <int kGroups, typename Place>
+  template <int kGroups, typename Layout>
   [[gnu::noinline]] void fetch_groups(int64_t row, int64_t rows, int64_t column,
-                                      const uint8_t* next, int64_t stride, Place place) const {
+                                      const uint8_t* next, int64_t stride, Layout layout) const {
     const FourBitTable& table = *matrix_.table;
     const int64_t columns = matrix_.columns;
     const uint8_t* packed = codes_at(row, column);
@@ -202,8 +205,8 @@ class BFloat16Source {
       __builtin_prefetch(next, 0, 2);
 #pragma GCC unroll 2
       for (int g = 0; g < kGroups; ++g) {
-        decode_group(packed + g * (kGroup / 2), table, scales[g], [&](int v, __m512i values) {
-          store_bits(place(r, g * kGroupVectors + v), values);
+        dequantize_group(packed + g * (kGroup / 2), table, scales[g], [&](int v, __m512i values) {
+          store_bits(layout(r, g * kGroupVectors + v), values);
         });
       }
       packed += columns / 2;
@@ -219,17 +222,17 @@ class BFloat16Source {
     int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes) {
       __m512 values = Avx512::load(matrix_.data, matrix_.type, begin + i);
-      if (keep != nullptr) values = Avx512::kept(values, keep + i, matrix_.keep_scale);
+      if (keep != nullptr) values = Avx512::masked(values, keep + i, matrix_.keep_scale);
       Avx512Bf16::store(out, TUNESMITH_BFLOAT16, i, values);
     }
     for (; i < count; ++i) {
-      float value = load_as_float(matrix_.data, matrix_.type, begin + i);
+      float value = load_float(matrix_.data, matrix_.type, begin + i);
       if (keep != nullptr) value = keep[i] ? value * matrix_.keep_scale : 0.0f;
       out[i] = float_to_bfloat16(value);
     }
   }
 
-  void decode(int64_t begin, int64_t count, uint16_t* out) const {
+  void dequantize(int64_t begin, int64_t count, uint16_t* out) const {
     const auto* packed = static_cast<const uint8_t*>(matrix_.data);
     for (int64_t i = 0; i < count;) {
       const int64_t block = scales_.block_of(begin + i);
@@ -273,16 +276,16 @@ struct BFloat16Arithmetic {
   static constexpr int kDepth = 256;
   static constexpr int kRowStride = kDepth + 32;
 
-  struct Session {};
+  struct ThreadState {};
 
   // The depth of a transposed product may run in any order that both factors have.
-  static void agree(From& left, From& right) {
+  static void agree_on_order(From& left, From& right) {
     left.set_grouped(right.can_be_grouped());
     right.set_grouped(right.can_be_grouped());
   }
 
-  static void rows(const From& source, int64_t row, int64_t rows, int64_t p, int64_t depth,
-                   uint16_t* out) {
+  static void pack_rows(const From& source, int64_t row, int64_t rows, int64_t p, int64_t depth,
+                        uint16_t* out) {
     if (source.grouped()) {
       const auto fetch = [&](int64_t i, auto groups) {
         const uint8_t* const next = source.codes_at(row, p + i + kDepth);
@@ -304,10 +307,10 @@ struct BFloat16Arithmetic {
     }
   }
 
-  static void panels(const From& source, int64_t p, int64_t depth, int64_t column, int64_t columns,
-                     int64_t stride, uint16_t* out) {
+  static void pack_panels(const From& source, int64_t p, int64_t depth, int64_t column,
+                          int64_t columns, int64_t stride, uint16_t* out) {
     constexpr int64_t kWidth = 2 * kLanes;
-    alignas(64) uint16_t even[kMostColumns], odd[kMostColumns];
+    alignas(64) uint16_t even[kMaxColumns], odd[kMaxColumns];
     const int64_t padded = round_up(columns, kWidth);
     std::fill(even + columns, even + padded, uint16_t(0));
     std::fill(odd + columns, odd + padded, uint16_t(0));
@@ -352,8 +355,8 @@ struct BFloat16Arithmetic {
     }
   }
 
-  static void panel_of_rows(const From& from, int64_t row, int64_t rows, int64_t width,
-                            uint16_t* out) {
+  static void pack_panel_of_rows(const From& from, int64_t row, int64_t rows, int64_t width,
+                                 uint16_t* out) {
     constexpr int64_t kVector = 2 * kLanes;
     alignas(64) uint16_t values[2 * kLanes][kGroup];
     for (int64_t r = rows; r < round_up(width, kLanes); ++r) {
@@ -407,27 +410,28 @@ struct BFloat16Arithmetic {
 
  private:
   // Writes 64 values, each from a place in two vectors of 32.
-  static void store_from(const Places<kGroup>& places, __m512i first, __m512i second, uint16_t* to) {
+  static void store_from(const Indices<kGroup>& indices, __m512i first, __m512i second,
+                         uint16_t* to) {
     constexpr int64_t kHalf = kGroup / 2;
-    store_bits(to, _mm512_permutex2var_epi16(first, load_bits(places.at), second));
-    store_bits(to + kHalf, _mm512_permutex2var_epi16(first, load_bits(places.at + kHalf), second));
+    store_bits(to, _mm512_permutex2var_epi16(first, load_bits(indices.at), second));
+    store_bits(to + kHalf, _mm512_permutex2var_epi16(first, load_bits(indices.at + kHalf), second));
   }
 
-  // Brings a group from its natural order into that in which decode_group leaves it.
+  // Brings a group from its natural order into that in which dequantize_group leaves it.
   static void regroup(uint16_t* group) {
-    static constexpr auto kPlaces = places_of<kGroup>(source);
-    store_from(kPlaces, load_bits(group), load_bits(group + kGroup / 2), group);
+    static constexpr auto kIndices = indices_of<kGroup>(source);
+    store_from(kIndices, load_bits(group), load_bits(group + kGroup / 2), group);
   }
 
   // Writes 32 pairs: of each element of one vector and of the other.
   static void interleave(__m512i first, __m512i second, uint16_t* to) {
-    static constexpr auto kPlaces =
-        places_of<kGroup>([](int64_t i) { return i / 2 + i % 2 * (kGroup / 2); });
-    store_from(kPlaces, first, second, to);
+    static constexpr auto kIndices =
+        indices_of<kGroup>([](int64_t i) { return i / 2 + i % 2 * (kGroup / 2); });
+    store_from(kIndices, first, second, to);
   }
 
-  static constexpr int64_t kMostColumns = kBlockColumns;
-  static_assert(kMostColumns % (2 * kLanes) == 0);
+  static constexpr int64_t kMaxColumns = kBlockColumns;
+  static_assert(kMaxColumns % (2 * kLanes) == 0);
 };
 
 }  // namespace

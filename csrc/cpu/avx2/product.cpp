@@ -1,9 +1,9 @@
 // Products with AVX2, FMA and F16C: 8 fp32 at a time.
-#include "avx2.h"
-#include "product.h"
-#include "product_few.h"
-#include "product_fp32.h"
-#include "products.h"
+#include "vectors.h"
+#include "../product.h"
+#include "../product_few.h"
+#include "../product_fp32.h"
+#include "../isa.h"
 
 namespace tunesmith {
 namespace {
@@ -27,7 +27,8 @@ struct Avx2 {
   static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
 
   static float sum(V values) {
-    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps(values, 1));
+    const __m128 four =
+        _mm_add_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps(values, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
   }
@@ -70,7 +71,7 @@ struct Avx2 {
     }
   }
 
-  static V kept(V values, const uint8_t* keep, float keep_scale) {
+  static V masked(V values, const uint8_t* keep, float keep_scale) {
     int64_t bytes;
     memcpy(&bytes, keep, sizeof bytes);
     const __m256i words = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bytes));
@@ -84,8 +85,9 @@ struct Avx2 {
   }
 
   template <typename At>
-  static void decode64(const uint8_t* packed, const Codes& codes, float scale, At at) {
-    tunesmith::decode64(packed, codes, set(scale), [&](int64_t j, V eight) { store(at(j), eight); });
+  static void dequantize64(const uint8_t* packed, const Codes& codes, float scale, At at) {
+    tunesmith::dequantize64(packed, codes, set(scale),
+                            [&](int64_t j, V eight) { store(at(j), eight); });
   }
 
   // A group is 64 codes: those in the high nibbles first, as the shuffles leave them.
@@ -95,7 +97,7 @@ struct Avx2 {
     return 2 * (4 * vector + lane % 4 + lane / 4 * 16) + at / 32;
   }
   template <typename Use>
-  static void decode_group(const uint8_t* packed, int64_t, const Codes& codes, Use use) {
+  static void dequantize_group(const uint8_t* packed, int64_t, const Codes& codes, Use use) {
     const __m256i pairs = load_bits(packed), nibble = _mm256_set1_epi8(0xF);
     __m256 values[4];
     codes(_mm256_and_si256(_mm256_srli_epi16(pairs, 4), nibble), values);

@@ -1,18 +1,18 @@
 // Products without vector instructions but those that every x86-64 has.
-#include "product.h"
-#include "product_fp32.h"
-#include "products.h"
+#include "../product.h"
+#include "../product_fp32.h"
+#include "../isa.h"
 
 namespace tunesmith {
 namespace {
 
 // Four numbers in a row: what compilers turn into the vectors of the baseline.
-struct Four {
+struct Float4 {
   float at[4];
 };
 
 struct Scalar {
-  using V = Four;
+  using V = Float4;
   static constexpr int kLanes = 4;
   static constexpr int kTileRows = 4;
   static constexpr int kDepth = 256;
@@ -53,19 +53,19 @@ struct Scalar {
 
   static V load(const void* data, int type, int64_t at) {
     V values;
-    for (int i = 0; i < 4; ++i) values.at[i] = load_as_float(data, type, at + i);
+    for (int i = 0; i < 4; ++i) values.at[i] = load_float(data, type, at + i);
     return values;
   }
   static void store(void* data, int type, int64_t at, V values) {
     for (int i = 0; i < 4; ++i) store_float(data, type, at + i, values.at[i]);
   }
-  static V kept(V values, const uint8_t* keep, float keep_scale) {
+  static V masked(V values, const uint8_t* keep, float keep_scale) {
     for (int i = 0; i < 4; ++i) values.at[i] = keep[i] ? values.at[i] * keep_scale : 0.0f;
     return values;
   }
 
   template <typename At>
-  static void decode64(const uint8_t* packed, const FourBitTable& table, float scale, At at) {
+  static void dequantize64(const uint8_t* packed, const FourBitTable& table, float scale, At at) {
     for (int64_t j = 0; j < 64; j += 4) {
       float* out = at(j);
       for (int i = 0; i < 4; i += 2) {

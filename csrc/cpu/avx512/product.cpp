@@ -1,7 +1,7 @@
 // Products with AVX-512: 16 fp32 at a time.
-#include "product_avx512.h"
+#include "simd.h"
 
-#include "products.h"
+#include "../isa.h"
 
 namespace tunesmith {
 

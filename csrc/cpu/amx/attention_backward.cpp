@@ -1,7 +1,8 @@
-// The backward pass of attention with AMX.
+// The backward pass of attention with AMX (FlashAttention-2, arXiv:2307.08691, algorithm 2), for
+// bf16 and heads of whole tiles; attention_forward.cpp is the other pass.
 //
-// The sums of attention.cpp. But a square of scores goes from tiles to probabilities while it is in the
-// closest cache.
+// The sums are those of ../attention.cpp. But a square of scores goes from tiles to probabilities
+// while it is in the closest cache.
 #include "attention_tiles.h"
 
 namespace tunesmith {
@@ -19,7 +20,7 @@ class TileTask : HeadTask {
         log_scale_(_mm512_set1_ps(job.scale * kLog2E)),
         keys_(2 * padded_ * size_),
         values_(2 * padded_ * size_),
-        turned_keys_(2 * padded_ * size_),
+        transposed_keys_(2 * padded_ * size_),
         grad_keys_(4 * padded_ * size_),
         grad_values_(4 * padded_ * size_),
         rows_(2 * kQueries * size_),
@@ -37,14 +38,14 @@ class TileTask : HeadTask {
     gather(job_.v, job_.key_heads, key_head_, group_.first_key, group_.keys, padded_, values());
     uint32_t* const work = paired_score_grads_.as<uint32_t>();  // not in use yet
     for (int64_t key = 0; key < padded_; key += kKeys) {
-      turn(keys() + key * size_, keys_of_block(key), work, turned_keys_.as<uint16_t>() + key * size_);
+      transpose_rows(keys() + key * size_, keys_of_block(key), work,
+                     transposed_keys_.as<uint16_t>() + key * size_);
     }
     memset(grad_keys(), 0, size_t(4 * padded_ * size_));
     memset(grad_values(), 0, size_t(4 * padded_ * size_));
     for_each_block(job_, group_, key_head_, kQueries,
-                   [&](const tunesmith_run& run, int64_t head, int64_t start, int64_t count) {
-                     block_of_queries(run, head, start, count, grad_q);
-                   });
+                   [&](const tunesmith_segment& segment, int64_t head, int64_t start,
+                       int64_t count) { block_of_queries(segment, head, start, count, grad_q); });
     scatter(grad_keys(), grad_k);
     scatter(grad_values(), grad_v);
   }
@@ -70,7 +71,7 @@ class TileTask : HeadTask {
   void scatter(const float* from, void* to) const {
     for (int64_t i = 0; i < group_.keys; ++i) {
       auto* const out =
-          static_cast<uint16_t*>(to) + place(job_.key_heads, key_head_, group_.first_key + i);
+          static_cast<uint16_t*>(to) + offset_of(job_.key_heads, key_head_, group_.first_key + i);
       for (int64_t d = 0; d < size_; d += kTile) {
         store_half(out + d, rounded(_mm512_loadu_ps(from + i * size_ + d)));
       }
@@ -91,7 +92,7 @@ class TileTask : HeadTask {
       if (i >= count) continue;
       lse_[i] = -kLog2E * lse[i];
       const auto* const out =
-          static_cast<const uint16_t*>(job_.out) + place(job_.heads, head, start + i);
+          static_cast<const uint16_t*>(job_.out) + offset_of(job_.heads, head, start + i);
       __m512 sum = _mm512_setzero_ps();
       for (int64_t d = 0; d < size_; d += kTile) {
         sum = _mm512_fmadd_ps(BFloat16::load(out + d),
@@ -101,8 +102,8 @@ class TileTask : HeadTask {
     }
   }
 
-  void block_of_queries(const tunesmith_run& run, int64_t head, int64_t start, int64_t count,
-                        void* grad_q) {
+  void block_of_queries(const tunesmith_segment& segment, int64_t head, int64_t start,
+                        int64_t count, void* grad_q) {
     const int64_t padded = up_to_square(count);
     prepare(head, start, count, padded);
     float* const grad_queries = grad_queries_.as<float>();  // [size, padded]
@@ -112,9 +113,9 @@ class TileTask : HeadTask {
     const int64_t before = start - group_.first_key;
     const auto first_query = [&](int64_t key) {
       if (key >= group_.keys) return padded;
-      return run.causal ? std::clamp<int64_t>(key - before, 0, padded) : 0;
+      return segment.causal ? std::clamp<int64_t>(key - before, 0, padded) : 0;
     };
-    const int64_t seen = up_to_square(run.causal ? before + count : group_.keys);
+    const int64_t seen = up_to_square(segment.causal ? before + count : group_.keys);
     for (int64_t key = 0; key < seen; key += kKeys) {
       const int64_t keys_here = std::min(kKeys, seen - key);
       for (int64_t k = 0; k < keys_here; k += kSquare) {
@@ -136,22 +137,24 @@ class TileTask : HeadTask {
                             size_);
         }
       }
-      const uint16_t* const turned = turned_keys_.as<uint16_t>() + key * size_;
+      const uint16_t* const transposed = transposed_keys_.as<uint16_t>() + key * size_;
       const int64_t stride = keys_of_block(key);
       for (int64_t q = 0; q < padded; q += kSquare) {
         int64_t steps = 0;
-        while (steps * kSquare < keys_here && first_query(key + steps * kSquare) < q + kSquare) ++steps;
+        while (steps * kSquare < keys_here && first_query(key + steps * kSquare) < q + kSquare)
+          ++steps;
         for (int64_t d = 0; d < size_ && steps > 0; d += kSquare) {
-          add_square<false>(turned + d * stride, stride, paired_score_grads_.as<uint32_t>() + q, padded,
-                            steps, grad_queries + d * padded + q, padded);
+          add_square<false>(transposed + d * stride, stride, paired_score_grads_.as<uint32_t>() + q,
+                            padded, steps, grad_queries + d * padded + q, padded);
         }
       }
     }
 
-    write_turned(grad_queries, padded, count, job_.heads, head, start, grad_q);
+    write_transposed(grad_queries, padded, count, job_.heads, head, start, grad_q);
   }
 
-  // Keys [key + k, + 32) and queries [q, + 32) of a block: probabilities and the gradients of the scores.
+  // Keys [key + k, + 32) and queries [q, + 32) of a block: probabilities and the gradients of the
+  // scores.
   template <typename FirstQuery>
   void square_of_scores(int64_t key, int64_t k, int64_t q, int64_t padded,
                         const FirstQuery& first_query) {
@@ -163,8 +166,8 @@ class TileTask : HeadTask {
     if (first_query(key + k) >= q + kSquare) return;  // nobody reads what no query of it sees
     add_square<true>(keys() + (key + k) * size_, size_, queries_by_size_.as<uint32_t>() + q, padded,
                      size_ / kSquare, scores, kSquare);
-    add_square<true>(values() + (key + k) * size_, size_, grad_out_by_size_.as<uint32_t>() + q, padded,
-                     size_ / kSquare, grads, kSquare);
+    add_square<true>(values() + (key + k) * size_, size_, grad_out_by_size_.as<uint32_t>() + q,
+                     padded, size_ / kSquare, grads, kSquare);
     const bool all_seen = first_query(key + k + kSquare - 1) <= q;
     for (int64_t i = 0; i < kSquare; i += kTile) {
       const __m512 lse = _mm512_loadu_ps(lse_ + q + i), delta = _mm512_loadu_ps(delta_ + q + i);
@@ -176,7 +179,8 @@ class TileTask : HeadTask {
           __m512 grad =
               _mm512_mul_ps(p, _mm512_fmadd_ps(_mm512_loadu_ps(grads + of_row), scale_, delta));
           if (!all_seen) {
-            const int64_t hidden = std::clamp<int64_t>(first_query(key + k + row + r) - q - i, 0, kTile);
+            const int64_t hidden =
+                std::clamp<int64_t>(first_query(key + k + row + r) - q - i, 0, kTile);
             const auto unseen = __mmask16((1u << hidden) - 1);
             p = _mm512_mask_mov_ps(p, unseen, _mm512_setzero_ps());
             grad = _mm512_mask_mov_ps(grad, unseen, _mm512_setzero_ps());
@@ -192,7 +196,7 @@ class TileTask : HeadTask {
 
   int64_t key_head_;
   __m512 scale_, log_scale_;
-  Scratch keys_, values_, turned_keys_, grad_keys_, grad_values_;
+  Scratch keys_, values_, transposed_keys_, grad_keys_, grad_values_;
   Scratch rows_, queries_by_size_, queries_, grad_out_by_size_, grad_out_;
   Scratch probabilities_, score_grads_, paired_score_grads_, grad_queries_;
   float lse_[kQueries], delta_[kQueries];
@@ -200,8 +204,8 @@ class TileTask : HeadTask {
 
 }  // namespace
 
-bool attention_backward_amx(const tunesmith_attention& job, const AttentionGroup& group, int64_t key_head,
-                            void* grad_q, void* grad_k, void* grad_v) {
+bool attention_backward_amx(const tunesmith_attention& job, const AttentionGroup& group,
+                            int64_t key_head, void* grad_q, void* grad_k, void* grad_v) {
   if (!of_whole_tiles(job)) return false;
   TileTask(job, group, key_head).run(grad_q, grad_k, grad_v);
   return true;

@@ -1,4 +1,5 @@
-// Quantizing and dequantizing whole blocks, but for what an instruction set does in its own way.
+// Quantizing and dequantizing whole blocks of 4-bit codes, but for what an instruction set does in
+// its own way.
 //
 // The including file has Float32, Float16 and BFloat16 from the header of its instruction set.
 #pragma once
@@ -7,7 +8,7 @@
 #include <cstdint>
 
 #include "../kernels.h"
-#include "../nf4.h"
+#include "../four_bit.h"
 #include "isa.h"
 
 namespace tunesmith {
@@ -27,34 +28,34 @@ void by_dtype(int dtype, Use use) {
 template <typename Kernels>
 void quantize(const QuantizeJob& job, int64_t first, int64_t last) {
   const int64_t end = std::min(last, job.numel / job.blocksize);
-  by_dtype(job.dtype, [&](auto type) {
-    Kernels::template quantize<decltype(type)>(job, first, end);
-  });
+  by_dtype(job.dtype,
+           [&](auto type) { Kernels::template quantize<decltype(type)>(job, first, end); });
   if (end < last) scalar_isa.quantize(job, end, last);
 }
 
-template <typename Kernels, typename T, bool kPast>
+template <typename Kernels, typename T, bool kStreaming>
 void dequantize_full(const DequantizeJob& job, int64_t first, int64_t end) {
   static constexpr DynamicTable kDynamic = make_dynamic_table();
   const typename Kernels::template Lookup<T> lookup(*job.table);
   for (int64_t block = first; block < end; ++block) {
     const int64_t begin = block * job.blocksize;
-    const float scale =
-        scale_of(block, job.absmax, job.nested_absmax, job.nested_offset, kDynamic);
-    Kernels::template dequantize<T, kPast>(job.packed + begin / 2, job.blocksize, lookup, scale,
-                                           static_cast<typename T::Storage*>(job.out) + begin);
+    const float scale = scale_of(block, job.absmax, job.nested_absmax, job.nested_offset, kDynamic);
+    Kernels::template dequantize<T, kStreaming>(job.packed + begin / 2, job.blocksize, lookup,
+                                                scale,
+                                                static_cast<typename T::Storage*>(job.out) + begin);
   }
-  if (kPast) Kernels::fence();
+  if (kStreaming) Kernels::fence();
 }
 
-// Kernels::dequantize<T, kPast> does one full block; Lookup<T> is what it makes of a table beforehand.
+// Kernels::dequantize<T, kStreaming> does one full block; Lookup<T> is what it makes of a table
+// beforehand.
 template <typename Kernels>
 void dequantize(const DequantizeJob& job, int64_t first, int64_t last) {
   const int64_t end = std::min(last, job.numel / job.blocksize);
-  const bool past = goes_past_caches(job, Kernels::kAlignment);
+  const bool streaming = streams_stores(job, Kernels::kAlignment);
   by_dtype(job.dtype, [&](auto type) {
     using T = decltype(type);
-    if (past) {
+    if (streaming) {
       dequantize_full<Kernels, T, true>(job, first, end);
     } else {
       dequantize_full<Kernels, T, false>(job, first, end);

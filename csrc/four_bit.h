@@ -1,23 +1,17 @@
-// NF4 and FP4 one number at a time: tables, code search, conversions. For the host and for CUDA devices.
+// NF4 and FP4 one number at a time: tables, code search, scales. For the host and for CUDA devices.
 //
-// NF4 and double quantization are those of QLoRA (arXiv:2305.14314), FP4 is that of bitsandbytes, the
-// dynamic 8-bit type that of arXiv:1511.04561. Everything here has internal linkage: each ISA object is compiled with its own
-// flags, and the linker must not hand one object's copy to another.
+// NF4 and double quantization are those of QLoRA (arXiv:2305.14314), FP4 is that of bitsandbytes,
+// the dynamic 8-bit type that of arXiv:1511.04561.
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
-#ifdef __CUDACC__
-#define TUNESMITH_HD static __host__ __device__ inline
-#else
-#define TUNESMITH_HD static inline
-#endif
+#include "floats.h"
 
 namespace tunesmith {
 
-// A 4-bit type. The 16 values are ranked from the lowest to the highest; what lies above the first r
-// midpoints, and not above the next, has rank r.
+// A 4-bit type. The 16 values are ranked from the lowest to the highest; what lies above the first
+// r midpoints, and not above the next, has rank r.
 struct FourBitTable {
   float values[16];  // by code
   float midpoints[15];
@@ -37,25 +31,31 @@ struct DynamicTable {
 };
 
 constexpr FourBitTable make_nf4_table() {
-  FourBitTable table = {{-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
-                         -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
-                         0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f,
-                         0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f,
-                         0.7229568362236023f, 1.0f},
-                        {},
-                        {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
-                        7};
+  FourBitTable table = {
+      {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
+       -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
+       0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
+       0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f},
+      {},
+      {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
+      7};
   for (int i = 0; i < 15; ++i) {
     table.midpoints[i] = (table.values[i] + table.values[i + 1]) / 2.0f;
   }
   return table;
 }
 
-// Sign and magnitude, in twelfths but for the smallest. Code 8 is a second zero: as in bitsandbytes on
-// the CPU, what rounds to zero from above is code 8, from below code 0.
+// Sign and magnitude, in twelfths but for the smallest. Code 8 is a second zero: as in bitsandbytes
+// on the CPU, what rounds to zero from above is code 8, from below code 0.
 constexpr FourBitTable make_fp4_table() {
-  const float magnitudes[8] = {0.0f, 0.0052083334885537624f, 0.6666666865348816f, 1.0f,
-                               0.3333333432674408f, 0.5f, 0.1666666716337204f, 0.25f};
+  const float magnitudes[8] = {0.0f,
+                               0.0052083334885537624f,
+                               0.6666666865348816f,
+                               1.0f,
+                               0.3333333432674408f,
+                               0.5f,
+                               0.1666666716337204f,
+                               0.25f};
   FourBitTable table = {{}, {}, {11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3}, 0};
   for (int code = 0; code < 8; ++code) {
     table.values[code] = magnitudes[code];
@@ -98,56 +98,6 @@ constexpr DynamicTable make_dynamic_table() {
   return table;
 }
 
-TUNESMITH_HD uint32_t bits_of(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-TUNESMITH_HD float float_of(uint32_t bits) {
-  float value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-TUNESMITH_HD float bfloat16_to_float(uint16_t half) { return float_of(uint32_t(half) << 16); }
-
-// To nearest, ties to even; NaN becomes the quiet NaN that torch writes.
-TUNESMITH_HD uint16_t float_to_bfloat16(float value) {
-  const uint32_t bits = bits_of(value);
-  if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return 0x7FC0u;
-  return uint16_t((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
-}
-
-TUNESMITH_HD float float16_to_float(uint16_t half) {
-  const uint32_t sign = uint32_t(half & 0x8000u) << 16;
-  const uint32_t magnitude = half & 0x7FFFu;
-  if (magnitude >= 0x7C00u) {  // Inf, NaN
-    return float_of(sign | 0x7F800000u | ((magnitude & 0x3FFu) << 13));
-  }
-  if (magnitude < 0x400u) {  // a subnormal is that many times 2^-24, exactly
-    const float value = float(magnitude) * 5.9604644775390625e-8f;
-    return float_of(sign | bits_of(value));
-  }
-  return float_of(sign | ((magnitude + 0x1C000u) << 13));  // exponent bias 15 to 127
-}
-
-// To nearest, ties to even; too large becomes Inf.
-TUNESMITH_HD uint16_t float_to_float16(float value) {
-  const uint32_t bits = bits_of(value);
-  const uint16_t sign = uint16_t((bits >> 16) & 0x8000u);
-  const uint32_t magnitude = bits & 0x7FFFFFFFu;
-  if (magnitude > 0x7F800000u) return uint16_t(sign | 0x7E00u);
-  if (magnitude >= 0x477FF000u) return uint16_t(sign | 0x7C00u);  // 65520 and up
-  if (magnitude < 0x38800000u) {
-    // subnormal in fp16: adding 0.5 leaves its 10 bits, rounded by the FPU, at the mantissa's end
-    const float shifted = float_of(magnitude) + 0.5f;
-    return uint16_t(sign | (bits_of(shifted) - 0x3F000000u));
-  }
-  const uint32_t odd = (magnitude >> 13) & 1u;
-  return uint16_t(sign | ((magnitude - 0x38000000u + 0xFFFu + odd) >> 13));
-}
-
 // The inverse that a block's values are multiplied by.
 TUNESMITH_HD float inverse_of(float absmax) {
   return 1.0f / (absmax > kSmallestAbsmax ? absmax : kSmallestAbsmax);
@@ -176,7 +126,7 @@ TUNESMITH_HD unsigned encode_dynamic(float scaled, const DynamicTable& table) {
 
 // A nested scale can come out a little below zero, and 0 times that is -0: adding 0 mends it, and
 // changes nothing else.
-TUNESMITH_HD float dequantized(float value, float scale) {
+TUNESMITH_HD float times_scale(float value, float scale) {
 #ifdef __CUDA_ARCH__
   return __fadd_rn(__fmul_rn(value, scale), 0.0f);
 #else

@@ -1,5 +1,5 @@
-// What the files for AVX-512 (F, BW, DQ, VL) share. Only they may include it: it compiles with their
-// flags.
+// What the files for AVX-512 (F, BW, DQ, VL) share. Only they may include it: it compiles with
+// their flags.
 #pragma once
 
 #ifdef TUNESMITH_EMULATED_AVX512
@@ -8,8 +8,8 @@
 #include <immintrin.h>
 #endif
 
-#include "../kernels.h"
-#include "../nf4.h"
+#include "../../kernels.h"
+#include "../../four_bit.h"
 
 namespace tunesmith {
 namespace {

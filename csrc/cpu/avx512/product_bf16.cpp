@@ -2,7 +2,7 @@
 //
 // Everything else is that of AVX-512.
 #include "product_bf16.h"
-#include "products.h"
+#include "../isa.h"
 
 namespace tunesmith {
 namespace {
@@ -37,19 +37,19 @@ void multiply_few_pairs(const Product& product, int64_t row) {
       }
       fetch_scales<Avx512>(right, n, kTogether, scales.as<float>());
       for (int64_t g = 0; g < groups; ++g) {
-        __m512i decoded[kTogether][kGroupVectors];
+        __m512i dequantized[kTogether][kGroupVectors];
         for (int c = 0; c < kTogether; ++c) {
           const int64_t begin = (n + c) * depth + g * kGroup;
           __builtin_prefetch(packed + (begin + kTogether * depth) / 2);
-          decode_group(packed + begin / 2, *right.table, scales.as<float>()[c * groups + g],
-                       [&](int i, __m512i values) { decoded[c][i] = values; });
+          dequantize_group(packed + begin / 2, *right.table, scales.as<float>()[c * groups + g],
+                           [&](int i, __m512i values) { dequantized[c][i] = values; });
         }
         const uint16_t* values = left.as<uint16_t>() + g * kGroup;
         for (int i = 0; i < kGroupVectors; ++i) {
           for (int m = 0; m < kRows; ++m) {
             const __m512i lanes = load_bits(values + m * depth + 32 * i);
             for (int c = 0; c < kTogether; ++c) {
-              total[c][m] = add_pairs(total[c][m], decoded[c][i], lanes);
+              total[c][m] = add_pairs(total[c][m], dequantized[c][i], lanes);
             }
           }
         }
@@ -59,8 +59,8 @@ void multiply_few_pairs(const Product& product, int64_t row) {
         for (int64_t m = 0; m < kRows; ++m) {
           float sum = product.alpha * Avx512::sum(total[c][m]);
           if (rank > 0) {
-            sum += product.alpha2 *
-                   dot<Avx512>(left2.as<float>() + m * rank, row2.as<float>(), rank);
+            sum +=
+                product.alpha2 * dot<Avx512>(left2.as<float>() + m * rank, row2.as<float>(), rank);
           }
           output(row + m, n + c, sum);
         }

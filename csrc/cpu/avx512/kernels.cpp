@@ -1,12 +1,11 @@
 // The kernels with AVX-512: 64 elements at a time. A short last block goes to scalar.cpp.
 //
-// Compiled with its own flags; nothing here may run, nor be linked from elsewhere, on a CPU without.
-#include "avx512.h"
+// Compiled with its own flags; nothing here may run, nor be linked from elsewhere, on a CPU
+// without.
+#include "vectors.h"
 
-#include "blocks.h"
-#include "elementwise.h"
-#include "products.h"
-#include "softmax.h"
+#include "../quantize_blocks.h"
+#include "../isa_table.h"
 
 namespace tunesmith {
 namespace {
@@ -42,8 +41,8 @@ float absmax_of_block(const typename T::Storage* weight, int64_t count) {
   }
 }
 
-// The code search of nf4.h for 16 numbers: four comparisons, each with the midpoint in the middle of
-// what is left.
+// The code search of four_bit.h for 16 numbers: four comparisons, each with the midpoint in the
+// middle of what is left.
 __m128i ranks_of(__m512 scaled, __m512 midpoints) {
   __m512i at = _mm512_set1_epi32(7);
   for (int step = 4; step > 0; step /= 2) {
@@ -80,44 +79,44 @@ void quantize_blocks(const QuantizeJob& job, int64_t first, int64_t last) {
   }
 }
 
-// What the 16 codes of one block stand for; adding 0 as in dequantized().
+// What the 16 codes of one block stand for; adding 0 as in times_scale().
 __m512 block_values(const FourBitTable& table, float scale) {
   return _mm512_add_ps(scaled_values(table, scale), _mm512_setzero_ps());
 }
 
-// Stores a vector, with kPast past the caches: `at` is then aligned.
-template <bool kPast>
+// Stores a vector, with kStreaming past the caches: `at` is then aligned.
+template <bool kStreaming>
 void put(float* at, __m512 values) {
-  if (kPast) {
+  if (kStreaming) {
     _mm512_stream_ps(at, values);
   } else {
     _mm512_storeu_ps(at, values);
   }
 }
-template <bool kPast>
+template <bool kStreaming>
 void put(uint16_t* at, __m512i values) {
-  if (kPast) {
+  if (kStreaming) {
     _mm512_stream_si512(reinterpret_cast<__m512i*>(at), values);
   } else {
     store_bits(at, values);
   }
 }
 
-template <typename T, bool kPast>
+template <typename T, bool kStreaming>
 void dequantize_block(const uint8_t* packed, int64_t count, const FourBitTable& table, float scale,
                       float* out) {
   const __m512 values = block_values(table, scale);
   for (int64_t i = 0; i < count; i += 16) {
-    put<kPast>(out + i, _mm512_permutexvar_ps(codes_of(packed + i / 2), values));
+    put<kStreaming>(out + i, _mm512_permutexvar_ps(codes_of(packed + i / 2), values));
   }
 }
 
-template <typename T, bool kPast>
+template <typename T, bool kStreaming>
 void dequantize_block(const uint8_t* packed, int64_t count, const FourBitTable& table, float scale,
                       uint16_t* out) {
   const __m512i values = twice(T::narrow(block_values(table, scale)));
   for (int64_t i = 0; i < count; i += 32) {
-    put<kPast>(out + i, _mm512_permutexvar_epi16(short_codes_of(packed + i / 2), values));
+    put<kStreaming>(out + i, _mm512_permutexvar_epi16(short_codes_of(packed + i / 2), values));
   }
 }
 
@@ -131,26 +130,29 @@ struct Avx512Blocks {
     quantize_blocks<T>(job, first, end);
   }
 
-  template <typename T, bool kPast>
+  template <typename T, bool kStreaming>
   static void dequantize(const uint8_t* packed, int64_t count, const Lookup<T>& lookup, float scale,
                          typename T::Storage* out) {
-    dequantize_block<T, kPast>(packed, count, lookup, scale, out);
+    dequantize_block<T, kStreaming>(packed, count, lookup, scale, out);
   }
 
   static void fence() { _mm_sfence(); }
 };
 
+constexpr Isa with_amx_attention(Isa isa) {
+  isa.attention_forward = attention_forward_amx;
+  isa.attention_backward = attention_backward_amx;
+  return isa;
+}
+
 }  // namespace
 
-const Isa avx512_isa = {"avx512", quantize<Avx512Blocks>, dequantize<Avx512Blocks>,
-                        multiply_avx512, softmax_forward, softmax_backward, norm, gated, rotary, decode, logps, nullptr,
-                        nullptr};
+const Isa avx512_isa =
+    make_isa("avx512", quantize<Avx512Blocks>, dequantize<Avx512Blocks>, multiply_avx512);
 // the multiplications are what it is for
-const Isa avx512_bf16_isa = {"avx512_bf16", quantize<Avx512Blocks>, dequantize<Avx512Blocks>,
-                             multiply_avx512_bf16, softmax_forward, softmax_backward, norm, gated, rotary, decode, logps,
-                             nullptr, nullptr};
-const Isa amx_bf16_isa = {"amx_bf16", quantize<Avx512Blocks>, dequantize<Avx512Blocks>,
-                          multiply_amx_bf16, softmax_forward, softmax_backward, norm, gated, rotary, decode, logps,
-                          attention_forward_amx, attention_backward_amx};
+const Isa avx512_bf16_isa =
+    make_isa("avx512_bf16", quantize<Avx512Blocks>, dequantize<Avx512Blocks>, multiply_avx512_bf16);
+const Isa amx_bf16_isa = with_amx_attention(
+    make_isa("amx_bf16", quantize<Avx512Blocks>, dequantize<Avx512Blocks>, multiply_amx_bf16));
 
 }  // namespace tunesmith

@@ -1,31 +1,13 @@
 // The kernels without vector instructions: the baseline, and what others call for a short block.
-#include "../kernels.h"
-#include "../nf4.h"
-#include "elementwise.h"
-#include "isa.h"
-#include "products.h"
-#include "softmax.h"
+#include "../../kernels.h"
+#include "../../four_bit.h"
+#include "../elements.h"
+#include "../isa_table.h"
 
 namespace tunesmith {
 namespace {
 
 constexpr DynamicTable kDynamic = make_dynamic_table();
-
-struct Float32 {
-  using Storage = float;
-  static float load(float value) { return value; }
-  static float store(float value) { return value; }
-};
-struct Float16 {
-  using Storage = uint16_t;
-  static float load(uint16_t value) { return float16_to_float(value); }
-  static uint16_t store(float value) { return float_to_float16(value); }
-};
-struct BFloat16 {
-  using Storage = uint16_t;
-  static float load(uint16_t value) { return bfloat16_to_float(value); }
-  static uint16_t store(float value) { return float_to_bfloat16(value); }
-};
 
 template <typename T>
 void quantize_blocks(const QuantizeJob& job, int64_t first, int64_t last) {
@@ -37,16 +19,16 @@ void quantize_blocks(const QuantizeJob& job, int64_t first, int64_t last) {
     // as integers magnitudes sort alike, and NaN and Inf above the rest: nothing is lost
     uint32_t largest = 0;
     for (int64_t i = begin; i < end; ++i) {
-      const uint32_t magnitude = bits_of(T::load(weight[i])) & 0x7FFFFFFFu;
+      const uint32_t magnitude = bits_of(T::widen(weight[i])) & 0x7FFFFFFFu;
       largest = magnitude > largest ? magnitude : largest;
     }
     const float absmax = float_of(largest);
     const float inverse = inverse_of(absmax);
     job.absmax[block] = absmax;
     for (int64_t i = begin; i < end; i += 2) {
-      const unsigned high = encode_4bit(T::load(weight[i]) * inverse, table);
+      const unsigned high = encode_4bit(T::widen(weight[i]) * inverse, table);
       const unsigned low =
-          i + 1 < end ? encode_4bit(T::load(weight[i + 1]) * inverse, table) : table.zero;
+          i + 1 < end ? encode_4bit(T::widen(weight[i + 1]) * inverse, table) : table.zero;
       job.packed[i / 2] = uint8_t(high << 4 | low);
     }
   }
@@ -58,11 +40,10 @@ void dequantize_blocks(const DequantizeJob& job, int64_t first, int64_t last) {
   for (int64_t block = first; block < last; ++block) {
     const int64_t begin = block * job.blocksize;
     const int64_t end = begin + job.blocksize < job.numel ? begin + job.blocksize : job.numel;
-    const float scale =
-        scale_of(block, job.absmax, job.nested_absmax, job.nested_offset, kDynamic);
+    const float scale = scale_of(block, job.absmax, job.nested_absmax, job.nested_offset, kDynamic);
     typename T::Storage values[16];
     for (int code = 0; code < 16; ++code) {
-      values[code] = T::store(dequantized(job.table->values[code], scale));
+      values[code] = T::narrow(times_scale(job.table->values[code], scale));
     }
     for (int64_t i = begin; i < end; i += 2) {
       const uint8_t pair = job.packed[i / 2];
@@ -73,18 +54,15 @@ void dequantize_blocks(const DequantizeJob& job, int64_t first, int64_t last) {
 }
 
 void quantize(const QuantizeJob& job, int64_t first, int64_t last) {
-  switch (job.dtype) {
-    case TUNESMITH_FLOAT32: return quantize_blocks<Float32>(job, first, last);
-    case TUNESMITH_FLOAT16: return quantize_blocks<Float16>(job, first, last);
-    case TUNESMITH_BFLOAT16: return quantize_blocks<BFloat16>(job, first, last);
-  }
+  with_element(job.dtype,
+               [&](auto element) { quantize_blocks<decltype(element)>(job, first, last); });
 }
 
 void dequantize(const DequantizeJob& job, int64_t first, int64_t last) {
   switch (job.dtype) {
-    case TUNESMITH_FLOAT32: return dequantize_blocks<Float32>(job, first, last);
-    case TUNESMITH_FLOAT16: return dequantize_blocks<Float16>(job, first, last);
-    case TUNESMITH_BFLOAT16: return dequantize_blocks<BFloat16>(job, first, last);
+    case TUNESMITH_FLOAT32: return dequantize_blocks<Float32Element>(job, first, last);
+    case TUNESMITH_FLOAT16: return dequantize_blocks<Float16Element>(job, first, last);
+    case TUNESMITH_BFLOAT16: return dequantize_blocks<AnyBFloat16Element>(job, first, last);
   }
 }
 
@@ -93,7 +71,8 @@ void dequantize(const DequantizeJob& job, int64_t first, int64_t last) {
 void quantize_absmax(const AbsmaxJob& job, int64_t first, int64_t last) {
   for (int64_t group = first; group < last; ++group) {
     const int64_t begin = group * kNestedBlocksize;
-    const int64_t end = begin + kNestedBlocksize < job.blocks ? begin + kNestedBlocksize : job.blocks;
+    const int64_t end =
+        begin + kNestedBlocksize < job.blocks ? begin + kNestedBlocksize : job.blocks;
     float largest = 0.0f;
     for (int64_t i = begin; i < end; ++i) {
       const float value = job.absmax[i] - job.nested_offset;
@@ -109,7 +88,6 @@ void quantize_absmax(const AbsmaxJob& job, int64_t first, int64_t last) {
   }
 }
 
-const Isa scalar_isa = {"scalar",         quantize, dequantize, multiply_scalar,
-                        softmax_forward, softmax_backward, norm,     gated,      rotary, decode, logps, nullptr, nullptr};
+const Isa scalar_isa = make_isa("scalar", quantize, dequantize, multiply_scalar);
 
 }  // namespace tunesmith
