@@ -98,7 +98,7 @@ class FrozenLinear(NamedTuple):
     def with_lora(self, lora: tuple[Tensor, Tensor, float]) -> FrozenLinear:
         """Return the layer with an adapter: A, B and scaling."""
         fields: list[Any] = [*self[:9], *lora, *self[12:]]
-        return self._make(fields)
+        return FrozenLinear._make(fields)
 
     @property
     def rank(self) -> int:
