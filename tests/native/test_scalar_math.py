@@ -66,7 +66,7 @@ def test_the_tables_are_those_of_the_reference(native: ModuleType) -> None:
 def test_a_code_stands_for_itself_and_a_tie_takes_the_lower(
     native: ModuleType, name: str, table: Tensor
 ) -> None:
-    encode = getattr(native, f"{name}_encode")
+    encode = getattr(native, f"{name}_code")
     for code, value in enumerate(table.tolist()):
         assert encode(value) == code
     for code, (low, high) in enumerate(itertools.pairwise(table)):
