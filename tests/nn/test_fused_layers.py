@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 _SIZES = {**SIZES, "pad_token_id": 0}
-# the model and how many norms, gated blocks and rotary embeddings are found in it
+# the model and how many norms, gated MLPs and rotary embeddings are found in it
 MODELS: dict[str, tuple[Any, tuple[int, int, int]]] = {
     "llama": (LlamaConfig(**_SIZES), (5, 2, 1)),
     "mistral": (MistralConfig(**_SIZES), (5, 2, 1)),
@@ -140,7 +140,7 @@ class Sum(modeling_llama.LlamaMLP):
 
 
 class Tail(modeling_llama.LlamaMLP):
-    """A gated block that does something after its last projection."""
+    """A gated MLP that does something after its last projection."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * 0.5

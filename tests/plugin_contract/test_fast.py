@@ -103,7 +103,7 @@ def test_each_reason_is_named() -> None:
     def lines(config: TrainerConfig = on, device: str = "cpu", adapter: bool = True) -> str:
         return "\n".join(foretold_by(config, model, device, adapter=adapter))
 
-    assert "in one pass each: 5 norms, 2 gated blocks, the rotary embedding" in lines()
+    assert "in one pass each: 5 norms, 2 gated MLPs, the rotary embedding" in lines()
     assert "optimizer: torch's fused AdamW (auto: what is trained is small" in lines()
     other = lines(device="xpu")
     assert other.count("as the model has it (there are no kernels for xpu)") == 1
@@ -150,7 +150,7 @@ def test_what_is_off_says_what_switches_it_on_and_only_that() -> None:
     assert slow(chunked_loss=False)["loss"] == "chunked_loss=True"
     off = slow(varlen_attention=False, fused_layers=False)
     assert off["attention"] == "varlen_attention=True"
-    assert off["norms, gated blocks, rotary embedding"] == "fused_layers=True"
+    assert off["norms, gated MLPs, rotary embedding"] == "fused_layers=True"
     assert off["decoder layers"] == "fused_layers=True"
     assert slow(compile=True) == {}
 

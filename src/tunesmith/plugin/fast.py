@@ -200,7 +200,7 @@ def prepare(model: Any, config: FastTrainerConfig) -> None:
 
 
 def fuses_layers(config: TrainerConfig, device: str, *, adapter: bool) -> bool:
-    """Whether norms and gated blocks will run in one pass if the model has such."""
+    """Whether norms and gated MLPs will run in one pass if the model has such."""
     from tunesmith.ops import native_status
 
     if not isinstance(config, FastTrainerConfig):
