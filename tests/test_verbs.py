@@ -16,6 +16,7 @@ from tunesmith.plugin.options import field_docs
 from tunesmith.plugin.registry import registry
 from tunesmith.recipe import VERBS
 from tunesmith.sugar import SUGAR
+from tunesmith_plugins.methods.lora import LoraConfig
 
 TUNER = Tuner("m").lora(r=4, name="zh").sft("a.json", epochs=2)
 
@@ -54,6 +55,7 @@ def test_data_given_twice_does_not_lose_one_in_silence():
 
 def test_a_verb_names_the_adapter_that_its_method_begins():
     assert Tuner("m").lora(name="zh") == Tuner("m").peft("lora", name="zh")
+    assert Tuner("m").lora(LoraConfig(r=4), name="zh") == Tuner("m").lora(r=4, name="zh")
 
 
 def test_completion_offers_verbs_and_nothing_else():

@@ -59,8 +59,9 @@ def sugar(verb: str, plugin: str, **defaults: Any) -> Callable[[Callable[P, R]],
 
         @functools.wraps(declared)
         def append(self: Chain, *args: Any, **options: Any) -> Any:
-            if not options and args and not isinstance(args[0], str) and not takes_data:
-                return self._with(verb, args[0], {})
+            config_alone = len(args) == 1 and options.keys() <= {"name"} & set(known)
+            if config_alone and not takes_data and not isinstance(args[0], str):
+                return self._with(verb, args[0], {}, **options)
             if len(args) > takes_data:
                 raise OptionError([f".{plugin}() takes its options by name, such as {known[-1]}=…"])
             if args and "data" in options:
