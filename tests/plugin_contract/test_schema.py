@@ -133,8 +133,8 @@ def test_a_bad_recipe_is_not_valid_and_is_refused_here_too(text, said):
 # numbers written as text are in bounds here: a schema cannot tell
 VALUES = (0, 1, 2, -1, 0.5, 1.5, "0.5", "0.25e-1", "x", "auto", True, False, None)
 LISTS = ([], ["x"], ["none"], [1], {}, {"x": 0.5}, {"x": "y"})
-PLANS = (("mix", "adapters", {}), ("sft", "warmup", 1.5), ("dpo", "warmup", 1.5))
-"""What only a check of the plugin's own finds."""
+OWN = (("mix", "adapters", {}),)
+"""What only a validator of the plugin's own finds."""
 
 
 @pytest.mark.parametrize("item", [item for item in registry() if item.builtin], ids=lambda i: i.key)
@@ -144,13 +144,15 @@ def test_an_option_is_valid_exactly_where_its_plugin_takes_it(item):
     looked = 0
     for name in field_docs(item.spec.config):
         for value in (*VALUES, *LISTS):
-            if (item.spec.name, name, value) in PLANS:
+            if (item.spec.name, name, value) in OWN:
                 continue
             options = {**given, name: value}
             try:
                 item.structure(options)
                 taken = True
-            except OptionError:
+            except OptionError as error:
+                if not any(text.startswith(f"option '{name}'") for text in error.problems):
+                    continue  # it does not go with the others as they are
                 taken = False
             if verbs:
                 row = {verbs[0]: item.key, **options}
