@@ -21,10 +21,12 @@ from transformers import AutoModelForSequenceClassification as Classifier
 
 import tunesmith
 from tunesmith import Recipe, Tuner
+from tunesmith.engine.kept_models import kept_model
 from tunesmith.engine.models import describe_model
 from tunesmith.errors import ModelError, PlanError, RecipeError
 from tunesmith.nn.loading import NF4LoadConfig
 from tunesmith.plugin.events import StageReused
+from tunesmith.recipe_model import model_of
 
 SHORT = {"max_steps": 2, "batch_size": 2, "gradient_accumulation": 1, "max_length": 64}
 
@@ -208,6 +210,19 @@ def test_a_model_in_4_bits_is_taken_byte_for_byte(by, tiny_model, tokenizer, alp
     for name, value in held.items():
         assert torch.equal(expected[name], value), name
     assert isinstance(result.generate("say 3", max_new_tokens=3), str)
+
+
+def test_the_model_of_a_result_is_taken_with_what_it_was_taught(
+    tiny_model, alpaca_file, tmp_path, cache
+):
+    """Its layers run in one pass each, by forwards of tunesmith's own that change no numbers."""
+    tuner = Tuner(tiny_model).lora(r=2).sft(alpaca_file, **SHORT, learning_rate=0.05)
+    result = tuner.run(tmp_path / "run", progress=False)
+    directory = kept_model(model_of(result.model, result.tokenizer), cache)
+    opened = AutoModelForCausalLM.from_pretrained(directory)
+    torch.testing.assert_close(logits(opened), logits(result.model), rtol=1e-3, atol=1e-3)
+    taught = logits(opened) - logits(AutoModelForCausalLM.from_pretrained(tiny_model))
+    assert taught.abs().max() > 0.01
 
 
 # refused
