@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 import yaml
 
-from tunesmith import Recipe, Tuner
+from tunesmith import Data, Recipe, Tuner
 from tunesmith.errors import OptionError, RecipeError, TunesmithError
 from tunesmith.plugin import Spec, hookimpl
 from tunesmith.plugin.options import at_least, between, field_docs, one_of
@@ -18,6 +18,7 @@ from tunesmith.plugin.registry import Registry, registry
 from tunesmith.plugin.rewards import Rewards
 from tunesmith.plugin.schema import recipe_schema
 from tunesmith.recipe import VERBS
+from tunesmith.recipe_data import Source
 
 SCHEMA = recipe_schema(registry())
 VALID = jsonschema.Draft202012Validator(SCHEMA)
@@ -57,8 +58,9 @@ def test_it_is_a_schema():
         step("{export: mix, name: both, adapters: {zh: 0.5, en: 1}}"),
         step("{export: mix, with: {adapters: {zh: 0.5}}}"),
         step(
-            "{train: sft, data: {sources: [a, {data: b, format: alpaca, weight: 0.3}, {sources: "
-            "[c], transforms: [clean]}], transforms: [{transform: split, held_out: 0.1}]}}"
+            "{train: sft, data: {sources: [a, {data: b, format: alpaca, on_bad_row: drop}, "
+            "{sources: [c], transforms: [clean]}], "
+            "transforms: [{transform: split, held_out: 0.1}]}}"
         ),
     ],
 )
@@ -116,6 +118,7 @@ def read(text: str) -> None:
         (step("{train: sft, data: a, format: alpacca}"), "'alpacca' is not valid under any"),
         (step("{train: sft, data: {sources: []}}"), "is not valid under any"),
         (step("{train: sft, data: {sources: [{data: a, wight: 1}]}}"), "is not valid under any"),
+        (step("{train: sft, data: {sources: [{data: a, on_bad_row: x}]}}"), "is not valid under"),
         (
             step("{train: sft, data: {sources: [a], transforms: [{transform: limit, row: 1}]}}"),
             "is not valid under any",
@@ -182,6 +185,15 @@ def test_descriptions_and_defaults_are_those_of_the_config_class():
                 key: " ".join(doc.split()) for key, doc in docs.items()
             }
     assert SCHEMA["properties"]["seed"]["description"].startswith("Seeds everything random")
+
+
+def test_every_key_of_a_recipe_of_its_data_and_of_a_source_is_in_it():
+    def names(cls: type) -> set[str]:
+        return {field.name for field in attrs.fields(cls)}
+
+    assert set(SCHEMA["$defs"]["source"]["anyOf"][1]["properties"]) == names(Source)
+    assert set(SCHEMA["$defs"]["data"]["anyOf"][3]["properties"]) == names(Data)
+    assert set(SCHEMA["properties"]) == {"tunesmith", *names(Recipe)}
 
 
 # a stranger's

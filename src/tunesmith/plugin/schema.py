@@ -19,6 +19,7 @@ from tunesmith.errors import PluginError, TunesmithError
 from tunesmith.plugin.options import field_docs
 from tunesmith.plugin.registry import Registered, Registry
 from tunesmith.recipe import DATA_KEYS, MAX_SEED, RECIPE_VERSION, VERBS, Recipe, Verb, plain
+from tunesmith.recipe_data import ON_BAD_ROW, Source
 
 __all__ = ["options_schema", "recipe_schema"]
 
@@ -242,18 +243,17 @@ def _sources() -> Schema:
 
 
 def _source(registry: Registry) -> Schema:
+    docs = field_docs(Source)
+    keys: dict[str, Schema] = {
+        "data": {"$ref": "#/$defs/data"},
+        "format": {"$ref": "#/$defs/format"},
+        "format_options": {"type": "object"},
+        "weight": {"type": "number", "exclusiveMinimum": 0},
+        "on_bad_row": _one_of([*ON_BAD_ROW, None]),
+    }
     one: Schema = {
         "type": "object",
-        "properties": {
-            "data": {"$ref": "#/$defs/data"},
-            "format": {"$ref": "#/$defs/format"},
-            "format_options": {"type": "object"},
-            "weight": {
-                "type": "number",
-                "exclusiveMinimum": 0,
-                "description": "How much of it is used: 0.3 is three rows in ten.",
-            },
-        },
+        "properties": {key: {**schema, **_described(docs[key])} for key, schema in keys.items()},
         "required": ["data"],
         "additionalProperties": False,
         "allOf": [
