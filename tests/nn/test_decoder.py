@@ -244,9 +244,9 @@ def test_hooks_and_options_that_are_not_known(log: pytest.LogCaptureFixture) -> 
     model = model_of(KNOWN["llama"])
     theirs, ours = both(model, num_beams=2)
     assert torch.equal(ours, theirs)
-    assert "of num_beams" in log.text
+    assert "num_beams is set" in log.text
     generate(model, input_ids=PROMPTS, max_new_tokens=2, return_dict_in_generate=True)
-    assert "of the option return_dict_in_generate" in log.text
+    assert "the option return_dict_in_generate is given" in log.text
     seen: list[int] = []
     model.model.layers[0].mlp.register_forward_hook(lambda *_: seen.append(1))
     both(model, max_new_tokens=3)

@@ -56,7 +56,7 @@ def generate(model: Any, **options: Any) -> Tensor:
         way = "one launch a token" if on_cuda else "layer by layer from the model's weights"
         log.debug("decoding: %s", way)
     else:
-        log.info("decoding: as transformers does it (%s)", why)
+        log.info("decoding goes as transformers does it (%s)", why)
     ids: Tensor = model.generate(**options)
     return ids
 
@@ -69,11 +69,11 @@ def _why_not(inner: Any, options: dict[str, Any]) -> str | None:
         return "the model is in training mode"
     given = {name for name, value in options.items() if value is not None}
     if unknown := given - _TAKEN:
-        return f"of the option {min(unknown)}"
+        return f"the option {min(unknown)} is given, which only transformers knows"
     config = inner.generation_config
     for name in ("num_beams", "penalty_alpha", "dola_layers", "prompt_lookup_num_tokens"):
         if options.get(name, getattr(config, name, None)) not in (None, 1):
-            return f"of {name}"
+            return f"{name} is set, which only transformers knows"
     return None
 
 
@@ -119,7 +119,9 @@ class _Loop:
         mask = torch.ones_like(input_ids) if mask is None else mask
         decoder = _decoder(model, input_ids, mask, int(generation_config.max_length))
         if isinstance(decoder, str):
-            logging.getLogger("tunesmith").info("decoding: as transformers does it (%s)", decoder)
+            logging.getLogger("tunesmith").info(
+                "decoding goes as transformers does it (%s)", decoder
+            )
             ids: Tensor = model._sample(
                 input_ids=input_ids,
                 logits_processor=logits_processor,

@@ -202,7 +202,7 @@ class _DecoderLayer(fused_layers.Fused):
             if each is not None and _watched(each):
                 return f"something hooks into a {type(each).__name__}"
         if attention.training and getattr(attention, "attention_dropout", 0.0):
-            return "of dropout in its attention"
+            return "its attention has dropout"
         if attention.config._attn_implementation != varlen_attention.NAME:
             return "its attention is not the one that goes by samples"
         if (
@@ -214,7 +214,7 @@ class _DecoderLayer(fused_layers.Fused):
             or torch.is_autocast_enabled("cpu")
             or not seen_by_torch_alone((x,))
         ):
-            return "of its input"
+            return "its input is not plain numbers on the CPU, or autocast is on"
         taken: list[NormArguments | None] = []
         for norm, found in zip(norms, self._norms, strict=True):
             if norm is None or found is None:
