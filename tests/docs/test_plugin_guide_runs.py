@@ -149,6 +149,8 @@ def test_a_row_that_is_too_long_is_told(results):
     assert dropped.reason == "longer than 200 characters"
     assert dropped.where.endswith("row 7")
     assert len(plan.steps[2].data.examples) == len(ROWS)
+    listed = results["no pad"].stages[0].path / "dropped.jsonl"
+    assert json.loads(listed.read_text())["reason"] == dropped.reason
 
 
 def test_the_guides_metric_of_answers_measures(tmp_path):
