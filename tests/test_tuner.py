@@ -49,6 +49,15 @@ def test_its_repr_is_the_chain_that_makes_it_again():
         .merge()
     )
     assert eval(repr(tuner)) == tuner
+    assert repr(Tuner("m").lora(r=4)) == "Tuner('m').lora(r=4)"
+
+
+def test_a_long_chain_is_shown_a_step_a_line_and_can_still_be_run():
+    tuner = Tuner("m" * 40).quantize("nf4").lora(r=4).sft("train.json", epochs=2).merge()
+    lines = repr(tuner).splitlines()
+    assert lines[0] == "("
+    assert lines[2:4] == ["    .quantize('nf4')", "    .lora(r=4)"]
+    assert eval(repr(tuner)) == tuner
 
 
 def test_rows_in_memory_are_counted_in_the_repr_and_not_poured_out():

@@ -268,7 +268,10 @@ class Tuner(Verbs):
             value = getattr(self._recipe, field.name)
             if field.name not in ("model", "steps") and value != field.default:
                 settings.append(f"{field.name}={value!r}")
-        return f"Tuner({', '.join(settings)})" + "".join(map(_shown, self._recipe.steps))
+        chain = [f"Tuner({', '.join(settings)})", *map(_shown, self._recipe.steps)]
+        if len("".join(chain)) <= 80:
+            return "".join(chain)
+        return "(\n    {}\n)".format("\n    ".join(chain))  # as one writes it
 
     def _repr_html_(self) -> str:
         from tunesmith.engine.cells import recipe_html

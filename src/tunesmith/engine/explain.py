@@ -99,6 +99,8 @@ def decided(step: PlannedStep) -> Mapping[str, Any]:
         return {}
     given = plain_options(step.config)
     told = {"effective_batch_size", *(["targets"] if step.adapts else [])}
+    if step.effective.get("save_strategy") == "no":
+        told.add("save_strategy")
     return {
         name: value
         for name, value in step.effective.items()
