@@ -52,6 +52,11 @@ def test_its_repr_is_the_chain_that_makes_it_again():
     assert repr(Tuner("m").lora(r=4)) == "Tuner('m').lora(r=4)"
 
 
+def test_the_path_of_a_file_is_shown_as_text():
+    assert repr(Tuner("m").sft(Path("a.json"))) == "Tuner('m').sft('a.json')"
+    assert repr(Tuner("m").sft([Path("a.json"), "b.json"])).endswith(".sft(['a.json', 'b.json'])")
+
+
 def test_a_long_chain_is_shown_a_step_a_line_and_can_still_be_run():
     tuner = Tuner("m" * 40).quantize("nf4").lora(r=4).sft("train.json", epochs=2).merge()
     lines = repr(tuner).splitlines()

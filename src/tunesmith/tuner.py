@@ -296,6 +296,9 @@ def _shown(step: Step) -> str:
         brief = isinstance(data, (str, Path)) or (
             isinstance(data, (list, tuple)) and all(isinstance(item, (str, Path)) for item in data)
         )
+        if brief:  # a path says no more than its text
+            data = str(data) if isinstance(data, Path) else data
+            data = [str(item) for item in data] if isinstance(data, (list, tuple)) else data
         shown = brief or isinstance(data, Data)
         arguments.append(repr(data) if shown else f"<{type(data).__name__} of {_count(data)} rows>")
     if step.format is not None:

@@ -383,3 +383,26 @@ def test_main_metrics_put_losses_first_and_leave_the_bookkeeping_out():
     }
     assert list(main_metrics(metrics)) == ["train_loss", "eval_loss", "rouge"]
     assert list(main_metrics(metrics, most=1)) == ["train_loss"]
+
+
+def test_a_finished_stage_tells_where_it_began_and_what_it_took():
+    metrics = {
+        "loss": 0.4123,
+        "loss_first": 2.3,
+        "eval_loss": 0.5,
+        "eval_loss_first": 1.9,
+        "tokens": 25857.0,
+        "tokens_per_second": 1466.0,
+        "memory_bytes": 831.0 * 2**20,
+        "rows_cut": 0.0,
+    }
+    line = plain(StageFinished("03-sft", 125.0, metrics)).strip()
+    assert line == (
+        "03-sft  done in 2:05  loss 0.4123 (from 2.3)  eval_loss 0.5 (from 1.9)  1,466 tokens/s  "
+        "831 MiB"
+    )
+
+
+def test_rows_that_were_left_out_of_an_evaluation_are_told():
+    line = plain(StageFinished("03-evaluate-loss", 1.0, {"loss": 1.0, "rows_dropped": 3.0}))
+    assert "rows_dropped 3" in line

@@ -72,14 +72,20 @@ def main_metrics(metrics: Mapping[str, Any], *, most: int = 5) -> dict[str, Any]
     return {name: metrics[name] for name in telling[:most]}
 
 
-def summary(metrics: Mapping[str, Any]) -> dict[str, str]:
+def summary(metrics: Mapping[str, Any], *, most: int = 3) -> dict[str, str]:
     """Return in the words of one line what a stage has come to: its main metrics, speed, memory.
 
     One that is told from its first value on says that too: "loss": "0.41 (from 2.3)".
     """
     beside = {"tokens", "tokens_per_second", "memory_bytes"}
     found: dict[str, str] = {}
-    for name, value in main_metrics({k: v for k, v in metrics.items() if k not in beside}).items():
+    told = {
+        name: value
+        for name, value in metrics.items()
+        # rows that were left out are told where there are some
+        if name not in beside and not (name.startswith("rows_") and not value)
+    }
+    for name, value in main_metrics(told, most=most).items():
         first = metrics.get(f"{name}_first")
         since = f" (from {figure(name, first)})" if first is not None else ""
         found[name] = figure(name, value) + since

@@ -60,7 +60,7 @@ def _stage_table(run: ReadRun) -> str:
         what = " ".join(str(record[key]) for key in ("verb", "plugin") if record.get(key))
         metrics = "".join(
             f"<li>{text_of(name).replace('/', '/<wbr>')} <b>{text_of(value)}</b></li>"
-            for name, value in summary(stage.metrics).items()
+            for name, value in summary(stage.metrics, most=5).items()
         )
         link = f'<a href="#{identifier_of(stage.name)}">{text_of(stage.name)}</a>'
         time = "" if stage.record is None else duration(stage.seconds)
