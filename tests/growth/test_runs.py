@@ -67,11 +67,9 @@ class TestPromptTuning:
         assert weights["prompt_embeddings"].shape[0] == 4
 
     def test_an_answer_is_not_the_bare_bases(self, tiny_model, tmp_path):
-        from tunesmith.engine.generation import load_for_generation
-
         made = tuner(tiny_model).peft("prompt_tuning", tokens=4).sft(TALKS, **QUICK)
         result = run(made, tmp_path / "run")
-        model, tokenizer = load_for_generation(result.path, result.stages)
+        model, tokenizer = result.model, result.tokenizer
         ids = tokenizer("Where is the moon?", return_tensors="pt")["input_ids"]
         with torch.no_grad():
             adapted = model(input_ids=ids).logits[:, -1]
