@@ -71,7 +71,7 @@ addopts = "-q --strict-markers --strict-config"
 README = """\
 # {distribution}
 
-{article} {kind} for [tunesmith](https://pypi.org/project/tunesmith/): {first}
+{article} {kind} for tunesmith: {first}
 
 ```
 pip install .
