@@ -22,7 +22,7 @@ from tunesmith.plugin.optimizers import optimizer_called
 from tunesmith.plugin.quantizers import Quantizer
 from tunesmith.plugin.trainers import Trainer
 
-__all__ = ["Estimate", "Shapes", "estimate_step", "model_shapes"]
+__all__ = ["Estimate", "Shapes", "estimate_step", "model_shapes", "optimizer_steps"]
 
 ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 CHARACTERS_PER_TOKEN = 3.6
@@ -167,8 +167,7 @@ def estimate_step(
         examples[0]
     )
     per_step = config.batch_size * config.gradient_accumulation * conditions.processes
-    steps_an_epoch = max(1, -(-len(lengths) // per_step))
-    steps = config.max_steps or max(1, round(config.epochs * steps_an_epoch))
+    steps, steps_an_epoch = optimizer_steps(config, len(lengths), conditions.processes)
     tokens = round(epochs_tokens * steps / steps_an_epoch)
     # forward 2, gradient of the input 2, gradient of the weights 2 where they are trained
     passes = 2 + 2 + (2 if method is None else 0) + (2 if config.gradient_checkpointing else 0)
@@ -185,6 +184,13 @@ def estimate_step(
         rows=per_step,
         speed=trainer.explain(conditions),
     )
+
+
+def optimizer_steps(config: Any, rows: int, processes: int) -> tuple[int, int]:
+    """Return the optimizer steps of a training over so many rows, and those of an epoch."""
+    per_step = config.batch_size * config.gradient_accumulation * processes
+    an_epoch = max(1, -(-rows // per_step))
+    return config.max_steps or max(1, round(config.epochs * an_epoch)), an_epoch
 
 
 def _sequences(row: Sourced) -> int:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from tunesmith.engine.estimate import optimizer_steps
+from tunesmith.engine.world import current as current_world
+
 if TYPE_CHECKING:
     from tunesmith.engine.plan import PlannedStep
 
 __all__ = ["odd_notes"]
 
 HIGH_RATE = 1.0
-"""Soft prompts are trained at up to 0.3 (Lester et al. 2021, arXiv:2104.08691)); nothing
-is above."""
+"""Soft prompts are trained at up to 0.3 (Lester et al. 2021, arXiv:2104.08691); nothing is
+above."""
 
 
 def odd_notes(steps: Sequence[PlannedStep]) -> list[str]:
@@ -64,8 +67,7 @@ def _options(step: PlannedStep) -> Iterator[str]:
             f"{step.here}: batch_size={config.batch_size} is more than the {rows} rows there are; "
             "a batch holds all of them"
         )
-    an_epoch = -(-rows // (config.batch_size * config.gradient_accumulation))
-    steps = config.max_steps or max(1, round(config.epochs * an_epoch))
+    steps, _ = optimizer_steps(config, rows, current_world().size)
     packs = getattr(config, "packs", False)  # how many blocks there will be is not known yet
     if config.eval_steps is not None and config.eval_steps > steps and not packs:
         yield (

@@ -46,7 +46,7 @@ class _SoFar:
             of = _read_by(step)
             if of and of[0] in self.adapters:
                 self.method, self.trained = self.adapters[of[0]]
-                self.current = step.step.name or self._label(step)
+                self.current = step.step.name or step.free_label(self.adapters)
                 self.adapters[self.current] = (self.method, self.trained)
         elif not kind and step.step.plugin in self.adapters:
             self.method, self.trained = self.adapters[step.step.plugin]
@@ -54,11 +54,8 @@ class _SoFar:
         self.since.setdefault(step.step.verb, step)
 
     def _trains(self, step: PlannedStep, method: PlannedStep) -> None:
-        self.current = method.step.name or self._label(step)
+        self.current = method.step.name or step.free_label(self.adapters)
         self.adapters[self.current] = (method, step)
-
-    def _label(self, step: PlannedStep) -> str:
-        return step.step.label if step.step.label not in self.adapters else step.name
 
 
 def order_problems(steps: Sequence[PlannedStep]) -> list[str]:
@@ -78,7 +75,7 @@ def order_problems(steps: Sequence[PlannedStep]) -> list[str]:
             problems += _by_export(step, so_far.method, so_far.trained)
             problems += _by_adapters(step, so_far)
         elif not kind:
-            problems += _by_use(step, so_far)
+            problems += _unknown(step, (step.step.plugin,), so_far)
         so_far.passed(step)
         if step.flag("makes_model"):
             so_far = _SoFar()
@@ -142,10 +139,6 @@ def _by_method(step: PlannedStep, so_far: _SoFar) -> list[str]:
             "leave one of them out"
         ]
     return []
-
-
-def _by_use(step: PlannedStep, so_far: _SoFar) -> list[str]:
-    return _unknown(step, (step.step.plugin,), so_far)
 
 
 def _by_adapters(step: PlannedStep, so_far: _SoFar) -> list[str]:

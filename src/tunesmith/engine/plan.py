@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,10 @@ class PlannedStep:
     def verb(self) -> Verb:
         """The row of its verb."""
         return VERBS[self.step.verb]
+
+    def free_label(self, taken: Container[str]) -> str:
+        """Return what an adapter it makes is called if it is given no name: none of `taken`."""
+        return self.step.label if self.step.label not in taken else self.name
 
     def flag(self, name: str) -> Any:
         """Return what its implementation says of itself; None where it could not be loaded."""

@@ -125,7 +125,7 @@ class Train(Work):
         made = StageTraining(step, session, place).run()
         if "adapter" not in made.artefacts:
             return made
-        return attrs.evolve(made, adapter_name=session.naming or _free_label(step, session))
+        return attrs.evolve(made, adapter_name=session.naming or step.free_label(session.adapters))
 
     def then(
         self, step: Step, name: str, session: Session, stage: Stage | None, registry: Registry
@@ -194,7 +194,7 @@ class Export(Work):
         made = Made({"bytes": float(size)}, artefacts)
         if not exporter.makes_adapter:
             return made
-        return attrs.evolve(made, adapter_name=step.step.name or _free_label(step, session))
+        return attrs.evolve(made, adapter_name=step.step.name or step.free_label(session.adapters))
 
     def then(
         self, step: Step, name: str, session: Session, stage: Stage | None, registry: Registry
@@ -215,12 +215,6 @@ def _record(step: PlannedStep, place: Place) -> RunRecord:
 
     recipe = Recipe.from_yaml(place.run / MARKER)
     return record_of(recipe, place.steps, read_lock(place.run), step.number)
-
-
-def _free_label(step: PlannedStep, session: Session) -> str:
-    """Return the name of an adapter that was given none."""
-    label = step.step.label
-    return label if label not in session.adapters else step.name
 
 
 def work_of(verb: str) -> Work:
